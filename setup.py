@@ -1,0 +1,29 @@
+"""The package's metadata, all of it from settings.ini (pyproject.toml cannot read that file)."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=["="])
+parser.read(here / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+
+setup(
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"].split(),
+    classifiers=["Intended Audience :: Developers", "Intended Audience :: Science/Research",
+                 "Programming Language :: Python :: 3", "Framework :: Jupyter"],
+    url=cfg["git_url"],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["micronet_nb", "micronet_nb.*"]),
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+)
