@@ -6,15 +6,17 @@
 __all__ = ['PROFILES', 'MicronetError', 'Profile', 'get_profile', 'project_root', 'cache_dir', 'runs_dir', 'committed_dir',
            'results_dir', 'find_file', 'atomic_path', 'write_json', 'read_json', 'sha256', 'offline', 'fetch',
            'config_key', 'stage', 'commit', 'environment', 'record', 'load_record', 'published', 'released_schedule',
-           'compare', 'finish', 'progress']
+           'released_figures', 'compare', 'finish', 'progress']
 
 # %% ../nbs/00_core.ipynb #257916ad
-import contextlib, hashlib, importlib.metadata, json, os, platform, re, subprocess, sys, threading
+import contextlib, hashlib, importlib.metadata, json, os, platform, re, subprocess, sys, threading, warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
+
+warnings.filterwarnings('ignore', message='IProgress not found')  # tqdm, in a kernel without widgets: `progress` needs none
 
 # %% ../nbs/00_core.ipynb #72147ec7
 class MicronetError(ValueError):
@@ -256,6 +258,10 @@ def published() -> dict:
 def released_schedule() -> dict:
     "RIAIR's sparsity, weight bits and activation sign for each of MixNet-S's 124 layers."
     return read_json(project_root()/'data'/'published'/'mixnet_s_schedule.json')
+
+def released_figures() -> dict:
+    "What RIAIR's released scorers and files give, beyond the slides; where the files lie (data/published/released.json)."
+    return read_json(project_root()/'data'/'published'/'released.json')
 
 # %% ../nbs/00_core.ipynb #53a229d4
 def compare(

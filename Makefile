@@ -1,0 +1,74 @@
+# Needs Python 3.10 or newer, make and git; everything else is installed into .venv.
+PYTHON  = python3
+PROFILE = embedded
+OUT     = reports
+ONLY    =
+SET     =
+FRESH   =
+
+BIN  = .venv/bin
+DONE = .venv/.installed
+# what micronet-reproduce is told, from the variables above
+ARGS = --profile '$(PROFILE)' --out '$(OUT)' $(if $(strip $(ONLY)),--only '$(ONLY)') $(foreach s,$(SET),--set '$(s)') $(if $(filter-out 0 no,$(FRESH)),--fresh)
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test check lab readme export record clean .venv
+
+help:
+	@echo 'make reproduce   run every notebook and make $(OUT)/$(PROFILE)/index.html; killed, the same command continues'
+	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="epochs=3 lr=1e-3"  FRESH=1  OUT=folder'
+	@echo 'make test        all checks: generated files in sync, nbdev_test, pytest (which runs every notebook at embedded)'
+	@echo 'make lab         open JupyterLab on nbs/'
+	@echo 'make export      after editing a notebook: write micronet_nb/*.py and clean the notebooks'
+	@echo 'make readme      after editing nbs/index.ipynb: write README.md'
+	@echo 'make record      as reproduce, and keep outputs in nbs/ and records in data/results/ (then commit them)'
+	@echo 'make clean       remove .venv, reports and caches (not downloads, not runs/)'
+	@echo 'Each installs what it needs into .venv first; PYTHON=python3.12 chooses another Python.'
+
+.venv: $(DONE)
+
+# A stamp that is missing or names another folder means: interrupted, or the checkout was moved. Then install anew.
+ifneq ($(shell cat $(DONE) 2>/dev/null),$(CURDIR))
+$(DONE): FORCE
+FORCE:
+endif
+$(DONE): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	 { echo "Python 3.10 or newer is needed; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	 { echo "'$(PYTHON)' lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@test -f $@ || rm -rf .venv
+	@rm -f $@
+	@echo 'Installing into .venv (once; PyTorch is large, so this takes some minutes)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@printf %s '$(CURDIR)' > $@
+
+reproduce: $(DONE)
+	$(BIN)/python -m micronet_nb.reproduce $(ARGS)
+
+record: $(DONE)
+	$(BIN)/python -m micronet_nb.reproduce $(ARGS) --record
+
+lab: $(DONE)
+	$(BIN)/python -m jupyterlab nbs
+
+export: $(DONE)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: $(DONE)
+	$(BIN)/python -m micronet_nb.reproduce --readme write
+
+check: $(DONE)
+	$(BIN)/python -m micronet_nb.reproduce --check-sync --readme check
+
+# The notebooks' own tests and pytest work in a scratch folder, so that neither sees what an earlier run has left.
+test: check
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && set -x && \
+	 MICRONET_RUNS="$$scratch" $(BIN)/nbdev_test --n_workers 2 --timing && \
+	 $(BIN)/python -m pytest -q tests
+
+clean:
+	rm -rf .venv reports build *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,121 @@
+"What holds for the repository as a whole: its notebooks, its files, its installation."
+import json
+import re
+import shutil
+import subprocess
+from configparser import ConfigParser
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from micronet_nb import reproduce
+
+NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT/"settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def committed_files():
+    "What Git tracks or would track; without Git, all that is not a build product."
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
+    if listed and listed.returncode == 0: return [p for line in listed.stdout.splitlines() if (p := ROOT/line).is_file()]
+    products = re.compile(r"^(\.venv|\.git|reports|runs|data/cache|.*\.egg-info)/|__pycache__|_cache/")
+    return [p for p in ROOT.rglob("*") if p.is_file() and not products.search(p.relative_to(ROOT).as_posix())]
+
+
+@each_notebook
+def test_notebook_can_be_run_and_committed(path):
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    assert nb["metadata"]["kernelspec"]["name"] == "python3"
+    assert path.stat().st_size < 1_000_000
+    outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert not [k for o in outputs for k in o.get("data", {}) if "widget" in k]
+    assert not [c["id"] for c in nb["cells"] if c["cell_type"] == "code" and re.search(r"^\s*(\w+\.)?nbdev_export\(\)", "".join(c["source"]), re.M)]
+    assert len({c["id"] for c in nb["cells"]}) == len(nb["cells"])  # outputs are matched by cell id
+
+
+@each_notebook
+def test_notebook_takes_a_profile_and_proves_its_end(path):
+    nb = reproduce.Notebook(path, json.loads(path.read_text(encoding="utf-8"))["cells"])
+    assert re.search(rf"^finish\('{nb.stem}', profile\b", nb.code[-1], re.M)
+    assert reproduce.parameters_of(nb).get("profile") == "'embedded'"
+    if nb.stem[0].isdigit(): assert nb.module == nb.stem.split("_", 1)[1] or nb.module is None
+
+
+@each_notebook
+def test_notebook_says_what_it_is(path):
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    assert first["cell_type"] == "markdown" and re.match(r"# \S.*\n\n> \S", "".join(first["source"]))
+
+
+def test_conda_and_pip_install_the_same():
+    env = yaml.safe_load((ROOT/"environment.yml").read_text())["dependencies"]
+    pip = next(d["pip"] for d in env if isinstance(d, dict))
+    wanted = settings()["requirements"].split() + settings()["dev_requirements"].split()
+    assert sorted(pip) == sorted([*wanted, "-e ."])
+    assert f"python>={settings()['min_python']}" in env
+
+
+def test_no_machine_path_and_no_large_file():
+    here = re.compile("|".join("/" + folder + "/" for folder in ("work", "tmp/wk", "opt", "root", "home/[a-z]+")))
+    for path in committed_files():
+        assert path.stat().st_size <= 2 * 2**20, f"{path} is over 2 MB: data sets and checkpoints of others stay out"
+        if path.suffix == ".png": continue
+        text = re.sub(r'"image/\w+": "[^"]*"', "", path.read_text(encoding="utf-8"))  # pictures are base64, which holds anything
+        assert not (found := here.search(text)), f"{path.relative_to(ROOT)} holds {found[0]!r}: a path of one machine"
+
+
+def test_ci_script_runs_the_tests():
+    script = ROOT/".ci"/"run"
+    assert script.stat().st_mode & 0o111 and "make test" in script.read_text()
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+def make(folder, *args): return subprocess.run(["make", *args], cwd=folder, capture_output=True, text=True)
+needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+
+@pytest.fixture
+def bare(tmp_path):
+    "A checkout's files that `make` reads, without an installation."
+    for name in ("Makefile", "settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT/name, tmp_path)
+    return tmp_path
+
+
+@needs_make
+def test_make_alone_tells_what_there_is(bare):
+    done = make(bare)
+    assert done.returncode == 0
+    for target in ("reproduce", "test", "lab", "export", "readme", "record", "clean"): assert f"make {target}" in done.stdout
+
+
+@needs_make
+def test_make_refuses_an_old_python_in_one_sentence(bare):
+    (bare/"python2").write_text("#!/bin/sh\n[ \"$1\" = -V ] && echo Python 2.7.18 || exit 1\n")
+    (bare/"python2").chmod(0o755)
+    done = make(bare, "reproduce", "PYTHON=./python2")
+    assert done.returncode and "Python 3.10 or newer is needed; './python2' is Python 2.7.18" in done.stderr
+    assert not (bare/".venv").exists()
+
+
+@needs_make
+def test_interrupted_installation_is_done_again(bare):
+    (bare/".venv").mkdir()
+    assert "pip install" in make(bare, "-n", "reproduce").stdout
+    (bare/".venv"/".installed").write_text("/another/place")
+    assert "pip install" in make(bare, "-n", "reproduce").stdout  # the checkout was moved: its scripts point elsewhere
+    (bare/".venv"/".installed").write_text(str(bare.resolve()))
+    assert "pip install" not in make(bare, "-n", "reproduce").stdout
+
+
+@needs_make
+def test_make_hands_its_variables_on(bare):
+    said = make(bare, "-n", "reproduce", "PROFILE=laptop", "ONLY=scoring,released", "SET=a=1 b=x", "FRESH=1").stdout
+    assert "--profile 'laptop' --out 'reports' --only 'scoring,released' --set 'a=1' --set 'b=x' --fresh" in said
