@@ -573,8 +573,9 @@ def to_markdown(
 ) -> str:
     "Markdown for a README."
     from nbconvert import MarkdownExporter
-    first = ['text/markdown', 'text/html', 'text/plain']
-    text = MarkdownExporter(display_data_priority=first).from_notebook_node(_for_readme(nb))[0]
+    from traitlets.config import Config
+    shown = Config(NbConvertBase=dict(display_data_priority=['text/markdown', 'text/html', 'text/plain']))
+    text = MarkdownExporter(config=shown).from_notebook_node(_for_readme(nb))[0]
     text = re.sub(r'<style.*?</style>\n?|```python\s+```', '', text, flags=re.S)
     text = re.sub(r'\]\(((?!\w+:|#|/|\.)[^)]+\.ipynb)', r'](nbs/\1', text).replace('](../', '](')
     return re.sub(r'\n{3,}', '\n\n', '\n'.join(line.rstrip() for line in text.split('\n'))).strip() + '\n'

@@ -15,6 +15,7 @@ from micronet_nb import reproduce
 
 
 def outcome(folder): return json.loads((folder/"status.json").read_text())
+def alive(process): return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 def wait_for(condition, what):
     for _ in range(1200):
         if condition(): return
@@ -114,7 +115,7 @@ def test_killed_half_way_it_leaves_no_process_and_continues(tmp_path, how):
     finally: runner.kill()
     assert runner.returncode == (-how if how == signal.SIGKILL else 130)
     if how != signal.SIGKILL: assert "the same command continues" in stderr and "Traceback" not in stderr
-    wait_for(lambda: not kernel.is_running(), "the kernel to end")
+    wait_for(lambda: not alive(kernel), "the kernel to end")
     assert not (tmp_path/"out"/"embedded"/"results"/"02_second.json").exists() and not (tmp_path/"out"/"embedded"/"02_second.ipynb").exists()
     go.write_text("")
     again = command(*args)
