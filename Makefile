@@ -64,6 +64,8 @@ check: $(DONE)
 	$(BIN)/python -m micronet_nb.reproduce --check-sync --readme check
 
 # The notebooks' own tests and pytest work in a scratch folder, so that neither sees what an earlier run has left.
+# Threads that spin while they wait would slow each other down where two notebooks share two cores.
+test: export OMP_WAIT_POLICY = PASSIVE
 test: check
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && set -x && \
 	 MICRONET_RUNS="$$scratch" $(BIN)/nbdev_test --n_workers 2 --timing && \

@@ -137,12 +137,16 @@ class ToBytes:
     def __init__(self,
         scale: ScaleBias,    # per channel
         quantise: Quantise,  # unsigned, at most 8 bits
-        work: Workspace = None  # scratch memory to share; None: its own
+        work: Workspace = None, # scratch memory to share; None: its own
+        fma: bool = False       # multiply and add with one rounding instead of two, as many processors and compilers do
     ):
         if quantise.signed or quantise.bits > 8: raise MicronetError(f'ToBytes makes unsigned numbers of at most 8 bits, not {quantise.extra_repr()}')
         self.scale, self.bias, self.top, self.work = scale.weight.detach().clone(), scale.bias.detach().clone(), quantise.top, work or Workspace()
+        self.fma = fma
 
     def __call__(self, x):  # (n, h, w, C) float32, any strides
-        f = torch.mul(x, self.scale, out=self.work(x.shape, torch.float32))
-        u = self.work(x.shape, torch.uint8).copy_(f.add_(self.bias).round_().clamp_(0, self.top))
+        f = self.work(x.shape, torch.float32)
+        if self.fma: torch.addcmul(self.bias, x, self.scale, out=f)
+        else: torch.mul(x, self.scale, out=f).add_(self.bias)
+        u = self.work(x.shape, torch.uint8).copy_(f.round_().clamp_(0, self.top))
         return u.permute(0, 3, 1, 2)  # (n, C, h, w) channels last, good until the next call

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['num_params', 'densenet_bc', 'PreActBlock', 'wrn', 'create_model', 'small_stem']
 
-# %% ../nbs/02_models.ipynb #f9c93457
+# %% ../nbs/02_models.ipynb #f9917b2d
+from .core import MicronetError  # before timm: it silences a warning of tqdm's
 import timm
 import torch
 from timm.models.densenet import DenseNet
 from torch import nn
-
-from .core import MicronetError
 
 # %% ../nbs/02_models.ipynb #ccbcd02f
 def num_params(

@@ -84,7 +84,7 @@ def prepare(
     if images.dtype != torch.uint8: raise MicronetError(f'prepare takes uint8 images, not {images.dtype}')
     if truncated: images = truncate(images)
     mean, std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
-    return ((images.to(dtype)/255 - mean)/std)/255
+    return ((images.to(dtype)*(1/255) - mean)/std)/255
 
 # %% ../nbs/13_released.ipynb #3a0f51a4
 def truncate(
@@ -92,7 +92,7 @@ def truncate(
 ) -> torch.Tensor:
     "The 8-bit round trip of RIAIR's augmentation: normalise, undo it, cut to uint8; some values drop by one."
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    normal = (images.float()/255 - mean)/std
+    normal = (images.float()*(1/255) - mean)/std
     return ((normal*std + mean)*255).to(torch.uint8)
 
 # %% ../nbs/13_released.ipynb #6fad8de7
@@ -100,12 +100,13 @@ class Fused:
     "The released net on integer units: (n, 3, 32, 32) float32 to (n, classes). Equal to the modules one by one."
     def __init__(self,
         net: ReleasedDenseNet,  # its scales and weights are copied
-        int8: bool = None       # see `Int8Conv`
+        int8: bool = None,      # see `Int8Conv`
+        fma: bool = False       # see `ToBytes`; the modules one by one do not
     ):
         self.net, self.memory, work = net, {}, Workspace()
-        self.blocks = [[(ToBytes(m.scale1, m.quantise1, work), Int8Conv(m.conv1, m.scale2, m.quantise2, int8), Int8Conv(m.conv2, m.scale3, None, int8))
+        self.blocks = [[(ToBytes(m.scale1, m.quantise1, work, fma), Int8Conv(m.conv1, m.scale2, m.quantise2, int8), Int8Conv(m.conv2, m.scale3, None, int8))
                         for m in getattr(net, f'dense{d}')] for d in (1, 2, 3)]
-        self.transitions = [(ToBytes(t.scale1, t.quantise1, work), Int8Conv(t.conv1, None, None, int8), t.pool, t.scale2) for t in (net.trans1, net.trans2)]
+        self.transitions = [(ToBytes(t.scale1, t.quantise1, work, fma), Int8Conv(t.conv1, None, None, int8), t.pool, t.scale2) for t in (net.trans1, net.trans2)]
 
     def buffer(self, block, n, side):
         "(n, side, side, channels of the whole block): made once."

@@ -191,7 +191,7 @@ def _papermill(job, tell):
     import nbformat, papermill
     at, raised = [0], None
     def started(cell, cell_index): at.append(cell_index); tell(cell=cell_index)
-    try: papermill.execute_notebook(job['source'], job['part'], job['parameters'], progress_bar=False, start_timeout=300, iopub_timeout=60, on_cell_start=started)
+    try: papermill.execute_notebook(job['source'], job['part'], job['parameters'], progress_bar=False, start_timeout=300, iopub_timeout=60, coalesce_streams=True, on_cell_start=started)
     except papermill.PapermillExecutionError: pass  # the cell itself says it better
     except Exception as e: raised = e
     if not Path(job['part']).exists(): return dict(error=f'{type(raised).__name__}: {raised}')
@@ -292,7 +292,7 @@ def run_notebook(
     for old in (out/'results').glob(f'{nb.stem}.*'): old.unlink()
     part = out/f'.{nb.stem}.running.ipynb'
     job = dict(source=str(nb.path.resolve()), part=str(part), path=str(out/nb.path.name), parameters=parameters)
-    env = {**os.environ, 'MICRONET_OUT': str(out/'results'), 'MICRONET_RUN': key, 'JUPYTER_PREFER_ENV_PATH': '1'}
+    env = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ, 'MICRONET_OUT': str(out/'results'), 'MICRONET_RUN': key, 'JUPYTER_PREFER_ENV_PATH': '1'}
     with tempfile.TemporaryFile('w+', errors='replace') as log:
         child = subprocess.Popen([sys.executable, '-c', 'from micronet_nb.reproduce import _child; _child()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                  stderr=log, env=env, cwd=out, start_new_session=True)
@@ -452,7 +452,7 @@ def _run_with_bar(nb, out, parameters, key, label, show):
     from tqdm import tqdm
     bar = tqdm(total=len(nb.cells), desc=label, unit='cell', leave=False) if sys.stderr.isatty() else None
     if bar is None: show(label, end=' ', flush=True)
-    def tell(cell): bar.update(cell - bar.n)
+    def tell(cell): bar.n = cell; bar.refresh()  # at once: the next cell may take minutes
     try: outcome = run_notebook(nb, out, parameters, key, tell if bar is not None else lambda cell: None)
     finally:
         if bar is not None: bar.close()
