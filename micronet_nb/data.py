@@ -7,8 +7,8 @@ __all__ = ['CIFAR100', 'CIFAR100_STATS', 'fingerprint', 'Dataset', 'held_out', '
            'Raw', 'decoded_path', 'write_decoded', 'open_decoded', 'decoded', 'read_parquet', 'ParquetSet',
            'list_images', 'load_dataset', 'overlap', 'batches', 'dataset_stats', 'normalise', 'has_cifar100', 'mosaic']
 
-# %% ../nbs/01_data.ipynb #3a3b635f
-import contextlib, hashlib, io, json, os, time
+# %% ../nbs/01_data.ipynb #c0f8bfa4
+import contextlib, hashlib, io, json, logging, os, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -337,12 +337,17 @@ def _check_counts(source, part, labels):
 # %% ../nbs/01_data.ipynb #f6e0f578
 def _hub(source, relative):
     "Downloads one file into the cache; MicronetError with the remedy where that fails, for whatever reason."
+    logger = logging.getLogger('huggingface_hub')
+    was = logger.level
+    logger.setLevel(logging.ERROR)  # it announces each of its five retries; our error says it once
     try:
         from huggingface_hub import hf_hub_download
+        logger.setLevel(logging.ERROR)  # the first import has set it
         return Path(hf_hub_download(source.repo, relative, repo_type='dataset', local_dir=cache_dir()))
     except Exception as e:  # the hub's own classes, those of two HTTP libraries, and the disk's
         raise MicronetError(f"could not download {relative} of {source.repo} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}). "
                             f'Check the network, or fetch it by hand and put it at {cache_dir()/relative}, or at {relative} below MICRONET_DATA') from None
+    finally: logger.setLevel(was)
 
 # %% ../nbs/01_data.ipynb #62feba25
 def _parquet_files(source, part, root=None):

@@ -106,7 +106,8 @@ def test_killed_half_way_it_leaves_no_process_and_continues(tmp_path, how):
     toy(tmp_path/"nbs", "01_first", f"open({str(log)!r}, 'a').write(f'first {{os.getpid()}}\\n')")
     toy(tmp_path/"nbs", "02_second", f"open({str(log)!r}, 'a').write(f'second {{os.getpid()}}\\n')", f"while not os.path.exists({str(go)!r}): time.sleep(0.05)")
     args = ["--nbs", tmp_path/"nbs", "--out", tmp_path/"out"]
-    runner = subprocess.Popen([sys.executable, "-m", "micronet_nb.reproduce", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    runner = subprocess.Popen([sys.executable, "-m", "micronet_nb.reproduce", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job would ignore it
     try:
         wait_for(lambda: log.exists() and "second" in log.read_text(), "the second notebook")
         kernel = psutil.Process(int(log.read_text().split()[-1]))
