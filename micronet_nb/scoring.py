@@ -49,6 +49,7 @@ def _tensors(args):
     for a in args:
         if isinstance(a, torch.Tensor): yield a
         elif isinstance(a, (list, tuple)): yield from _tensors(a)
+        elif isinstance(a, dict): yield from _tensors(a.values())
 
 # %% ../nbs/04_scoring.ipynb #658e00e6
 class Tracer(TorchDispatchMode):
@@ -128,16 +129,20 @@ def trace(
     model: nn.Module,  # any model whose forward takes one image batch; left as it was
     input_size: tuple  # (channels, height, width)
 ) -> Trace:
-    "Runs `model` once in evaluation mode and writes down every operation. MicronetError where the output ignores the input."
+    "Runs `model` once in evaluation mode and writes down every operation. MicronetError where it does not run, or the output ignores the input."
     like = next((p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()), torch.zeros(()))
     image = torch.full((1, *input_size), 0.5, dtype=like.dtype, device=like.device)
     modes = {m: m.training for m in model.modules()}
     tracer = Tracer(model, image)
+    fast = torch.backends.mha.get_fastpath_enabled()   # its fused attention would hide what it does
     hooks = [h for n, m in model.named_modules() for h in (m.register_forward_pre_hook(_enter(tracer, n)), m.register_forward_hook(_leave(tracer)))]
     try:
-        model.eval()
+        model.eval(); torch.backends.mha.set_fastpath_enabled(False)
         with tracer: out = model(image)
+    except (RuntimeError, IndexError) as e:
+        raise MicronetError(f"{type(model).__name__} does not run on an image of {'x'.join(map(str, input_size))}: {str(e).splitlines()[0]}") from e
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for h in hooks: h.remove()
         for m, training in modes.items(): m.training = training
     last = next((s for t in _tensors([out]) if (s := tracer.source(t)) is not None), None)

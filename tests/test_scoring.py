@@ -78,7 +78,7 @@ def test_the_model_is_left_as_it_was():
     score(net, (3, 32, 32))
     assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     broken = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(7, 7)).train()
-    with pytest.raises(RuntimeError): trace(broken, (3, 8, 8))
+    with pytest.raises(MicronetError, match='does not run on an image of 3x8x8'): trace(broken, (3, 8, 8))
     assert broken.training and not any(m._forward_hooks or m._forward_pre_hooks for m in broken.modules())
 
 
@@ -91,7 +91,7 @@ def test_command(capsys, tmp_path):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['mixnet_x'], 'no model'), (['resnet18', '--size', '3x32'], '3x32'), (['resnet18', '--schedule'], '124 layers'),
+    (['mixnet_x'], 'no model'), (['resnet18', '--size', '1x64x64'], 'does not run on an image of 1x64x64'), (['resnet18', '--size', '3x32'], '3x32'), (['resnet18', '--schedule'], '124 layers'),
     (['wrn_28_10', '--csv', '/proc/no/rows.csv'], '/proc/no')])
 def test_command_errors_are_one_line(args, message, capsys):
     assert main(args) == 1
