@@ -102,8 +102,9 @@ def atomic_path(
         yield tmp
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
         os.replace(tmp, path)
-    except PermissionError as e: raise MicronetError(f'cannot write {path}: {e.strerror}; choose a folder that you may write to') from e
-    finally: tmp.unlink(missing_ok=True)
+    except (PermissionError, FileNotFoundError) as e: raise MicronetError(f'cannot write {path}: {e.strerror}; choose a folder that you may write to') from e
+    finally:
+        with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #cc20787f
 def write_json(

@@ -85,7 +85,8 @@ def create_model(
 def _sized(make, sizes, name, num_classes):
     "The two sizes in a name such as densenet_bc_100_12."
     try: a, b = map(int, sizes.split('_'))
-    except ValueError: raise MicronetError(f'{name!r} needs two sizes, such as densenet_bc_100_12 or wrn_28_10') from None
+    except ValueError: a = b = 0
+    if a < 1 or b < 1: raise MicronetError(f'{name!r} needs two sizes, such as densenet_bc_100_12 or wrn_28_10')
     return make(a, b, num_classes)
 
 def _near(name):

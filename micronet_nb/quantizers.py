@@ -109,7 +109,7 @@ def solve_scale(
     if not signed: x = x.clamp(min=0)  # what is below becomes 0 whatever the step
     largest = x.abs().amax(1)
     unit = torch.where(largest > 0, largest, 1.)
-    rows = max(1, 65536//max(x.shape[1]*(hi if search == 'exact' else 1), 1))
+    rows = max(1, 32768//max(x.shape[1]*(hi if search == 'exact' else 1), 1))
     blocks = [_solve(b/u[:, None], lo, hi, search) for b, u in zip(x.split(rows), unit.split(rows))]
     return torch.where(largest > 0, torch.cat(blocks)*unit, 1.)
 

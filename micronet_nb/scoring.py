@@ -38,6 +38,7 @@ class Node:
     module: object = None      # the innermost module
     constants: list = field(default_factory=list)  # stored tensors that it reads, weights aside
     consumers: int = 0         # operations that read its output
+    left: bool = False         # of a matrix product: is the left factor the constant one?
     @property
     def elements(self): return math.prod(self.shape)
     @property
@@ -88,6 +89,7 @@ class Tracer(TorchDispatchMode):
         big = max(seen, key=lambda t: t.numel()).shape if seen else sources[0].shape
         node = Node(name, op, sources, _shape(outs[0].shape), _shape(big), tuple(args), module=module,
                     constants=[t for t in tensors if self.source(t) is None and _memory(t) in self.stored])
+        if op in ('mm', 'addmm'): node.left = self.source(args[op == 'addmm']) is None
         for s in sources: s.consumers += 1
         self.nodes.append(node)
         for t in outs: self.mark(t, node)
@@ -139,8 +141,8 @@ def trace(
     try:
         model.eval(); torch.backends.mha.set_fastpath_enabled(False)
         with tracer: out = model(image)
-    except (RuntimeError, IndexError) as e:
-        raise MicronetError(f"{type(model).__name__} does not run on an image of {'x'.join(map(str, input_size))}: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, IndexError, AssertionError, ValueError, NotImplementedError) as e:
+        raise MicronetError(f"{type(model).__name__} does not run on an image of {'x'.join(map(str, input_size))}: {(str(e).splitlines() or ['?'])[0]}") from e
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in hooks: h.remove()
@@ -186,8 +188,8 @@ def as_layer(node):
     if node.op == 'convolution':
         if node.args[6]: raise MicronetError(f'{node.name!r} is a transposed convolution, which the scorer does not know; no model of the study has one')
         weight, node.bias = node.args[1], node.args[2]
-    elif node.op == 'addmm': weight, node.bias = node.args[2].t(), node.args[0]
-    elif node.op == 'mm': weight = node.args[1].t()
+    elif node.op == 'addmm': weight, node.bias = node.args[1] if node.left else node.args[2].t(), node.args[0]
+    elif node.op == 'mm': weight = node.args[0] if node.left else node.args[1].t()
     elif node.op == 'linear': weight, node.bias = node.args[1], (node.args[2:3] or (None,))[0]
     node.constants = [t for t in node.constants if _memory(t) != _memory(weight) and (node.bias is None or _memory(t) != _memory(node.bias))]
     node.weight = weight.detach().reshape(weight.shape[0], -1) if len(node.inputs) == 1 else None
@@ -355,10 +357,11 @@ def count_layer(c, node, bits, scaled):
     if c.cifar and node.op != 'convolution': ba = 32                # the classifier's input is always counted as float
     wide = max(bw, ba)
     half = c.freebie and wide == 32
-    storage = weight_storage(C*K, nnz, 16 if half else bw, c.acc.riair)
+    storage, again = weight_storage(C*K, nnz, 16 if half else bw, c.acc.riair), _memory(node.weight) in c.paid
     c.row(node, 'conv' if node.op == 'convolution' else 'linear', nnz*P*(16 if half else wide)/32, P*_layer_adds(c, node, n, K, bw, ba, signed),
           c.once(node.weight, storage), shape=(*node.weight.shape, P), nnz=nnz, bits=f'{bw}w {ba}a')
     count_layer_scale(c, node, C, P, bw < 32, scaled)
+    if again and c.rows[-1]['kind'] in ('scale', 'bias'): c.rows[-1]['storage'] = 0.  # stored with the layer's first use
     if c.acc.quantisers and spec is not None and ba < 32 and spec.activation_scale != 1:
         c.row(node, 'quantiser', multiplies=node.in_elements/2, storage=.5, shape=node.in_shape, bits='16')
 
@@ -569,7 +572,8 @@ def score(
     graph = model if isinstance(model, Trace) else trace(model, input_size)
     c = Counting(acc, adder, specs or {}, pool_bits or acc.pool_bits, bias_bits, corrected, freebie)
     with torch.no_grad(): count(graph, c)
-    return Score(pd.DataFrame(c.rows).astype({'nnz': 'Int64'}), track, accounting, adder, corrected)
+    columns = ['name', 'kind', 'shape', 'nnz', 'bits', 'multiplies', 'adds', 'storage']
+    return Score(pd.DataFrame(c.rows, columns=columns).astype({'nnz': 'Int64'}), track, accounting, adder, corrected)
 
 # %% ../nbs/04_scoring.ipynb #f7fab7f3
 @torch.no_grad()
