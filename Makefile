@@ -42,6 +42,7 @@ $(DONE): settings.ini setup.py pyproject.toml
 	@echo 'Installing into .venv (once; PyTorch is large, so this takes some minutes)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -c "import site, pathlib; pathlib.Path(site.getsitepackages()[0], 'micronet_nb_checkout.pth').write_text('$(CURDIR)\n')"  # so that a folder called micronet_nb, seen from its parent, does not hide the package
 	@printf %s '$(CURDIR)' > $@
 
 reproduce: $(DONE)
