@@ -417,6 +417,7 @@ def count_pool(c, node, wide):
 def count_elementwise(c, node, wide):
     "Work on each element: pointwise sums and products on the larger input, gates at the accounting's width."
     multiplies, adds = ELEMENTWISE[node.op]
+    if node.op in ('add', 'sub') and len(node.args) > 2 and node.args[2] not in (None, 1): multiplies += 1  # x + alpha y
     gate = node.op in GATES or 'norm' in node.op
     bits = c.acc.gate_bits if gate else 16 if c.acc.riair else wide
     size = max(node.elements, node.in_elements)
@@ -438,7 +439,7 @@ def count_product(c, node, wide):
 def count_constants(c, node):
     "A stored tensor that takes part without being a weight: a position embedding, a layer scale."
     for t in node.constants:
-        if t.is_floating_point() and t.numel() > 1 and (paid := c.once(t, t.numel()*(.5 if c.acc.riair or c.quantised or c.freebie else 1))):
+        if t.is_floating_point() and (paid := c.once(t, t.numel()*(.5 if c.acc.riair or c.quantised or c.freebie else 1))):
             c.row(node, 'constant', storage=paid, shape=tuple(t.shape), bits='16' if paid < t.numel() else '32')
 
 # %% ../nbs/04_scoring.ipynb #4b849481
