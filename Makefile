@@ -64,13 +64,14 @@ readme: $(DONE)
 check: $(DONE)
 	$(BIN)/python -m micronet_nb.reproduce --check-sync --readme check
 
-# The notebooks' own tests and pytest work in a scratch folder, so that neither sees what an earlier run has left.
+# The notebooks' own tests and pytest work in a scratch folder, so that neither sees what an earlier run has left;
+# the nets that the first trains are found by the second.
 # Threads that spin while they wait would slow each other down where two notebooks share two cores.
 test: export OMP_WAIT_POLICY = PASSIVE
 test: check
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && set -x && \
 	 MICRONET_RUNS="$$scratch" $(BIN)/nbdev_test --n_workers 2 --timing && \
-	 $(BIN)/python -m pytest -q tests
+	 MICRONET_TEST_RUNS="$$scratch" $(BIN)/python -m pytest -q tests
 
 clean:
 	rm -rf .venv reports build *.egg-info .pytest_cache .hypothesis

@@ -8,13 +8,14 @@ __all__ = ['PROFILES', 'MicronetError', 'Profile', 'get_profile', 'project_root'
            'config_key', 'stage', 'commit', 'environment', 'record', 'load_record', 'published', 'released_schedule',
            'released_figures', 'compare', 'finish', 'progress']
 
-# %% ../nbs/00_core.ipynb #257916ad
+# %% ../nbs/00_core.ipynb #929a8d51
 import contextlib, hashlib, importlib.metadata, json, os, platform, re, subprocess, sys, threading, warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 warnings.filterwarnings('ignore', message='IProgress not found')  # tqdm, in a kernel without widgets: `progress` needs none
 
@@ -187,10 +188,12 @@ def stage(
     folder = Path(root or runs_dir()/'stages')/f'{name}-{config_key(config, upstream)}'
     done = folder/'done.json'
     if fresh: done.unlink(missing_ok=True)
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(done, {'config': config, 'upstream': list(upstream), 'result': run(folder)})
-    return read_json(done)['result']
+    if done.exists(): return read_json(done)['result']
+    folder.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get('RANK', 0)): return run(folder)  # a helper of a distributed run works along; the first process stores
+    with FileLock(folder/'.lock'):  # whoever comes second waits, and finds it done
+        if not done.exists(): write_json(done, {'config': config, 'upstream': list(upstream), 'result': run(folder)})
+        return read_json(done)['result']
 
 # %% ../nbs/00_core.ipynb #5dc57c2f
 _PACKAGES = ('torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'pandas', 'scikit-learn', 'onnxruntime')

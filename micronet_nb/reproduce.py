@@ -94,6 +94,7 @@ def choose(
 ) -> list:
     "The notebooks called so, in their order; MicronetError that lists the choices for an unknown name."
     names = [(n, {n.stem, *n.stem.split('_', 1)}) for n in notebooks]
+    if only is not None and not only: raise MicronetError(f"--only names no notebook: choose from {', '.join(n.stem for n in notebooks)}")
     for o in only or []:
         if not any(o in s for _, s in names): raise MicronetError(f"no notebook called {o!r}: choose from {', '.join(n.stem for n in notebooks)}")
     return [n for n, s in names if only is None or s & {*only}]
@@ -134,7 +135,15 @@ def assign(
         if name in known: continue
         near = difflib.get_close_matches(name, known, 1)
         raise MicronetError(f"no notebook of this run has a parameter {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}: they have {', '.join(known) or 'none but the profile'}")
+    for stem, ps in own.items():
+        for name in settings.keys() & ps.keys(): _check_kind(stem, name, ps[name], settings[name])
     return {stem: {k: v for k, v in {**settings, 'profile': profile}.items() if k in ps} for stem, ps in own.items()}
+
+# %% ../nbs/95_reproduce.ipynb #7d4a83c9
+def _check_kind(stem, name, default, value):
+    "A word where a number belongs is a slip of the finger: '1e-3x', 'O.1'."
+    was = parse_value(default)
+    if isinstance(was, (int, float)) and isinstance(value, str): raise MicronetError(f'--set {name}={value}: {stem} has a number there ({name} = {default})')
 
 # %% ../nbs/95_reproduce.ipynb #528dd737
 def digest(
@@ -652,7 +661,7 @@ def _parser():
 # %% ../nbs/95_reproduce.ipynb #6c16be33
 def _run_command(args):
     "The main job of the command; returns the exit code."
-    only = [n for o in args.only for n in re.split(r'[,\s]+', o) if n] if args.only else None
+    only = [n for o in args.only for n in re.split(r'[,\s]+', o) if n] if args.only is not None else None
     outcomes = reproduce(args.profile, only, parse_settings(args.set), args.out, args.nbs, args.fresh, args.record)
     count = {s: sum(o['status'] == s for o in outcomes.values()) for s in ('done', 'failed', 'blocked')}
     print(', '.join(f'{n} {s}' for s, n in zip(('done', 'failed', 'not run'), count.values()) if n))

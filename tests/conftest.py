@@ -1,4 +1,5 @@
 "What the tests share: scratch folders instead of the user's, toy notebooks, and one real run of all notebooks."
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,5 +48,6 @@ def assert_one_line(done, *words):
 def real_run(tmp_path_factory):
     "All notebooks of this checkout at `embedded`, once: the folder of their reports, and the finished command."
     out = tmp_path_factory.mktemp("reports")
-    done = command("--out", out)
+    env = os.environ | ({"MICRONET_RUNS": runs} if (runs := os.environ.get("MICRONET_TEST_RUNS")) else {})  # nets that nbdev_test has trained in this `make test`
+    done = command("--out", out, env=env)
     return out/"embedded", done

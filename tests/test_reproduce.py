@@ -134,6 +134,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("args, words", [
     (["--profile", "huge"], ["unknown profile 'huge'", "embedded, laptop, paper"]),
     (["--only", "a,scorign"], ["no notebook called 'scorign'", "01_a"]),
+    (["--only", ","], ["--only names no notebook", "01_a"]),
+    (["--set", "n=3O"], ["n=3O", "01_a has a number there (n = 7)"]),
     (["--set", "m=3"], ["no notebook of this run has a parameter 'm'", "n"]),
     (["--set", "nn=3"], ["'nn'", "did you mean 'n'?"]),
     (["-p", "b=1", "--only", "01"], ["parameter 'b'"]),
