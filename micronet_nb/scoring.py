@@ -7,8 +7,8 @@ __all__ = ['ELEMENTWISE', 'FREE', 'GATES', 'LAYERS', 'POOLS', 'PRODUCTS', 'NORMS
            'Node', 'Tracer', 'Trace', 'trace', 'kind_of', 'as_layer', 'positions', 'tree_adds', 'root_bits',
            'kernel_adds', 'LayerSpec', 'compressible', 'schedule_specs', 'Accounting', 'Counting', 'weight_storage',
            'average_adds', 'cifar_root_bits', 'count_layer', 'count_layer_scale', 'count_scale', 'folds', 'pool_size',
-           'count_pool', 'count_elementwise', 'count_product', 'count_constants', 'value_bits', 'layer_bits',
-           'absorbed', 'count', 'Score', 'summary', 'score', 'apply_schedule', 'main']
+           'count_pool', 'count_elementwise', 'count_product', 'count_constants', 'value_bits', 'weight_width',
+           'layer_bits', 'quantiser_step', 'absorbed', 'count', 'Score', 'summary', 'score', 'apply_schedule', 'main']
 
 # %% ../nbs/04_scoring.ipynb #0eb7af73
 import argparse, math, sys
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .core import MicronetError, atomic_path, find_file, released_schedule
@@ -117,6 +118,16 @@ def _leave(tracer):
         tracer.stack.pop()
     return hook
 
+# %% ../nbs/04_scoring.ipynb #a77d0aa8
+def _own(nodes, model):
+    "Names operations with a layer's weight after the layer, whoever did them."
+    owner = {}
+    for name, m in model.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)): owner.setdefault(_memory(m.weight), (name, m))
+    for node in nodes:
+        if isinstance(node.module, (nn.Conv2d, nn.Linear)): continue
+        for t in node.constants: node.name, node.module = owner.get(_memory(t), (node.name, node.module))
+
 # %% ../nbs/04_scoring.ipynb #11dea0cb
 @dataclass
 class Trace:
@@ -125,7 +136,7 @@ class Trace:
     output: Node       # what made the result
     input_size: tuple  # (channels, height, width)
 
-# %% ../nbs/04_scoring.ipynb #fc7c4777
+# %% ../nbs/04_scoring.ipynb #8304d03a
 @torch.no_grad()
 def trace(
     model: nn.Module,  # any model whose forward takes one image batch; left as it was
@@ -140,7 +151,9 @@ def trace(
     hooks = [h for n, m in model.named_modules() for h in (m.register_forward_pre_hook(_enter(tracer, n)), m.register_forward_hook(_leave(tracer)))]
     try:
         model.eval(); torch.backends.mha.set_fastpath_enabled(False)
-        with tracer: out = model(image)
+        with parametrize.cached():   # a masked weight is made once, however often it is used
+            with tracer: out = model(image)
+            _own(tracer.nodes, model)
     except (RuntimeError, IndexError, AssertionError, ValueError, NotImplementedError) as e:
         raise MicronetError(f"{type(model).__name__} does not run on an image of {'x'.join(map(str, input_size))}: {(str(e).splitlines() or ['?'])[0]}") from e
     finally:
@@ -454,19 +467,37 @@ def value_bits(
     if layer: return 32, True
     return max((known.get(i, (32, True)) for i in node.inputs), default=(32, True))
 
+# %% ../nbs/04_scoring.ipynb #00516a9e
+def weight_width(
+    module: nn.Module  # a layer
+) -> int:
+    "Bits of a layer's weight: what the module says (`weight_bits`), or a parametrization of its weight that has `bits`; else 32."
+    chain = module.parametrizations.weight if parametrize.is_parametrized(module, 'weight') else []
+    return getattr(module, 'weight_bits', None) or min((p.bits for p in chain if hasattr(p, 'bits')), default=32)
+
 # %% ../nbs/04_scoring.ipynb #714e607b
 def layer_bits(c, node, known):
     "(weight bits, activation bits, signed, spec) of a layer: from its spec, else from its module and from what made its input."
     spec = c.specs.get(node.name)
     if spec: return spec.weight_bits, spec.activation_bits, spec.activation_signed, spec
-    bits, signed = known.get(node.inputs[0], (32, True))
-    return getattr(node.module, 'weight_bits', 32), bits if bits < 16 else 32, signed, None
+    maker = node.inputs[0]
+    bits, signed = known.get(maker, (32, True))
+    widths = weight_width(node.module), bits if bits < 16 else 32, signed
+    return *widths, LayerSpec(*widths, quantiser_step(maker)) if maker.op == 'quantise' else None
+
+def quantiser_step(node):
+    "The step of a quantiser module: 1 where it is folded away, None where it is not one number."
+    step = getattr(node.module, 'scale', 1)
+    return float(step) if not isinstance(step, torch.Tensor) or step.numel() == 1 else None
 
 # %% ../nbs/04_scoring.ipynb #dcdfe7ea
 def absorbed(c, node, readers):
     "Is this relu done by the unsigned quantisers that read it?"
-    specs = [c.specs.get(r.name) if r.weight is not None else None for r in readers.get(node, [])]
-    return c.cifar and node.op == 'relu' and bool(specs) and all(s and s.activation_bits < 32 and not s.activation_signed for s in specs)
+    def unsigned(r):
+        if r.op == 'quantise': return r.module.bits < 32 and not r.module.signed
+        spec = c.specs.get(r.name) if r.weight is not None else None
+        return bool(spec) and spec.activation_bits < 32 and not spec.activation_signed
+    return c.cifar and node.op == 'relu' and node in readers and all(map(unsigned, readers[node]))
 
 # %% ../nbs/04_scoring.ipynb #53b0c52d
 def _plan(graph, c):
@@ -600,6 +631,7 @@ def _parser():
     p.add_argument('--accounting', choices=list(ACCOUNTINGS), help="whose convention (default: official; riair-cifar100 for 'released')")
     p.add_argument('--adder', default='tree', choices=ADDERS, help='adder of layers with quantised inputs (default: tree)')
     p.add_argument('--schedule', action='store_true', help="RIAIR's released bits and sparsities (MixNet-S only): the smallest weights are set to zero")
+    p.add_argument('--seed', type=int, default=0, help='of the random weights, whose places decide how full each kernel is (default: 0)')
     p.add_argument('--corrected', action='store_true', help='mend the slips of the released scorers')
     p.add_argument('--layers', action='store_true', help='a line per counted operation')
     p.add_argument('--csv', metavar='FILE', help='write those lines to a file')
@@ -624,6 +656,7 @@ def _size(text):
 
 # %% ../nbs/04_scoring.ipynb #e1e18f55
 def _run(args):
+    torch.manual_seed(args.seed)
     net, size, accounting = _load(args.model, args.size and _size(args.size), None)
     specs = apply_schedule(net, released_schedule()) if args.schedule else None
     track = args.track or ('cifar100' if size[-1] <= 64 else 'imagenet')

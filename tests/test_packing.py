@@ -1,0 +1,431 @@
+"Packed files: nets and files that no notebook shows, damaged and forged ones, and the commands."
+import importlib
+import json
+import random
+import zlib
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from torch import fx, nn
+from torch.nn import functional as F
+
+from micronet_nb import packing, scoring
+from micronet_nb.core import MicronetError, find_file, released_figures
+from micronet_nb.deployment import IntConv2d, IntLinear, Quantise, ScaleBias
+from micronet_nb.models import create_model
+from micronet_nb.packing import as_graph, bill, compress, contents, decode, encode, half_scales, load_packed, main_eval, main_pack, pack, parts_of, seal, unpack
+from micronet_nb.scoring import score
+
+CHECKPOINT = 'riair/densenet-100.pth.tar'
+needs_checkpoint = pytest.mark.skipif(find_file(CHECKPOINT) is None, reason=f'{CHECKPOINT} is not below MICRONET_DATA')
+
+
+def filled(model, density=.4, seed=0):
+    "Random integers in the integer layers, FP16 numbers in the scales."
+    g = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if hasattr(m, 'weight_bits'):
+            top = 2**(m.weight_bits - 1)
+            values = torch.randint(-top, top, m.weight.shape, generator=g).float() if m.weight_bits > 1 else torch.randint(0, 2, m.weight.shape, generator=g)*2. - 1
+            m.weight.data = values*(torch.rand(m.weight.shape, generator=g) < density)
+        elif isinstance(m, ScaleBias):
+            m.weight.data = (torch.rand(m.weight.shape, generator=g)*.1).half().float()
+            m.bias.data = torch.randn(m.bias.shape, generator=g).half().float()
+    return model.eval()
+
+
+class Odd(nn.Module):
+    "Groups, strides, oblong kernels, every kind of argument, and a constant."
+    def __init__(self):
+        super().__init__()
+        self.q, self.a, self.s = Quantise(7, signed=True), IntConv2d(4, 8, (1, 3), stride=(2, 1), padding=(0, 1), groups=2, dilation=(1, 2), weight_bits=16), ScaleBias(8)
+        self.b, self.t = IntConv2d(4, 6, 1, weight_bits=1), ScaleBias(6)
+        self.fc, self.u = IntLinear(6, 5, weight_bits=2), ScaleBias(5)
+        self.shift = nn.Parameter(torch.randn(6, 1, 1))
+        self.register_buffer('step', torch.tensor(.5))
+    def forward(self, x):
+        first, second = self.s(self.a(self.q(x))).chunk(2, dim=1)
+        x = self.t(self.b(torch.clamp(first - second[:, :, ::1], min=-float('inf'), max=9.))) + self.shift
+        return self.u(self.fc(F.adaptive_avg_pool2d(F.relu(x)*self.step, 1).flatten(start_dim=1)))
+
+
+def same(a, b, x):
+    "Same structure, same tensors, same answers, to the last bit."
+    for g, h in zip(a.graph.nodes, b.graph.nodes, strict=True): assert (g.name, g.op, g.target, str(g.args), str(g.kwargs)) == (h.name, h.op, h.target, str(h.args), str(h.kwargs))
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for k, v in a.state_dict().items(): assert torch.equal(v, b.state_dict()[k]) and v.dtype == b.state_dict()[k].dtype, k
+    with torch.inference_mode(): assert torch.equal(a(x), b(x))
+
+
+@pytest.fixture
+def small(tmp_path):
+    return pack(filled(Odd()), tmp_path/'small.safetensors', dict(input_size=(4, 8, 8)))
+
+
+def refused(path, data, *words):
+    path.write_bytes(data)
+    with pytest.raises(MicronetError) as e: unpack(path)
+    for w in words: assert w in str(e.value), str(e.value)
+
+
+# --- bits
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 16), st.integers(0, 200), st.floats(0, 1), st.booleans(), st.sampled_from([torch.float32, torch.float64, torch.float16]), st.integers(0, 2**31))
+def test_any_integers_come_back(bits, n, density, masked, dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    top = 2**(bits - 1)
+    w = torch.randint(-top, top, (n,), generator=g) if bits > 1 else torch.randint(0, 2, (n,), generator=g)*2 - 1
+    if masked or bits > 1: w = w*(torch.rand(n, generator=g) < density)
+    w = w.to(dtype)
+    data = encode(w, bits, masked)
+    nnz = int((w != 0).sum())
+    assert len(data) == -(-(n*masked + (nnz if masked else n)*bits)//8)
+    back, used = decode(np.concatenate([data, np.frombuffer(b'\xffmore', np.uint8)]), n, bits, masked, dtype)
+    assert used == len(data) and back.dtype == dtype and torch.equal(back, w)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), max_size=50), st.booleans())
+def test_any_floats_come_back(values, masked):
+    w = torch.tensor(values, dtype=torch.float32)
+    back, used = decode(encode(w, None, masked), len(w), None, masked)
+    assert torch.equal(back, w) and used == len(encode(w, None, masked))
+
+
+# --- nets
+
+def test_odd_net_round_trip(small):
+    net, x = as_graph(filled(Odd())), torch.randn(3, 4, 8, 8)*20
+    torch.manual_seed(0)
+    net.shift.data = torch.randn(6, 1, 1)
+    path = pack(net, small, dict(input_size=(4, 8, 8)))
+    same(net, unpack(path), x)
+    table = bill(path)
+    assert not (table.why == 'not explained').any()
+    layers = table[table.kind.isin(['IntConv2d', 'IntLinear', 'ScaleBias'])]
+    assert layers.stored.tolist() == [-(-c//1) for c in layers.charged]
+    assert pack(unpack(path), small.with_name('b'), dict(input_size=(4, 8, 8))).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize('name, size', [('wrn_10_1', (3, 32, 32)), ('resnet10t', (3, 64, 64))])
+def test_float_nets_round_trip(name, size, tmp_path):
+    "Unlowered nets can be packed where torch.fx traces them and every function is known."
+    torch.manual_seed(0)
+    net = (create_model(name, 10, small=True) if name.startswith('wrn') else timm.create_model(name, num_classes=10)).eval()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(.5, 2)
+    graph = as_graph(net)
+    path = pack(graph, tmp_path/'n.safetensors', dict(input_size=size))
+    same(graph, unpack(path), torch.randn(2, *size))
+    assert not (bill(path).why == 'not explained').any()
+
+
+def test_unlowered_net_with_modules_of_timm_is_named(tmp_path):
+    with pytest.raises(MicronetError, match='BatchNormAct2d.* calls getattr.*lower the net first'): pack(create_model('densenet_bc_10_8', 10, small=True), tmp_path/'n')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('masks, accounting', [('always', 'riair-cifar100'), ('paying', 'official')])
+@pytest.mark.parametrize('density', [0, .1, .8, 1])
+def test_payload_is_the_charge(masks, accounting, density, tmp_path):
+    net = filled(nn.Sequential(Quantise(4), IntConv2d(5, 7, 3, weight_bits=4), ScaleBias(7), Quantise(3), nn.Flatten(), IntLinear(7*36, 9, weight_bits=5), ScaleBias(9)), density)
+    table = bill(pack(net, tmp_path/'n', masks=masks), (5, 8, 8), accounting)
+    assert table.stored.tolist() == [-(-c//1) for c in table.charged]
+    storage = score(net, (5, 8, 8), accounting=accounting, corrected=True).storage
+    payload = parts_of(tmp_path/'n')['weights'] + parts_of(tmp_path/'n')['numbers']
+    assert 0 <= payload - 4*storage < len(table)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
+def test_other_dtypes(dtype, tmp_path):
+    net = as_graph(filled(nn.Sequential(IntConv2d(3, 4, 3), ScaleBias(4), nn.Conv2d(4, 4, 1)))).to(dtype)
+    same(net, unpack(pack(net, tmp_path/'n')), torch.randn(1, 3, 8, 8, dtype=dtype))
+
+
+def test_shared_modules_and_tied_weights_are_stored_once(tmp_path):
+    conv, other = IntConv2d(4, 4, 3, padding=1), IntConv2d(4, 4, 3, padding=1)
+    net = filled(nn.Sequential(conv, ScaleBias(4), conv, other, ScaleBias(4)))
+    other.weight = conv.weight
+    graph = as_graph(net)
+    path = pack(graph, tmp_path/'n', dict(input_size=(4, 6, 6)))
+    assert (contents(path).bytes > 0).sum() == 5 and contents(path).form.tolist().count('=0.weight') == 1
+    back = unpack(path)
+    assert back.get_submodule('0').weight.data_ptr() == back.get_submodule('3').weight.data_ptr()
+    same(graph, back, torch.randn(1, 4, 6, 6))
+    assert bill(path).why.eq('').all()
+
+
+def test_names_of_an_edited_graph_stay(tmp_path):
+    graph = as_graph(filled(nn.Sequential(Quantise(4), nn.ReLU(), IntConv2d(3, 4, 1), ScaleBias(4))))
+    relu = next(n for n in graph.graph.nodes if n.target == '1')
+    relu.replace_all_uses_with(relu.args[0])
+    graph.graph.erase_node(relu)
+    with graph.graph.inserting_before(next(n for n in graph.graph.nodes if n.op == 'output')) as _: graph.graph.call_function(torch.relu, (list(graph.graph.nodes)[-2],)).name
+    for n in graph.graph.nodes:
+        if n.op == 'call_module': n.name = f'node_of_{n.target}'
+    graph.recompile()
+    back = unpack(pack(graph, tmp_path/'n'))
+    assert [n.name for n in back.graph.nodes] == [n.name for n in graph.graph.nodes]
+    same(graph, back, torch.randn(1, 3, 4, 4))
+
+
+def test_training_is_left_as_it_was(tmp_path):
+    net = filled(nn.Sequential(IntConv2d(3, 4, 1), nn.Dropout(), ScaleBias(4)))
+    net.train(); net[1].eval()
+    before = torch.random.get_rng_state()
+    pack(net, tmp_path/'n'); back = unpack(tmp_path/'n')
+    assert net.training and not net[1].training and not back.training and not any(p.requires_grad for p in back.parameters())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_half_scales_rounds_scales_and_nothing_else(tmp_path):
+    net = filled(nn.Sequential(IntConv2d(3, 4, 1), ScaleBias(4), nn.Conv2d(4, 4, 1)))
+    net[1].weight.data = torch.tensor([.1, 1., 1e-7, 3.])
+    half = half_scales(net)
+    assert torch.equal(half.get_submodule('1').weight, net[1].weight.half().float()) and torch.equal(half.get_submodule('2').weight, net[2].weight)
+    assert net[1].weight[0] == torch.tensor(.1)
+    net[1].weight.data[0] = 1e6
+    with pytest.raises(MicronetError, match='1.weight reaches 1e'): half_scales(net)
+
+
+# --- what cannot be packed
+
+class Calls(nn.Module):
+    def __init__(self, f): super().__init__(); self.f, self.conv = f, IntConv2d(3, 4, 1)
+    def forward(self, x): return self.f(self.conv(x))
+
+
+@pytest.mark.parametrize('model, message', [
+    (lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 1)), '0 is a ConvTranspose2d'), (lambda: Calls(torch.special.i0), 'special_i0'), (lambda: Calls(lambda x: x.lgamma()), 'method lgamma'),
+    (lambda: Calls(lambda x: x if x.sum() > 0 else -x), 'cannot be traced'), (lambda: nn.Sequential(IntConv2d(3, 4, 1, weight_bits=3)), 'more than 3 bits'),
+    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), 'ParametrizedConv2d'), (lambda: nn.Sequential(OrderedDict(code=nn.ReLU())), "'code' cannot be a name")])
+def test_what_cannot_be_packed_is_named(model, message, tmp_path):
+    net = model()
+    for m in net.modules():
+        if isinstance(m, IntConv2d): m.weight.data = torch.full(m.weight.shape, 5.)
+    with pytest.raises(MicronetError, match=message): pack(net, tmp_path/'n')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('value, message', [(float('nan'), 'NaN or infinity|whole numbers'), (.5, 'not whole numbers'), (float('inf'), 'NaN or infinity|bits')])
+def test_weights_that_are_no_integers(value, message, tmp_path):
+    net = filled(nn.Sequential(IntConv2d(3, 4, 1)))
+    net[0].weight.data[0, 0] = value
+    with pytest.raises(MicronetError, match=message): pack(net, tmp_path/'n')
+
+
+@pytest.mark.parametrize('about', [dict(input_size=(3, 8)), dict(input_size='3x8x8'), dict(input_size=(3, 8, True)), dict(accounting='mine'), dict(author='me'), dict(pixels=(1, 2)), dict(pixels={}), dict(input_size=(0, 8, 8)), 7])
+def test_about_is_checked(about, tmp_path):
+    with pytest.raises(MicronetError, match='about'): pack(filled(nn.Sequential(IntConv2d(3, 4, 1))), tmp_path/'n', about)
+
+
+def test_unwritable_place():
+    with pytest.raises(MicronetError, match='/proc/no'): pack(filled(nn.Sequential(IntConv2d(3, 4, 1))), '/proc/no/n.safetensors')
+    with pytest.raises(MicronetError, match="'always' or 'paying'"): pack(nn.Sequential(), '/proc/no', masks='never')
+
+
+# --- damaged and forged files
+
+def test_every_single_bit_counts(small, tmp_path):
+    "Not a sample: each bit of a file, one at a time."
+    data = small.read_bytes()
+    for i in range(8*len(data)):
+        bad = bytearray(data)
+        bad[i//8] ^= 1 << i % 8
+        (tmp_path/'bad').write_bytes(bad)
+        with pytest.raises(MicronetError): unpack(tmp_path/'bad')
+
+
+def test_every_length_is_refused(small, tmp_path):
+    data = small.read_bytes()
+    for n in range(len(data)): refused(tmp_path/'cut', data[:n])
+    refused(tmp_path/'long', data + b'\0', 'was altered')
+
+
+def test_foreign_files(tmp_path):
+    torch.save({'a': torch.ones(2)}, tmp_path/'a.pt')
+    save_file({'a': torch.ones(2)}, tmp_path/'b.safetensors', metadata={'format': 'pt'})
+    save_file({'a': torch.ones(2)}, tmp_path/'c.safetensors', metadata={'micronet_nb': 'hello'})
+    for f in ('a.pt', 'b.safetensors', 'c.safetensors'):
+        with pytest.raises(MicronetError, match='not a file that micronet_nb packed'): unpack(tmp_path/f)
+    with pytest.raises(MicronetError, match='cannot read'): unpack(tmp_path)
+    with pytest.raises(MicronetError, match='No such file'): unpack(tmp_path/'d')
+    refused(tmp_path/'deep', (80_000).to_bytes(8, 'little') + b'['*80_000, 'not a file')
+    refused(tmp_path/'far', (80).to_bytes(8, 'little') + json.dumps({'__metadata__': {'micronet_nb': '1 ' + '0'*64}, 'a': {'data_offsets': [0, 1e999]}}).encode().ljust(80), 'not a file')
+
+
+def test_newer_format_is_named(small, tmp_path):
+    refused(tmp_path/'n', seal(load_file(small), version=2), 'has format 2', 'reads up to format 1')
+
+
+@pytest.mark.parametrize('change', [
+    dict(weights=torch.zeros(3)), dict(weights=torch.zeros(3, 3, dtype=torch.uint8)), dict(weights=torch.zeros((), dtype=torch.uint8)), dict(graph=torch.zeros(9)), dict(graph=torch.zeros(9, dtype=torch.uint8)),
+    dict(extra=torch.zeros(2)), dict(float16=torch.zeros(1, dtype=torch.float16)), dict(float16=torch.zeros(10**5, dtype=torch.float16)), 'weights', 'graph', 'float16'])
+def test_wrong_tensors_under_a_right_digest(small, tmp_path, change):
+    tensors = load_file(small)
+    tensors = {k: v for k, v in tensors.items() if k != change} if isinstance(change, str) else tensors | change
+    refused(tmp_path/'n', seal(tensors), 'cannot be unpacked')
+
+
+def test_no_safetensors_under_a_right_digest(small, tmp_path):
+    import hashlib
+    data = small.read_bytes()
+    digest = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])['__metadata__']['micronet_nb'].split()[1]
+    bad = data.replace(b'"shape":[', b'"shape":[9', 1).replace(digest.encode(), b'0'*64)
+    bad = (len(bad) - (len(data) - 8 - int.from_bytes(data[:8], 'little')) - 8).to_bytes(8, 'little') + bad[8:]
+    refused(tmp_path/'n', bad.replace(b'0'*64, hashlib.sha256(bad).hexdigest().encode(), 1), 'no safetensors file')
+
+
+CANARY = []
+@pytest.mark.parametrize('text', ['x"); __import__("test_packing").CANARY.append(1); ("', "x'); __import__('test_packing').CANARY.append(1); ('", 'a\n__import__("test_packing").CANARY.append(1)\n#', 'eval', '__import__("test_packing").CANARY.append(1)'])
+def test_no_text_of_a_file_is_run(small, tmp_path, text):
+    "The text takes every string's place in the structure, keys included; whatever is still a net is run."
+    tensors = load_file(small)
+    original = json.loads(zlib.decompress(bytes(tensors['graph'].tolist())))
+
+    def places(v, path=()):
+        for k in (v if isinstance(v, dict) else range(len(v))):
+            if isinstance(v, dict): yield (*path, k), True
+            if isinstance(v[k], str): yield (*path, k), False
+            if isinstance(v[k], (dict, list)): yield from places(v[k], (*path, k))
+    nets = 0
+    for path, key in places(original):
+        s = json.loads(json.dumps(original))
+        at = s
+        for k in path[:-1]: at = at[k]
+        if key: at[text] = at.pop(path[-1])
+        else: at[path[-1]] = text
+        (tmp_path/'n').write_bytes(seal(tensors | {'graph': compress(s)}))
+        try: net = unpack(tmp_path/'n')
+        except MicronetError: continue
+        nets += 1
+        try: net(torch.zeros(1, 4, 8, 8))
+        except Exception: pass  # a forged net may fail when it is run
+    assert not CANARY
+
+
+def test_sizes_are_checked_before_memory_is_taken(tmp_path):
+    net = filled(nn.Sequential(IntConv2d(3, 4, 1), ScaleBias(4), nn.BatchNorm2d(4)))
+    tensors = load_file(pack(net, tmp_path/'n'))
+    s = json.loads(zlib.decompress(bytes(tensors['graph'].tolist())))
+    for kind, key in ((0, 'out_channels'), (0, 'kernel_size'), (1, 'channels'), (2, 'num_features')):
+        forged = json.loads(json.dumps(s))
+        forged['kinds'][kind][1][key] = 10**7 if key == 'kernel_size' else 10**12
+        refused(tmp_path/'f', seal(tensors | {'graph': compress(forged)}), 'cannot be unpacked')
+    zeros = json.loads(json.dumps(s))
+    zeros['kinds'][1][1]['channels'], zeros['kinds'][1][2] = 10**12, {'weight': '0', 'bias': '0'}
+    refused(tmp_path/'f', seal(tensors | {'graph': compress(zeros)}), 'zeros beside 0 weights')
+
+
+def test_random_damage_of_another_net(small, tmp_path):
+    rng, data = random.Random(1), small.read_bytes()
+    for _ in range(500):
+        bad = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            i = rng.randrange(len(bad))
+            bad[i:i + rng.randrange(20)] = rng.randbytes(rng.randrange(20))
+        if bad != data: refused(tmp_path/'n', bytes(bad))
+
+
+# --- commands
+
+def one_line(err, *words):
+    assert err.count('\n') == 1 and 'Traceback' not in err, err
+    for w in words: assert w in err, err
+
+
+@pytest.fixture
+def digits_net(tmp_path):
+    net = filled(nn.Sequential(Quantise(8, signed=True), IntConv2d(3, 8, 3), ScaleBias(8), nn.ReLU(), nn.Flatten(), IntLinear(8*36, 10), ScaleBias(10)))
+    return pack(net, tmp_path/'digits.safetensors', dict(input_size=(3, 8, 8), accounting='riair-cifar100', dataset='digits', pixels=([0., 0., 0.], [.01, .01, .01])))
+
+
+def test_eval_command_counts_right_answers(digits_net, capsys):
+    from micronet_nb.data import load_dataset, normalise
+    assert main_eval([str(digits_net), '-n', '60', '--batch', '7']) == 0
+    ds, net = load_dataset('digits', 'test'), unpack(digits_net)
+    right = int((net(normalise(ds.images[:60], [0.]*3, [.01]*3)).argmax(1) == ds.labels[:60]).sum())
+    out = capsys.readouterr().out
+    assert f'({right} of 60 test images of digits)' in out and f'top-1 {100*right/60:.2f} %' in out
+
+
+@pytest.mark.parametrize('args, words', [
+    (['-n', '0'], ['-n 0']), (['--batch', '0'], ['--batch 0']), (['--data', 'cifar100'], ['digits.safetensors takes images of 3x8x8'])])
+def test_eval_command_errors(digits_net, args, words, capsys):
+    if '--data' in args and find_file('cifar100/test-00000-of-00001.parquet') is None: pytest.skip('cifar100 is not below MICRONET_DATA')
+    assert main_eval([str(digits_net), *args]) == 1
+    one_line(capsys.readouterr().err, *words)
+
+
+def test_eval_command_needs_to_know(tmp_path, capsys):
+    net = filled(nn.Sequential(IntConv2d(3, 4, 1), ScaleBias(4)))
+    for about, word in (({}, 'give --data'), (dict(dataset='digits'), 'how pixels are normalised'), (dict(dataset='digits', pixels='released'), 'does not give 10 numbers'), (dict(dataset='mnist', pixels='released'), 'mnist')):
+        pack(net, tmp_path/'n', about)
+        assert main_eval([str(tmp_path/'n')]) == 1
+        one_line(capsys.readouterr().err, word)
+    assert main_eval([str(tmp_path/'nothing')]) == 1
+    one_line(capsys.readouterr().err, 'No such file')
+
+
+def test_pack_command(digits_net, tmp_path, capsys):
+    assert main_pack([str(digits_net), str(tmp_path/'b'/'again.safetensors')]) == 0
+    assert (tmp_path/'b'/'again.safetensors').read_bytes() == digits_net.read_bytes()
+    assert f'{digits_net.stat().st_size:,} bytes' in capsys.readouterr().out
+    for args, word in ((['nothing', 'x'], "neither 'released' nor a packed file"), ([__file__, 'x'], 'not a file that micronet_nb packed'), ([str(digits_net), '/proc/no/x'], '/proc/no')):
+        assert main_pack(args) == 1
+        one_line(capsys.readouterr().err, word)
+
+
+@pytest.mark.parametrize('command', [main_pack, main_eval])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as e: command(['--help'])
+    assert e.value.code == 0 and 'examples:' in capsys.readouterr().out
+
+
+def test_console_scripts_exist():
+    from configparser import ConfigParser
+    parser = ConfigParser(delimiters=['='])
+    parser.read(ROOT/'settings.ini', encoding='utf-8')
+    scripts = dict(s.split('=') for s in parser['DEFAULT']['console_scripts'].split())
+    assert {'micronet-pack', 'micronet-eval', 'micronet-score'} <= set(scripts)
+    for target in scripts.values():
+        module, function = target.split(':')
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_score_command_takes_a_packed_file(digits_net, tmp_path, capsys):
+    assert scoring.main([str(digits_net), '--corrected']) == 0
+    net, size, accounting = load_packed(digits_net)
+    s = score(net, size, accounting=accounting, corrected=True)
+    assert f'{s.storage:,.4f}' in capsys.readouterr().out
+    (tmp_path/'cut.safetensors').write_bytes(digits_net.read_bytes()[:-3])
+    assert scoring.main([str(tmp_path/'cut.safetensors')]) == 1
+    one_line(capsys.readouterr().err, 'micronet-score', 'is cut short')
+
+
+# --- RIAIR's net
+
+@needs_checkpoint
+def test_released_net_through_the_commands(tmp_path, capsys):
+    from micronet_nb.released import load_released
+    path, half = tmp_path/'model.safetensors', tmp_path/'half.safetensors'
+    assert main_pack(['released', str(path)]) == 0 and main_pack(['released', str(half), '--fp16']) == 0
+    released, told = load_released(), released_figures()['cifar100']
+    same(as_graph(released), unpack(path), torch.rand(2, 3, 32, 32)/100)
+    s = score(unpack(path), (3, 32, 32), 'cifar100', 'riair-cifar100')
+    assert (s.storage, round(s.ops, 2), round(s.score, 6)) == (told['storage'], told['ops'], told['score'])
+    p, table = parts_of(half), bill(half)
+    payload = p['weights'] + p['numbers']
+    charged = 4*score(released, (3, 32, 32), 'cifar100', 'riair-cifar100', corrected=True).storage
+    assert 0 <= payload - charged < len(table) and p['file'] < 1.1*payload
+    assert table.stored.tolist() == [-(-c//1) for c in table.charged]
+    capsys.readouterr()
+    assert scoring.main([str(path)]) == 0
+    assert f"{told['storage']:,.4f}" in capsys.readouterr().out

@@ -1,0 +1,191 @@
+"""What needs several processes, or a program of its own: `accelerate launch` on two CPU processes, and a kill in the middle of a checkpoint."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from micronet_nb import training
+from micronet_nb.core import MicronetError
+from micronet_nb.data import load_dataset
+from micronet_nb.models import densenet_bc
+from micronet_nb.training import FitConfig, checkpoints, fit, fit_stage, hard_loss
+
+CONFIG = FitConfig(epochs=3, epoch_images=12*32, batch_size=32, lr=.05, augment="riair", ema=.9, mixup=.2, cutmix=1., label_smoothing=.1)
+
+
+def data(): return load_dataset("digits", "train"), load_dataset("digits", "valid")
+
+
+def normless():
+    "A net without batch norm: what an image gives does not depend on the others."
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.GroupNorm(4, 32), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def dense(dropout=0.):
+    torch.manual_seed(0)
+    net = densenet_bc(10, 8, 10)
+    net.head_drop = nn.Dropout(dropout)
+    return net
+
+
+class Watch:
+    "What a callback sees: the net's own class, and the same dice in every process."
+    def __init__(self): self.kinds, self.dice = set(), []
+    def on_step(self, run): self.kinds.add(type(run.model).__name__); self.dice.append(torch.rand(()).item())
+
+
+def poisoned(logits, target, teacher_logits, config):
+    "A loss that is NaN in the second process alone."
+    return hard_loss(logits, target, teacher_logits, config)*(float("nan") if int(os.environ.get("RANK", 0)) else 1.)
+
+
+def message(work):
+    try: work()
+    except MicronetError as e: return str(e)
+
+
+def figures(run): return [{k: v for k, v in row.items() if k not in ("seconds", "data_share")} for row in run.history]
+
+
+def worker(out):
+    "Runs in each of the launched processes; leaves what it has seen in a file of its own."
+    root, watch = Path(out), Watch()
+    alone = fit(normless(), data(), CONFIG, callbacks=[watch], quiet=True)
+    rank, told = alone.world.process_index, dict(processes=alone.world.num_processes, backend=alone.world.backend)
+    told |= dict(history=alone.history, kinds=sorted(watch.kinds), dice=watch.dice)
+    save_file({k: v.contiguous() for k, v in alone.ema.module.state_dict().items()}, root/f"normless-{rank}.safetensors")
+
+    through = fit(dense(.2), data(), CONFIG, quiet=True)
+    pieces = 0
+    while not (piece := fit(dense(.2), data(), CONFIG, folder=root/"pieces", stop=0., every=0., quiet=True)).done: pieces += 1
+    told |= dict(pieces=pieces, dense=through.history[-1]["valid_loss"], in_pieces=figures(piece) == figures(through),
+                 same=all(torch.equal(a, b) for r, s in ((through.model, piece.model), (through.ema.module, piece.ema.module))
+                          for a, b in zip(r.state_dict().values(), s.state_dict().values(), strict=True)))
+    save_file({k: v.contiguous() for k, v in through.model.state_dict().items()}, root/f"dense-{rank}.safetensors")
+
+    told["uneven"] = message(lambda: fit(normless(), data(), replace(CONFIG, batch_size=33, mixup=0., cutmix=0.), quiet=True))
+    told["sync_bn"] = message(lambda: fit(dense(), data(), replace(CONFIG, sync_bn=True), quiet=True))
+    told["poisoned"] = message(lambda: fit(normless(), data(), CONFIG, loss=poisoned, folder=root/"poisoned", quiet=True))
+    nets = normless(), normless()
+    results = [fit_stage("launched", net, data(), replace(CONFIG, compile="eager"), dict(model="normless"), root=root/"stages", quiet=True) for net in nets]
+    told |= dict(stage=results[0], found=results[0] == results[1], filled=all(torch.equal(a, b) for a, b in zip(*(net.state_dict().values() for net in nets), strict=True)))
+    (root/f"{rank}.json").write_text(json.dumps(told))
+    alone.world.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    "What the two processes of one `accelerate launch` have seen, and the folder of what they have written."
+    out = tmp_path_factory.mktemp("launched")
+    env = os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", PYTHONPATH=str(Path(training.__file__).resolve().parent.parent))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
+               "--mixed_precision", "no", "--dynamo_backend", "no", __file__, str(out)]  # --multi_gpu is accelerate's word for several processes here
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out, [json.loads((out/f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def distance(a, b):
+    "Relative distance of two state dicts' floating-point values."
+    va, vb = (torch.cat([s[k].flatten() for k in sorted(s) if s[k].is_floating_point()]) for s in (a, b))
+    return ((va - vb).norm()/va.norm()).item()
+
+
+def test_two_processes_train_as_one(launched):
+    "Without batch norm two processes give the weights and figures of one, up to rounding; and each of them gives the same."
+    out, told = launched
+    assert [t["processes"] for t in told] == [2, 2] and told[0]["backend"] == "gloo"
+    assert told[0]["history"] == told[1]["history"] and len(told[0]["history"]) == 3
+    mine = fit(normless(), data(), CONFIG, quiet=True)
+    theirs = [load_file(out/f"normless-{rank}.safetensors") for rank in (0, 1)]
+    assert distance(theirs[0], theirs[1]) == 0
+    assert distance(mine.ema.module.state_dict(), theirs[0]) < 1e-4
+    assert distance(normless().state_dict(), theirs[0]) > 1e-2  # it has learnt something
+    for a, b in zip(mine.history, told[0]["history"], strict=True):
+        assert a["valid_loss"] == pytest.approx(b["valid_loss"], rel=1e-3) and a["lr"] == b["lr"]
+
+
+def test_callbacks_see_the_net_itself_and_the_same_dice(launched):
+    for told in launched[1]: assert told["kinds"] == ["Sequential"]
+    assert launched[1][0]["dice"] == launched[1][1]["dice"] and len(set(launched[1][0]["dice"])) == 36
+
+
+def test_batch_norm_sees_its_share_and_the_processes_end_alike(launched):
+    "Batch norm makes two processes differ from one, but not from each other; cut into pieces they end with the same weights."
+    out, told = launched
+    ends = [load_file(out/f"dense-{rank}.safetensors") for rank in (0, 1)]
+    assert distance(*ends) == 0
+    for t in told: assert t["pieces"] >= 3 and t["same"] and t["in_pieces"]
+    assert distance(fit(dense(.2), data(), CONFIG, quiet=True).model.state_dict(), ends[0]) > 1e-3
+
+
+def test_what_cannot_be_shared_is_refused_in_all_processes(launched):
+    for t in launched[1]:
+        assert "2 processes cannot share a batch of 33 evenly" in t["uneven"]
+        assert "sync_bn needs GPUs" in t["sync_bn"]
+        assert "not finite since step 0" in t["poisoned"]
+    assert not checkpoints(launched[0]/"poisoned")
+
+
+def test_a_stage_is_written_once_and_found_by_all(launched):
+    out, told = launched
+    assert told[0]["stage"] == told[1]["stage"] and all(t["found"] and t["filled"] for t in told)
+    folder, = (out/"stages").iterdir()
+    assert {p.name for p in folder.iterdir()} - {".lock"} == {"done.json", "model.safetensors"}
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    "Each would train the whole by itself, and all would write the same files."
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MicronetError, match="2 processes were launched, but each works alone"): fit(normless(), data(), CONFIG, quiet=True)
+
+
+@pytest.mark.parametrize("call", ["save_file", "torch.save", "os.replace"])
+def test_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, call):
+    "The checkpoint before is still whole, the run goes on from it to the same weights, and the rest is swept away."
+    through = fit(normless(), data(), CONFIG, quiet=True)
+    fit(normless(), data(), CONFIG, folder=tmp_path, stop=0., quiet=True)
+    def killed(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(f"micronet_nb.training.{call}", killed)
+        with pytest.raises(KeyboardInterrupt): fit(normless(), data(), CONFIG, folder=tmp_path, every=0., quiet=True)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000000001"]
+    resumed = fit(normless(), data(), CONFIG, folder=tmp_path, every=0., quiet=True)
+    assert distance(through.model.state_dict(), resumed.model.state_dict()) == 0 and figures(through) == figures(resumed)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000036"]
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args, **kwargs): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("micronet_nb.training.torch.save", full)
+    with pytest.raises(MicronetError, match="cannot write a checkpoint in .*No space left on device"): fit(normless(), data(), CONFIG, folder=tmp_path, quiet=True)
+
+
+def test_trains_without_the_notebook_tools():
+    "The library needs no nbdev, fastcore, papermill, matplotlib or IPython."
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('nbdev', 'fastcore', 'papermill', 'matplotlib', 'IPython', 'ipykernel', 'nbformat', 'nbconvert', 'execnb'): raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from micronet_nb.training import FitConfig, fit
+from micronet_nb.data import load_dataset
+from torch import nn
+run = fit(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), (load_dataset('digits', 'train'), load_dataset('digits', 'valid')), FitConfig(epochs=1, augment='digits'))
+print(run.done, len(run.history))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() == "True 1", done.stderr[-3000:]
+
+
+if __name__ == "__main__": worker(sys.argv[1])
