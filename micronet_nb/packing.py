@@ -382,13 +382,14 @@ def compress(
 def pack(
     graph,               # fx.GraphModule of deployment and plain modules, or a model that torch.fx can trace to one
     path,                # file to make or replace, atomically
-    about: dict = None,  # input_size, accounting, dataset, pixels: what `micronet-score` and `micronet-eval` want to know; None: what the graph was unpacked with
+    about: dict = None,  # input_size, accounting, dataset, pixels: what `micronet-score` and `micronet-eval` want to know; None: what `lower` or `unpack` knew
     masks: str = 'always' # a bitmask for every layer ('always', RIAIR's accounting), or where it saves something ('paying', official rules)
 ) -> Path:
     "Writes a net as a safetensors file of bitmasks, few-bit values and FP16 scales (float32 where FP16 would lose something). MicronetError names what cannot be packed."
     if masks not in ('always', 'paying'): raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
     graph = as_graph(graph)
-    structure, out = describe(graph, masks, check_about(graph.meta.get('about', {}) if about is None else about))
+    known = {k: graph.meta[k] for k in ('input_size',) if k in graph.meta}  # `lower` says so
+    structure, out = describe(graph, masks, check_about(known | (graph.meta.get('about', {}) if about is None else dict(about))))
     data = seal(out.joined() | {'graph': compress(structure)})
     with atomic_path(path) as tmp: tmp.write_bytes(data)
     return Path(path)
@@ -398,10 +399,9 @@ def check_about(
     about  # dict, or whatever a file has in its place
 ) -> dict:
     "What a file tells about its net, MicronetError where it is not of the right kind."
-    numbers = lambda v, n, kind: isinstance(v, (list, tuple)) and len(v) == n and all(isinstance(x, kind) and not isinstance(x, bool) for x in v)
-    checks = dict(input_size=lambda v: numbers(v, 3, int) and min(v) > 0, accounting=lambda v: v in ACCOUNTINGS, dataset=lambda v: isinstance(v, str),
-                  pixels=lambda v: v == 'released' or (numbers(v, 2, (list, tuple)) and all(numbers(c, 3, float) for c in v)))
-    if not isinstance(about, dict): raise MicronetError(f'about is a dict, not {about!r}')
+    numbers = lambda v, n, kind: isinstance(v, (list, tuple)) and len(v) in n and all(isinstance(x, kind) and not isinstance(x, bool) for x in v)
+    checks = dict(input_size=lambda v: numbers(v, (1, 2, 3, 4), int) and min(v) > 0, accounting=lambda v: v in ACCOUNTINGS, dataset=lambda v: isinstance(v, str),
+                  pixels=lambda v: v == 'released' or (numbers(v, (2,), (list, tuple)) and all(numbers(c, (3,), float) for c in v)))
     for k, v in about.items():
         if k not in checks or isinstance(v, dict) or not checks[k](v): raise MicronetError(
             f'about[{k!r}] = {v!r} makes no sense: about may have input_size (c, h, w), accounting ({", ".join(ACCOUNTINGS)}), dataset, and pixels ((mean, std) of three numbers each)')
@@ -479,7 +479,8 @@ def _build(tensors):
     for name, shape, form in structure['constants']: parts[check_name(name)] = _tensor(name, tuple(map(_number, shape)), form, streams, made, rows)
     if left := {k: len(v) - streams.at[k] for k, v in tensors.items() if len(v) != streams.at[k]}: raise MicronetError(f'values are left over: {left}')
     net = fx.GraphModule(parts, _graph(structure)).eval()
-    net.meta['about'] = check_about(structure['about'])
+    net.meta['about'] = about = check_about(structure['about'])
+    if 'input_size' in about: net.meta['input_size'] = tuple(about['input_size'])
     return net, rows
 
 def _graph(structure):
@@ -537,6 +538,7 @@ def _why(r):
     if 0 <= r.difference < 1: return ''
     if 'BatchNorm' in r.kind: return 'not folded: four vectors and a counter, charged as one scale and one bias'
     if r.kind in ('ScaleBias', 'constant') and more: return 'FP16 would lose something: stored in 32 bits, charged as 16'
+    if r.kind == 'ScaleBias': return 'one number for all channels, charged once a channel'
     if layer and r.form[0] == 'd' and not more: return 'stored without a mask, charged with one'
     if layer and r.form[0] == 'm' and more: return 'stored with a mask, charged without'
     return 'charged here: the batch norm that follows' if layer and not more else 'not explained'

@@ -350,7 +350,7 @@ def cifar_root_bits(ba, K):
 def _layer_adds(c, node, n, K, bw, ba, signed):
     "Adds of one position of a layer, in 32-bit operations, under every accounting."
     empty = 0 if c.corrected or not c.acc.riair else -1
-    whole = ba == 32 or (c.cifar and node.op != 'convolution')     # float inputs: float adds
+    whole = ba == 32 or (bw == 32 and not c.acc.riair) or (c.cifar and node.op != 'convolution')  # a float factor: float adds
     if whole:
         adds = average_adds(n, K) if c.acc.riair else kernel_adds(n, 0, 'fp32')
         slip = c.cifar and node.op == 'convolution' and c.adder in ('int', 'int16') and not c.corrected

@@ -348,8 +348,8 @@ def _step(run, x, y):
     run.optimizer.step(); run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     run.schedule.step_update(run.step)
-    if run.ema: run.ema.update(run.model)
     run.tell('on_update')
+    if run.ema: run.ema.update(run.model)
 
 # %% ../nbs/03_training.ipynb #fe1578fd
 def _shared_model(run):
@@ -592,7 +592,7 @@ class Study:
 STUDIES = {
     'embedded': Study('densenet_bc_10_8', FitConfig(epochs=8, lr=.1, augment='digits'), FitConfig(epochs=2, lr=.02, warmup_epochs=0., augment='digits')),
     'laptop': Study('densenet_bc_16_12', FitConfig(epochs=6, lr=.1, augment='flip', channels_last=True),
-                    FitConfig(epochs=3, epoch_images=5000, lr=.02, warmup_epochs=0., augment='flip', channels_last=True)),
+                    FitConfig(epochs=3, epoch_images=4000, lr=.02, warmup_epochs=0., augment='flip', channels_last=True)),
     'paper': Study('densenet_bc_100_12', FitConfig(epochs=300, lr=.1, warmup_epochs=5., precision='bf16', channels_last=True, compile=True),
                    FitConfig(epochs=300, lr=.001, warmup_epochs=0., precision='bf16', channels_last=True, compile=True))}
 

@@ -1,6 +1,6 @@
 "One contract for every technique on every net: shapes, finite numbers, no growth, idempotence, removal to the bit, and training in between."
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -73,6 +73,12 @@ def answers(model, x):
     with torch.no_grad(): return model(x)
 
 
+def some_digits(split, n, side):
+    "Digits, as large as the net wants them."
+    digits = load_dataset("digits", split).subset(n)
+    return replace(digits, images=torch.nn.functional.interpolate(torch.as_tensor(digits.images).float(), size=side).to(torch.uint8))
+
+
 @each
 def test_contract(net, name):
     model, x = net
@@ -110,8 +116,7 @@ def test_trains(net, name):
     "Two epochs with a teacher: finite, changed, and as sparse as planned at the end."
     model, x = net
     side = x.shape[-1]
-    digits = load_dataset("digits", "train").subset(96)
-    if side != 8: digits.images = torch.nn.functional.interpolate(torch.as_tensor(digits.images).float(), size=side).to(torch.uint8)
+    digits = some_digits("train", 96, side)
     teacher = copy.deepcopy(model)
     callback = TECHNIQUES[name].apply(model, x)
     before, planned = state(model), param_sparsity(model)
@@ -129,8 +134,7 @@ def test_trains(net, name):
 def test_sensitivity_takes_any_net_and_leaves_it(net):
     model, x = net
     side = x.shape[-1]
-    digits = load_dataset("digits", "valid").subset(32)
-    if side != 8: digits.images = torch.nn.functional.interpolate(torch.as_tensor(digits.images).float(), size=side).to(torch.uint8)
+    digits = some_digits("valid", 32, side)
     few = list(compressible(model))[:3]
     before = state(model)
     table = sensitivity(model, (digits, digits), sparsities=(0.5,), weight_bits=(4,), activation_bits=(4,), layers=few)
