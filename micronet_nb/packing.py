@@ -388,8 +388,8 @@ def pack(
     "Writes a net as a safetensors file of bitmasks, few-bit values and FP16 scales (float32 where FP16 would lose something). MicronetError names what cannot be packed."
     if masks not in ('always', 'paying'): raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
     graph = as_graph(graph)
-    known = {k: graph.meta[k] for k in ('input_size',) if k in graph.meta}  # `lower` says so
-    structure, out = describe(graph, masks, check_about(known | (graph.meta.get('about', {}) if about is None else dict(about))))
+    known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
+    structure, out = describe(graph, masks, known | check_about(graph.meta.get('about', {}) if about is None else about))
     data = seal(out.joined() | {'graph': compress(structure)})
     with atomic_path(path) as tmp: tmp.write_bytes(data)
     return Path(path)
@@ -402,6 +402,7 @@ def check_about(
     numbers = lambda v, n, kind: isinstance(v, (list, tuple)) and len(v) in n and all(isinstance(x, kind) and not isinstance(x, bool) for x in v)
     checks = dict(input_size=lambda v: numbers(v, (1, 2, 3, 4), int) and min(v) > 0, accounting=lambda v: v in ACCOUNTINGS, dataset=lambda v: isinstance(v, str),
                   pixels=lambda v: v == 'released' or (numbers(v, (2,), (list, tuple)) and all(numbers(c, (3,), float) for c in v)))
+    if not isinstance(about, dict): raise MicronetError(f'about is a dict, not {about!r}')
     for k, v in about.items():
         if k not in checks or isinstance(v, dict) or not checks[k](v): raise MicronetError(
             f'about[{k!r}] = {v!r} makes no sense: about may have input_size (c, h, w), accounting ({", ".join(ACCOUNTINGS)}), dataset, and pixels ((mean, std) of three numbers each)')

@@ -119,15 +119,15 @@ def test_trains(net, name):
     digits = some_digits("train", 96, side)
     teacher = copy.deepcopy(model)
     callback = TECHNIQUES[name].apply(model, x)
-    before, planned = state(model), param_sparsity(model)
+    before = state(model)
     config = FitConfig(epochs=2, batch_size=32, lr=.01, warmup_epochs=0., augment="digits")
     run = fit(model, (digits, None), config, teacher=teacher, callbacks=[callback] if callback else [], loss=kd_loss(), quiet=True)
     assert run.step == 6 and not same(state(model), before)
     assert all(torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point())
-    assert param_sparsity(model) >= planned - 1e-9
     if name in ("static", "all"):
-        masks = {k: v for k, v in state(model).items() if k.endswith("mask")}
-        assert masks and all(torch.equal(v, before[k]) for k, v in masks.items())
+        kept = {k: v for k, v in state(model).items() if k.endswith("mask")}
+        assert kept and all(torch.equal(v, before[k]) for k, v in kept.items())
+    if callback: assert param_sparsity(model) >= 0.6 - 0.005  # where the plan wanted it, at the end of a ramp too
     assert torch.isfinite(answers(model.eval(), x)).all()
 
 
@@ -149,7 +149,7 @@ def test_sensitivity_takes_any_net_and_leaves_it(net):
     (lambda m, x: quantise_weights(m, 0), ["0"]),
     (lambda m, x: quantise_weights(m, [4]), ["1"]),
     (lambda m, x: quantise_activations(m, [x], 99), ["99"]),
-    (lambda m, x: quantise_activations(m, [], 4), ["batch"]),
+    (lambda m, x: quantise_activations(m, [], 4), ["image"]),
     (lambda m, x: quantise_activations(m, [x * float("nan")], 4), ["NaN"])])
 def test_bad_input_is_named_and_changes_nothing(call, words):
     model, x = NETS["mlp"][0](), torch.randn(4, 3, 8, 8)
