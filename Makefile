@@ -66,8 +66,11 @@ check: $(DONE)
 
 # The notebooks' own tests and pytest work in a scratch folder, so that neither sees what an earlier run has left;
 # the nets that the first trains are found by the second.
-# Threads that spin while they wait would slow each other down where two notebooks share two cores.
+# Threads that spin while they wait would slow each other down where two notebooks share two cores,
+# and large tensors that glibc gives back after every operation cost half of the time.
 test: export OMP_WAIT_POLICY = PASSIVE
+test: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+test: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 test: check
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && set -x && \
 	 MICRONET_RUNS="$$scratch" $(BIN)/nbdev_test --n_workers 2 --timing && \

@@ -530,7 +530,7 @@ def count(graph, c):
         kind, wide = kind_of(node), max([known.get(i, (32, True))[0] for i in node.inputs], default=32)
         if kind == 'layer': count_layer(c, node, bits[node], scaled.get(node))
         elif kind == 'norm' and not folds(node.inputs[0]): count_scale(c, node, node.shape[0], node.elements, True)
-        elif kind == 'scale': count_scale(c, node, node.shape[0], node.elements, node.module.has_bias)
+        elif kind == 'scale': count_scale(c, node, len(node.module.weight), node.elements, node.module.has_bias)
         elif kind == 'elementwise' and not absorbed(c, node, readers): count_elementwise(c, node, wide)
         elif kind == 'pool': count_pool(c, node, wide)
         elif kind == 'product': count_product(c, node, wide)
@@ -625,7 +625,7 @@ def _parser():
     p = argparse.ArgumentParser(prog='micronet-score', description="What a net costs under the MicroNet Challenge's rules: storage, operations, score.",
         epilog='examples:  micronet-score wrn_28_10   |   micronet-score mixnet_s --schedule --accounting riair-reviewed   |   micronet-score released --adder int --corrected',
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('model', help="a timm name, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>, or 'released' (RIAIR's CIFAR-100 checkpoint)")
+    p.add_argument('model', help="a timm name, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>, 'released' (RIAIR's CIFAR-100 checkpoint), or a packed file, such as model.safetensors")
     p.add_argument('--size', help='input as channels x height x width, such as 3x224x224 (default: 3x32x32 for CIFAR-100 nets, else 3x224x224)')
     p.add_argument('--track', choices=list(TRACKS), help='the baseline to divide by (default: follows the size)')
     p.add_argument('--accounting', choices=list(ACCOUNTINGS), help="whose convention (default: official; riair-cifar100 for 'released')")
@@ -643,6 +643,9 @@ def _load(name, size, num_classes):
     if name == 'released':
         from micronet_nb.released import load_released
         return load_released(), (3, 32, 32), 'riair-cifar100'
+    if name.endswith('.safetensors'):
+        from micronet_nb.packing import load_packed
+        return load_packed(name, size)
     small = name.startswith(('wrn_', 'densenet_bc_')) or (size and size[-1] <= 64)
     return create_model(name, num_classes or (100 if small else 1000), small=bool(small)), size or ((3, 32, 32) if small else (3, 224, 224)), 'official'
 

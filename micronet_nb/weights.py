@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from .pruning import plain_weight
 from .quantizers import fake_quantise, grid, quantise, solve_scales
 from .scoring import LayerSpec, compressible, weight_storage
 
@@ -153,7 +154,7 @@ def _take_quantiser(module):
     "Takes a layer's quantiser away, if there is one."
     if (q := quantiser_of(module)) is None: return
     stack = module.parametrizations.weight
-    if len(stack) == 1: parametrize.remove_parametrizations(module, 'weight', leave_parametrized=False)
+    if len(stack) == 1: plain_weight(module)
     else: del stack[list(stack).index(q)]
 
 # %% ../nbs/10_weights.ipynb #26660d73
