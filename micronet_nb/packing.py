@@ -603,10 +603,12 @@ def load_packed(
     if size is None and 'input_size' not in about: raise MicronetError(f'{path} does not say what its input is: give --size channels x height x width, like 3x32x32')
     return net, tuple(size or about['input_size']), about.get('accounting', 'official')
 
-# %% ../nbs/14_packing.ipynb #c5f34e9b
-def _guarded(name, run, parser, argv):
-    "A command: 0, or 1 after one line that says what is wrong."
-    args = parser.parse_args(argv)
+# %% ../nbs/14_packing.ipynb #7868a6da
+def _command(name, run, about, examples, arguments, argv):
+    "A command: 0, or 1 after one line that says what is wrong. `arguments`: name to what argparse wants to know of it."
+    p = argparse.ArgumentParser(prog=name, description=about, epilog='examples:  ' + '   |   '.join(f'{name} {e}' for e in examples), formatter_class=argparse.RawDescriptionHelpFormatter)
+    for argument, told in arguments.items(): p.add_argument(argument, **told)
+    args = p.parse_args(argv)
     try: run(args)
     except MicronetError as e:
         print(f'{name}: {e}', file=sys.stderr)
@@ -632,13 +634,12 @@ def main_pack(
     argv=None  # arguments; None: those of the process
 ) -> int:
     "The command `micronet-pack`: 0, or 1 after one line that says what is wrong."
-    p = argparse.ArgumentParser(prog='micronet-pack', description='Packs a compressed net into one file: bitmasks, values of few bits, scales, structure, SHA-256.',
-        epilog='examples:  micronet-pack released model.safetensors   |   micronet-pack released small.safetensors --fp16', formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('source', help="'released' (RIAIR's CIFAR-100 checkpoint), or a packed file to be packed anew")
-    p.add_argument('file', help='file to write')
-    p.add_argument('--fp16', action='store_true', help='round scales and biases to FP16, as the score charges them (changes some predictions)')
-    p.add_argument('--masks', choices=('always', 'paying'), default='always', help='a bitmask for every layer (default), or only where it saves something')
-    return _guarded('micronet-pack', _pack_run, p, argv)
+    return _command('micronet-pack', _pack_run, 'Packs a compressed net into one file: bitmasks, values of few bits, scales, structure, SHA-256.',
+                    ['released model.safetensors', 'released small.safetensors --fp16'], {
+        'source': dict(help="'released' (RIAIR's CIFAR-100 checkpoint), or a packed file to be packed anew"),
+        'file': dict(help='file to write'),
+        '--fp16': dict(action='store_true', help='round scales and biases to FP16, as the score charges them (changes some predictions)'),
+        '--masks': dict(choices=('always', 'paying'), default='always', help='a bitmask for every layer (default), or only where it saves something')}, argv)
 
 # %% ../nbs/14_packing.ipynb #449e5b01
 def _eval_run(args):
@@ -673,10 +674,8 @@ def main_eval(
     argv=None  # arguments; None: those of the process
 ) -> int:
     "The command `micronet-eval`: 0, or 1 after one line that says what is wrong."
-    p = argparse.ArgumentParser(prog='micronet-eval', description='Top-1 of a packed net on test images.',
-        epilog='examples:  micronet-eval model.safetensors -n 500   |   micronet-eval model.safetensors --data cifar100', formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('file', help='a file that micronet-pack or micronet_nb.packing.pack wrote')
-    p.add_argument('--data', choices=('cifar100', 'digits'), help='data set (default: as the file says)')
-    p.add_argument('-n', type=int, metavar='N', help='the first N test images (default: all)')
-    p.add_argument('--batch', type=int, default=10, help='images at a time (default: 10)')
-    return _guarded('micronet-eval', _eval_run, p, argv)
+    return _command('micronet-eval', _eval_run, 'Top-1 of a packed net on test images.', ['model.safetensors -n 500', 'model.safetensors --data cifar100'], {
+        'file': dict(help='a file that micronet-pack or micronet_nb.packing.pack wrote'),
+        '--data': dict(choices=('cifar100', 'digits'), help='data set (default: as the file says)'),
+        '-n': dict(type=int, metavar='N', help='the first N test images (default: all)'),
+        '--batch': dict(type=int, default=10, help='images at a time (default: 10)')}, argv)
