@@ -1,0 +1,142 @@
+"ONNX files: every width and function in onnxruntime beside the graph, refusals by name, files that are whole or not there."
+import onnx
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from micronet_nb.activations import quantise_activations
+from micronet_nb.core import MicronetError
+from micronet_nb.deployment import IntConv2d, IntLinear, Quantise, ScaleBias, lower
+from micronet_nb.models import create_model
+from micronet_nb.onnx import carrier, onnx_session, to_onnx
+from micronet_nb.packing import pack, unpack
+from micronet_nb.pruning import prune
+from micronet_nb.weights import quantise_weights
+
+
+def edges(top):
+    "Halves, ends and what lies beyond."
+    whole = torch.arange(-top - 3., top + 4.)
+    return torch.cat([whole, whole + .5, (whole + .5)*(1 + 1e-7), torch.tensor([-1e9, -0., 1e9])])
+
+
+@pytest.mark.parametrize('form', ['qdq', 'float'])
+@pytest.mark.parametrize('bits', range(1, 17))
+def test_quantisers(bits, form, tmp_path):
+    for signed in (False, True):
+        net = nn.Sequential(Quantise(bits, signed))
+        x = edges(min(net[0].top, 300))[None]
+        if bits > 9: x = torch.cat([x, x + net[0].top], 1)
+        run = onnx_session(to_onnx(net, tmp_path/'q.onnx', form, x.shape[1:]))
+        assert torch.equal(run(x), net(x))
+
+
+@pytest.mark.parametrize('bits', range(1, 17))
+def test_weights(bits, tmp_path):
+    "Every integer that a layer may hold is in the file and comes out again, in the type that is promised."
+    low, high = (-1, 1) if bits == 1 else (-2**(bits - 1), 2**(bits - 1) - 1)
+    values = torch.arange(low, high + 1.)[:, None] if bits < 10 else torch.tensor([[low], [-1.], [0.], [5.], [high]])
+    for layer in (IntLinear(1, len(values), weight_bits=bits), IntConv2d(1, len(values), 1, weight_bits=bits)):
+        layer.weight.data = values.view(layer.weight.shape)
+        shape = (3, 1) if isinstance(layer, nn.Linear) else (3, 1, 2, 2)
+        x = torch.tensor([1., 2., -3.]).view(3, *[1]*(len(shape) - 1)).expand(shape)
+        path = to_onnx(nn.Sequential(layer), tmp_path/'w.onnx', size=shape[1:])
+        assert torch.equal(onnx_session(path)(x), layer(x))
+        (w,) = [t for t in onnx.load(path).graph.initializer if t.name == '0.weight']
+        assert onnx.TensorProto.DataType.Name(w.data_type) == carrier(bits)
+        assert len(w.raw_data) == -(-len(values)*int(carrier(bits)[3:])//8)
+
+
+def compressed(net, x, weight_bits, activation_bits):
+    g = torch.Generator().manual_seed(0)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.weight.data, m.bias.data = torch.rand(m.num_features, generator=g) + .5, torch.randn(m.num_features, generator=g)*.3
+    prune(net.eval(), .5)
+    quantise_weights(net, weight_bits)
+    quantise_activations(net, x, activation_bits, 8)
+    return lower(net.eval(), x[:2])
+
+
+@pytest.mark.parametrize('name,bits', [('densenet_bc_10_8', 2), ('densenet_bc_10_8', 4), ('wrn_10_1', 3), ('resnet18', 6), ('resnet18', 8)])
+def test_lowered_nets_agree(name, bits, tmp_path):
+    "To the last bit: all sums are of integers, and scales are multiplied and added one by one."
+    torch.manual_seed(bits)
+    x = torch.randn(12, 3, 16, 16)
+    graph = compressed(create_model(name, 10, small=True), x, bits, bits)
+    path = to_onnx(graph, tmp_path/'net.onnx')
+    run = onnx_session(path, threads=1)
+    with torch.inference_mode(): expected = graph(x)
+    assert torch.allclose(run(x), expected, atol=1e-4*float(expected.std())), float((run(x) - expected).abs().max())
+    assert torch.equal(run(x[:1]), run(x)[:1]) and len(run(x[:0])) == 0      # any batch
+    unpacked = unpack(pack(graph, tmp_path/'net.safetensors'))
+    assert to_onnx(unpacked, tmp_path/'again.onnx').read_bytes() == path.read_bytes()
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param == 'n'
+
+
+class Everything(nn.Module):
+    "Every function that `lower` writes, with unusual arguments."
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 8, (1, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=2)
+        self.same, self.fc = nn.Conv2d(8, 4, (2, 4), padding='same'), nn.Linear(72, 5)
+    def forward(self, x):
+        a, b = torch.chunk(F.pad(x, (1, 2, 0, 3)), 2, 1)
+        x = torch.cat([F.silu(a), F.hardswish(b), torch.tanh(a) - torch.sigmoid(b)], 1)
+        x = F.pad(F.pad(x, (1, 1, 1, 1), 'reflect'), (0, 1, 1, 0), 'replicate')
+        x = F.max_pool2d(self.conv(x), 3, 2, 1, ceil_mode=True)
+        x = F.gelu(x)*F.hardsigmoid(x.mean((2, 3), keepdim=True)) + F.leaky_relu(F.relu6(x), .2)
+        x = F.avg_pool2d(self.same(x), 3, 1, 1, count_include_pad=False) + F.avg_pool2d(F.hardtanh(x[:, 2:6]), 3, 1, 1)
+        x = F.adaptive_avg_pool2d(x.permute(0, 1, 3, 2)[:, :, :6, :6], (3, 3)).reshape(-1, 2, 18)
+        return self.fc(torch.cat([x, F.relu(-x)], 1).flatten(1))
+
+
+def test_every_function(tmp_path):
+    torch.manual_seed(0)
+    net, x = Everything().eval(), torch.randn(3, 4, 14, 16)
+    graph = lower(net, x, torch.float32)
+    with torch.inference_mode(): expected = net(x)
+    for form in ('qdq', 'float'): assert torch.allclose(onnx_session(to_onnx(graph, tmp_path/'e.onnx', form))(x), expected, atol=1e-5)
+
+
+def test_refusals(tmp_path):
+    path = tmp_path/'x.onnx'
+    def refused(net, words, size=(3, 8, 8), **kwargs):
+        with pytest.raises(MicronetError, match=words): to_onnx(net, path, size=size, **kwargs)
+        assert [*tmp_path.iterdir()] == []
+    class Sorts(nn.Module):
+        def forward(self, x): return torch.cumsum(x, 1)
+    refused(Sorts(), 'cumsum cannot be exported to ONNX: there is no rule for cumsum')
+    refused(nn.Sequential(nn.BatchNorm2d(3)), '0 cannot be exported to ONNX: there is no rule for BatchNorm2d')
+    refused(nn.Sequential(nn.AdaptiveAvgPool2d(3)), 'windows of different sizes')
+    refused(nn.Sequential(nn.Conv2d(4, 2, 1)), 'does not run on an input of 3x8x8')
+    refused(nn.Sequential(nn.Conv2d(3, 2, 3, padding=1, padding_mode='reflect')), "its padding is 'reflect'")
+    refused(nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), 'divisor_override=3')
+    refused(nn.Sequential(IntConv2d(3, 1, 1)), 'not whole numbers')
+    refused(nn.Sequential(nn.ReLU()), 'give size', size=None)
+    refused(nn.Sequential(nn.ReLU()), "form is 'qdq' or 'float'", form='int')
+    with pytest.raises(MicronetError, match='does not exist'): onnx_session(path)
+    path.write_bytes(b'nothing')
+    with pytest.raises(MicronetError, match='cannot open'): onnx_session(path)
+
+
+def test_old_file_stays(tmp_path, monkeypatch):
+    path = to_onnx(nn.Sequential(nn.ReLU()), tmp_path/'x.onnx', size=(3,))
+    before = path.read_bytes()
+    def broken(*args, **kwargs): raise onnx.checker.ValidationError('no')
+    monkeypatch.setattr(onnx.checker, 'check_model', broken)
+    with pytest.raises(onnx.checker.ValidationError): to_onnx(nn.Sequential(nn.Tanh()), path, size=(3,))
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
+def test_ones_own_rule(tmp_path):
+    from micronet_nb.onnx import RULES, exports
+    class Doubles(nn.Module):
+        def forward(self, x): return torch.special.expit(x)
+    try:
+        exports(torch.special.expit)(lambda e, input: e('Sigmoid', input))
+        x = torch.randn(2, 3)
+        assert torch.allclose(onnx_session(to_onnx(Doubles(), tmp_path/'x.onnx', size=(3,)))(x), x.sigmoid())
+    finally: RULES.pop(torch.special.expit, None)
