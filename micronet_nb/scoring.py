@@ -637,17 +637,17 @@ def _parser():
     p.add_argument('--csv', metavar='FILE', help='write those lines to a file')
     return p
 
-# %% ../nbs/04_scoring.ipynb #fce0d52a
-def _load(name, size, num_classes):
+# %% ../nbs/04_scoring.ipynb #6bd45a1e
+def _load(name, size):
     "A model for the command line, and where it belongs."
     if name == 'released':
         from micronet_nb.released import load_released
-        return load_released(), (3, 32, 32), 'riair-cifar100'
+        return load_released(), size or (3, 32, 32), 'riair-cifar100'
     if name.endswith('.safetensors'):
         from micronet_nb.packing import load_packed
         return load_packed(name, size)
     small = name.startswith(('wrn_', 'densenet_bc_')) or (size and size[-1] <= 64)
-    return create_model(name, num_classes or (100 if small else 1000), small=bool(small)), size or ((3, 32, 32) if small else (3, 224, 224)), 'official'
+    return create_model(name, 100 if small else 1000, small=bool(small)), size or ((3, 32, 32) if small else (3, 224, 224)), 'official'
 
 # %% ../nbs/04_scoring.ipynb #17eb17c1
 def _size(text):
@@ -660,7 +660,7 @@ def _size(text):
 # %% ../nbs/04_scoring.ipynb #e1e18f55
 def _run(args):
     torch.manual_seed(args.seed)
-    net, size, accounting = _load(args.model, args.size and _size(args.size), None)
+    net, size, accounting = _load(args.model, args.size and _size(args.size))
     specs = apply_schedule(net, released_schedule()) if args.schedule else None
     track = args.track or ('cifar100' if size[-1] <= 64 else 'imagenet')
     s = score(net, size, track, args.accounting or accounting, args.adder, specs, corrected=args.corrected)

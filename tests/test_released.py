@@ -48,6 +48,8 @@ def test_published_score_to_the_last_digit(capsys):
     assert (s.storage, round(s.ops, 2), round(s.score, 6)) == (told['storage'], told['ops'], told['score'])
     assert main(['released']) == 0
     assert f"{told['storage']:,.4f}" in capsys.readouterr().out
+    assert main(['released', '--size', '3x64x64']) == 1  # its pool and classifier want 32x32
+    assert '3x64x64' in capsys.readouterr().err
 
 
 @needs_checkpoint
