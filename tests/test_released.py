@@ -6,7 +6,8 @@ import torch
 
 from micronet_nb.core import MicronetError, find_file, released_figures
 from micronet_nb.data import load_dataset
-from micronet_nb.released import Fused, load_released, predict, prepare
+from micronet_nb.deployment import Runner
+from micronet_nb.released import load_released, predict, prepare
 from micronet_nb.scoring import main, score
 
 CHECKPOINT = 'riair/densenet-100.pth.tar'
@@ -54,13 +55,13 @@ def test_published_score_to_the_last_digit(capsys):
 
 @needs_checkpoint
 @needs_images
-def test_fused_is_the_net_bit_for_bit_on_real_images():
+def test_runner_is_the_net_bit_for_bit_on_real_images():
     net, images = load_released(), load_dataset('cifar100', 'test').images[:50]
     for truncated in (False, True):
         x = prepare(images, truncated)
         with torch.inference_mode(): straight = net(x)
-        for int8 in (None, False): assert torch.equal(Fused(net, int8)(x), straight)
-    assert (predict(Fused(net), images) == straight_predictions(net, images)).all()
+        for int8 in (None, False): assert torch.equal(Runner(net, int8)(x), straight)
+    assert (predict(Runner(net), images) == straight_predictions(net, images)).all()
 
 
 def straight_predictions(net, images):
