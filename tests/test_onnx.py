@@ -22,7 +22,7 @@ def edges(top):
 
 
 @pytest.mark.parametrize('form', ['qdq', 'float'])
-@pytest.mark.parametrize('bits', range(1, 17))
+@pytest.mark.parametrize('bits', [*range(1, 9), 11, 16])
 def test_quantisers(bits, form, tmp_path):
     for signed in (False, True):
         net = nn.Sequential(Quantise(bits, signed))
@@ -32,7 +32,7 @@ def test_quantisers(bits, form, tmp_path):
         assert torch.equal(run(x), net(x))
 
 
-@pytest.mark.parametrize('bits', range(1, 17))
+@pytest.mark.parametrize('bits', [*range(1, 9), 11, 16])
 def test_weights(bits, tmp_path):
     "Every integer that a layer may hold is in the file and comes out again, in the type that is promised."
     low, high = (-1, 1) if bits == 1 else (-2**(bits - 1), 2**(bits - 1) - 1)
@@ -59,7 +59,7 @@ def compressed(net, x, weight_bits, activation_bits):
     return lower(net.eval(), x[:2])
 
 
-@pytest.mark.parametrize('name,bits', [('densenet_bc_10_8', 2), ('densenet_bc_10_8', 4), ('wrn_10_1', 3), ('resnet18', 6), ('resnet18', 8)])
+@pytest.mark.parametrize('name,bits', [('densenet_bc_10_8', 2), ('densenet_bc_10_8', 4), ('wrn_10_1', 3), ('wrn_10_1', 8), ('resnet18', 6)])
 def test_lowered_nets_agree(name, bits, tmp_path):
     "To the last bit: all sums are of integers, and scales are multiplied and added one by one."
     torch.manual_seed(bits)
@@ -74,6 +74,30 @@ def test_lowered_nets_agree(name, bits, tmp_path):
     assert to_onnx(unpacked, tmp_path/'again.onnx').read_bytes() == path.read_bytes()
     onnx.checker.check_model(onnx.load(path), full_check=True)
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param == 'n'
+
+
+class Doubled(nn.Module):
+    def forward(self, x): return torch.cat([x, x], 1)[:, ::2]
+
+
+@pytest.mark.parametrize('middle', [nn.ReLU(), nn.ReLU6(), nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1), Doubled(), nn.Hardtanh(-7, 7)], ids=lambda m: type(m).__name__)
+def test_quantisers_next_to_anything(middle, tmp_path):
+    "onnxruntime moves and fuses 2- and 4-bit quantisers that it then has no kernels for, so the file must not invite it to."
+    torch.manual_seed(0)
+    def layer(bits):
+        m = IntConv2d(4, 4, 1, weight_bits=bits)
+        m.weight.data = torch.randint(-2**(bits - 1), 2**(bits - 1), m.weight.shape).float()
+        return m
+    def scale():
+        m = ScaleBias(4)
+        m.weight.data, m.bias.data = torch.rand(4)*.3, torch.randn(4)
+        return m
+    x = 5*torch.randn(2, 4, 5, 5)
+    for a, b in (((4, False), (4, True)), ((2, True), (2, False)), ((3, True), (8, True)), ((8, False), (4, False)), ((1, False), (3, False))):
+        q, r = Quantise(*a), Quantise(*b)
+        for net in ([q, middle, r], [layer(4), scale(), middle, r, layer(2), scale()], [layer(4), scale(), q, middle, layer(8), r, layer(8), q, layer(2)]):
+            net = nn.Sequential(*net)
+            assert torch.allclose(onnx_session(to_onnx(net, tmp_path/'x.onnx', size=x.shape[1:]))(x), net(x), atol=1e-4), (a, b, net)
 
 
 class Everything(nn.Module):
