@@ -284,7 +284,8 @@ class Run:
         self.world, b = _world(), config.batch_size
         if b % self.world.num_processes: raise MicronetError(f'{self.world.num_processes} processes cannot share a batch of {b} evenly: choose a multiple of {self.world.num_processes} as batch_size')
         self.device = torch.device('cpu') if self.world.device.type == 'cpu' else self.world.device
-        self.images, self.labels = torch.as_tensor(train.images).to(self.device), torch.as_tensor(train.labels).to(self.device)
+        self.stream = getattr(train, 'stream', None)  # what does not fit in memory reads its own batches
+        self.images, self.labels = (train, None) if self.stream else (torch.as_tensor(v).to(self.device) for v in (train.images, train.labels))
         self.steps_an_epoch = min(len(self.images), config.epoch_images or len(self.images))//b
         if not self.steps_an_epoch: raise MicronetError(f'{len(self.images)} training images do not fill a batch of {b}: choose a smaller batch_size')
         self.step, self.history, self.seconds, self.data_seconds, self.began, self.waits = 0, [], 0., 0., (0., 0.), []
@@ -337,7 +338,9 @@ def _step(run, x, y):
     run.tell('on_step')
     if run.mix: x, y = run.mix(x.clone(), y)
     x = normalised(x, run.stats)
-    if w.num_processes > 1: x, y = (t.chunk(w.num_processes)[w.process_index] for t in (x, y)); _dice(run, w.process_index)
+    if w.num_processes > 1:
+        if not run.stream: x, y = (t.chunk(w.num_processes)[w.process_index] for t in (x, y))
+        _dice(run, w.process_index)
     if c.channels_last: x = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), _autocast(run): told = run.told(x).float() if run.told is not None else None
     with _autocast(run): out = run.forward(x).float()
@@ -522,7 +525,7 @@ def _epoch(run, valid, bar, folder, every, stop):
     "One epoch, or what is left of it; returns whether it is time to return early. No checkpoint comes between its last step and its row in the history."
     run.model.train()
     if not (first := run.step % run.steps_an_epoch): run.began = run.seconds, run.data_seconds; _dice(run); run.tell('on_epoch')
-    source = epoch_batches(run.images, run.labels, run.config, run.epoch, skip=first)
+    source = run.stream(run, first) if run.stream else epoch_batches(run.images, run.labels, run.config, run.epoch, skip=first)
     for i in range(first, run.steps_an_epoch):
         start = _now(run.device)
         batch = next(source)
