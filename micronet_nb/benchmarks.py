@@ -41,21 +41,32 @@ WAYS = {
     'unquantised original': lambda s: create_model(s.plain, s.classes, small=True).eval(),
 }  # a Subject to a function of (n, ...) float32
 
-# %% ../nbs/90_benchmarks.ipynb #137b5fd0
-def _largest():
-    "The largest memory that this process has had, bytes."
+# %% ../nbs/90_benchmarks.ipynb #6b7c7f5c
+def _memory():
+    "What this process holds, and the most that it has held, bytes."
+    status = Path('/proc/self/status')
+    if status.exists():
+        lines = dict(line.split(':', 1) for line in status.read_text().splitlines())
+        return tuple(1024*int(lines[k].split()[0]) for k in ('VmRSS', 'VmHWM'))
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    return most, most
+
+def _forget_peak():
+    "From now on the most is what is held now; where the system allows it."
+    try: Path('/proc/self/clear_refs').write_text('5')
+    except OSError: pass
 
 def _peak(way, file, batch, size, plain, classes, threads):
-    "Runs a way in this process; prints by how much the largest memory rose."
+    "Makes and runs a way in this process; prints how much memory that took at most, bytes."
     torch.set_num_threads(threads)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         subject, x = Subject(unpack(file), tuple(size), plain, classes, threads, folder), torch.rand(batch, *size)
-        before = _largest()
+        _forget_peak()
+        before, _ = _memory()
         run = WAYS[way](subject)
         for _ in range(2): run(x)
-        print(_largest() - before)
+        print(_memory()[1] - before)
 
 # %% ../nbs/90_benchmarks.ipynb #c36727fa
 def peak_memory(
@@ -63,7 +74,7 @@ def peak_memory(
     subject: Subject,
     batch: int = 25    # images at a time
 ) -> int:              # bytes
-    "By how much making and running a way raises the largest memory of a fresh process that has the net loaded. MicronetError where that fails."
+    "The most memory that making and running a way takes, in a fresh process that has the net loaded. MicronetError where that fails."
     if way not in WAYS: raise MicronetError(f'{way!r} is none of the ways: {", ".join(WAYS)}')
     with tempfile.TemporaryDirectory() as folder:
         args = [way, str(pack(subject.graph, Path(folder)/'net.safetensors', {})), batch, subject.size, subject.plain, subject.classes, subject.threads]

@@ -68,7 +68,7 @@ def test_two_runners_share_nothing():
 
 
 def test_an_unpacked_file(tmp_path):
-    graph, x = lowered('resnet18')
+    graph, x = lowered('wrn_10_1')
     assert_same(Runner(unpack(pack(graph, tmp_path/'net.safetensors'))), graph, x)
 
 
@@ -91,10 +91,12 @@ class ByHand(nn.Module):
         ab = torch.cat([a, b], 1)
         c = self.convs[2](self.bytes[2](self.scales[2](ab)))
         other = torch.cat([b, c, x], 1)                        # begins unlike, and holds the input
-        d = self.convs[3](self.bytes[3](self.scales[3](other)))
+        codes = self.bytes[3](self.scales[3](other))
         abc = torch.cat([ab, c], 1)
-        view = abc[:, 2:8].permute(0, 1, 3, 2)
-        return self.last(self.fc(torch.cat([abc.mean((2, 3))[:, :6], (view + u).amax((2, 3)), d.mean((2, 3))], 1).round()))
+        view, means = abc[:, 2:8], abc.mean((2, 3))[:, :6]
+        d = self.convs[3](codes)
+        dd = torch.cat([d, self.scales[0](d)], 1)              # could lie where abc was, but for the view
+        return self.last(self.fc(torch.cat([means, (view + u).amax((2, 3)), dd.mean((2, 3))[:, 3:9]], 1).round()))
 
 
 def test_a_net_made_by_hand():
@@ -107,12 +109,23 @@ def test_a_net_made_by_hand():
 
 class Overwrites(nn.Module):
     def __init__(self, how): super().__init__(); self.how, self.relu = how, nn.ReLU(inplace=True)
-    def forward(self, x): return {'module': self.relu, 'function': lambda v: torch.nn.functional.relu(v, inplace=True), 'method': lambda v: v.relu_()}[self.how](x + 1)
+    def forward(self, x):
+        v = x + 1
+        return {'module': self.relu, 'function': lambda v: torch.nn.functional.relu(v, True), 'method': lambda v: v.relu_(), 'view': lambda v: v[:, :2].mul_(2) + v.mean()}[self.how](v)
 
 
-@pytest.mark.parametrize('how', ['module', 'function', 'method'])
+@pytest.mark.parametrize('how', ['module', 'function', 'method', 'view'])
+@torch.inference_mode()
 def test_nets_that_overwrite_are_refused(how):
     with pytest.raises(MicronetError, match='overwrites its input'): Runner(Overwrites(how))(torch.randn(2, 3))
+
+
+class Pair(nn.Module):
+    def forward(self, x): return x, x + 1
+
+
+def test_a_net_of_two_results_is_refused():
+    with pytest.raises(MicronetError, match='one tensor to one tensor'): Runner(Pair())
 
 
 def test_inputs_that_are_refused():
