@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BAR', 'SLIDE_TEACHERS', 'CHOSEN', 'ROLES', 'SWEEP', 'PRUNING', 'ACTIVATIONS', 'WEIGHTS', 'ROWS', 'STAGES', 'NETS',
-           'IMAGENET_STATS', 'FolderImages', 'TarImages', 'ParquetImages', 'open_images', 'rgb', 'Image_open',
-           'check_images', 'transforms', 'Pictures', 'windowed', 'loaded', 'default_workers', 'Stream', 'validate',
-           'passes', 'pretrained', 'sparse_plans', 'Row', 'slide_rows', 'Track', 'compress', 'tables', 'main']
+           'IMAGENET_STATS', 'FolderImages', 'TarImages', 'ParquetImages', 'open_images', 'rgb', 'check_images',
+           'transforms', 'Pictures', 'windowed', 'loaded', 'default_workers', 'Stream', 'validate', 'passes',
+           'pretrained', 'sparse_plans', 'Row', 'slide_rows', 'Track', 'compress', 'tables', 'main']
 
 # %% ../nbs/21_imagenet.ipynb #4d79eba7
 import argparse, copy, io, os, random, sys, time
@@ -14,15 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .core import MicronetError, compare, config_key, offline, progress, published, record, released_schedule
+from .core import MicronetError, compare, config_key, load_record, offline, progress, published, record, released_schedule, results_dir, stage
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
 from .activations import activation_quantisers, calibrate, quantise_activations
-from .data import _split_folders, list_images
+from .data import list_images
 from .distillation import AsTeacher, kd_loss
 from .models import create_model
 from .pruning import Pruner, at_least, large_layers, op_sparsity, param_sparsity, plan_rates, prune
@@ -101,14 +102,10 @@ def rgb(
 ):
     "A PIL image of three channels. MicronetError that names a file which is broken or of more than 8 bits a channel."
     try:
-        with Image_open(io.BytesIO(data)) as im:
+        with Image.open(io.BytesIO(data)) as im:
             if im.mode[0] in 'IF': raise ValueError(f'mode {im.mode}, which does not fit 8 bits a channel')
             return im.convert('RGB')
     except Exception as e: raise MicronetError(f'{name} is not a readable image ({str(e).split(" <")[0]}): replace or remove it') from None
-
-def Image_open(file):
-    from PIL import Image
-    return Image.open(file)
 
 # %% ../nbs/21_imagenet.ipynb #bd95a8e9
 def check_images(
@@ -227,7 +224,8 @@ def validate(
         x, y = next(batches, (None, None))
         waited += time.perf_counter() - asked
         if x is None: break
-        found = model(normalised(x.float()/255, stats)).float().topk(5, 1).indices == y[:, None]
+        out = model(normalised(x.float()/255, stats)).float()
+        found = out.topk(min(5, out.shape[1]), 1).indices == y[:, None]
         hits += torch.stack([found[:, 0].sum(), found.any(1).sum(), torch.tensor(len(y), device=device)])
     if world.num_processes > 1: torch.distributed.all_reduce(hits)
     for m, mode in modes.items(): m.training = mode
@@ -395,7 +393,6 @@ def _stage_teacher(args, nets, say):
 # %% ../nbs/21_imagenet.ipynb #bae0c705
 def _measured(track, name, val, args):
     "A row's figures: validated once, and kept."
-    from micronet_nb.core import stage
     net = track.net(name)
     how = dict(size=args.size, resize=args.resize)
     found = stage('mixnet-validated', how | dict(n=len(val.labels)), lambda folder: validate(net, val, track.stats, args.size, args.resize, workers=args.workers), [track.key_of(name)], track.root)
@@ -415,7 +412,7 @@ def _run(args):
     start, world = time.monotonic(), _world()
     say = lambda text: world.is_main_process and print(text, flush=True)
     train, val = (open_images(args.data, split) for split in ('train', 'val'))
-    if train.classes != val.classes and len(train.classes) != len(val.classes): raise MicronetError(f'train has {len(train.classes)} classes, val {len(val.classes)}: they do not belong together')
+    if differ := sorted({*train.classes} ^ {*val.classes}): raise MicronetError(f'{args.data}: class {differ[0]!r} is not in both train and val: they do not belong together')
     say(f'{len(train.labels):,} training images, {len(val.labels):,} validation images, {len(train.classes):,} classes')
     if args.stage == 'check':
         bad = pd.concat([check_images(s) for s in (train, val)])
@@ -441,16 +438,17 @@ def _run(args):
 # %% ../nbs/21_imagenet.ipynb #5509804a
 def _record(rows, track, args, val):
     "This run's rows and, beside them, those of earlier runs of the command on the same data."
-    from micronet_nb.core import load_record, results_dir
     config = dict(recipe=asdict(track.tune), stage_teacher=track.stage, size=args.size, resize=args.resize, untrained=args.untrained)
     data = dict(name='imagenet', split='val', n=len(val.labels), fingerprint=track.train.fingerprint)
     old = load_record('21_imagenet.imagenet', 'paper', results_dir('paper'))
     kept = {r['row']: r for r in old['rows']} if old and (old['config'], old['dataset']) == (config, data) else {}
     return record('21_imagenet.imagenet', list((kept | rows).values()), 'paper', config, seed=args.seed, dataset=data, n=len(val.labels), device=track.images.device if not torch.cuda.is_available() else 'cuda')
 
-def tables(profile='paper') -> pd.DataFrame:  # indexed by row
+def tables(
+    folder=None     # of the command's record; None: where it writes now
+) -> pd.DataFrame:  # indexed by row
     "The slides' rows beside what the command has measured (top-1 in %)."
-    return compare('21_imagenet.imagenet', 'row', 'top1', slide_rows(), profile=profile).reindex(list(ROWS))
+    return compare('21_imagenet.imagenet', 'row', 'top1', slide_rows(), folder, profile='paper').reindex(list(ROWS))
 
 # %% ../nbs/21_imagenet.ipynb #609b66df
 def main(
