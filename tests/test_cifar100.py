@@ -1,0 +1,130 @@
+"The CIFAR-100 track: killed and stopped anywhere it ends as if it had not been; it needs no notebook tools; its mistakes are one line."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from micronet_nb import cifar100
+from micronet_nb.cifar100 import RECIPES, STOPPED, OutOfTime, main, run_recipe
+from micronet_nb.core import MicronetError
+
+TIMES = ("seconds",)
+
+
+def figures_of(rows): return [{k: v for k, v in r.figures.items() if k not in TIMES} for r in rows]
+def recorded(folder, name):
+    "The rows of a record, without what a clock has measured."
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in json.loads((folder/f"{name}.json").read_text())["rows"]]
+
+
+SHORT = """
+from dataclasses import replace
+from micronet_nb.cifar100 import RECIPES, main
+def cut(step): return replace(step, norms=min(step.norms, 250), fit=replace(step.fit, epochs=2, epoch_images=IMAGES))
+RECIPES["embedded"] = {r: [cut(s) for s in steps] for r, steps in RECIPES["embedded"].items()}
+"""
+
+
+@pytest.fixture
+def short():
+    "Both recipes at `embedded` with a few steps each, everything else as it is."
+    kept = RECIPES["embedded"]
+    exec(SHORT.replace("IMAGES", "128"), {})
+    yield
+    RECIPES["embedded"] = kept
+
+
+@pytest.mark.parametrize("recipe", ["study", "ours"])
+def test_stopped_at_every_stage_it_ends_as_if_it_had_not_been(recipe, short, tmp_path):
+    whole = run_recipe("embedded", recipe, root=tmp_path/"a", folder=tmp_path/"ra", quiet=True)
+    stops, pieces, rows = set(), 0, None
+    while rows is None and pieces < 60:
+        pieces += 1
+        try: rows = run_recipe("embedded", recipe, minutes=1e-6, root=tmp_path/"b", folder=tmp_path/"rb", quiet=True)
+        except OutOfTime as e: stops.add(str(e))
+    assert rows is not None and len(stops) >= len(whole) - 1   # each call trains one step at most
+    assert figures_of(rows) == figures_of(whole) and [r.key for r in rows] == [r.key for r in whole]
+    for a, b in zip(whole, rows):
+        for k, v in a.net.state_dict().items(): assert torch.equal(v, b.net.state_dict()[k]), (a.step.row, k)
+    assert recorded(tmp_path/"ra", f"20_cifar100.{recipe}") == recorded(tmp_path/"rb", f"20_cifar100.{recipe}")
+
+
+def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch, capsys):
+    out, runs, other, elsewhere = (tmp_path/n for n in ("out", "runs", "other", "elsewhere"))
+    code = SHORT.replace("IMAGES", "128") + "import sys\nsys.exit(main())"
+    run = subprocess.Popen([sys.executable, "-c", code, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd="/", env=os.environ | {"MICRONET_RUNS": str(runs)})
+    for line in run.stdout:
+        if line.startswith("DenseNet-100"): break   # the student is done, the first step of compression is under way
+    time.sleep(.1)
+    run.send_signal(signal.SIGKILL); run.communicate()
+    assert 2 <= len(recorded(out/"results", "20_cifar100.study")) < 7
+    def again(folder, *more): code = main(["--out", str(folder), *more]); return code, capsys.readouterr().out
+    monkeypatch.setenv("MICRONET_RUNS", str(runs))
+    code, said = again(out, "--minutes", "1e-6")
+    assert code == STOPPED and "the same command goes on" in said
+    code, said = again(out)
+    assert code == 0 and "all 7 steps are done" in said
+
+    monkeypatch.setenv("MICRONET_RUNS", str(elsewhere))                              # never killed
+    assert again(other)[0] == 0
+    assert recorded(out/"results", "20_cifar100.study") == recorded(other/"results", "20_cifar100.study")
+    assert max(f.stat().st_size for f in out.rglob("*") if f.is_file()) < 16*2**20
+    shutil.rmtree(runs)                                                              # a machine that has only what travelled
+    monkeypatch.setenv("MICRONET_RUNS", str(runs))
+    began = time.time()
+    code, said = again(out)
+    assert code == 0 and "taken in from" in said
+    assert all(f.stat().st_mtime < began for f in (out/"stages").rglob("done.json"))   # nothing was trained anew
+
+
+BLOCKED = """
+import sys
+gone = "nbdev fastcore papermill nbconvert nbformat execnb IPython ipykernel matplotlib sklearn onnx onnxruntime".split()
+sys.modules.update(dict.fromkeys(gone))   # as if they were not installed
+import torch
+from micronet_nb import cifar100
+from micronet_nb.data import Dataset, fingerprint
+from micronet_nb.training import FitConfig
+assert cifar100.main(["--recipe", "theirs"]) == 1
+def noise(seed):
+    g = torch.Generator().manual_seed(seed)
+    images, labels, classes = torch.randint(0, 256, (128, 3, 8, 8), dtype=torch.uint8, generator=g), torch.arange(128) % 10, [str(i) for i in range(10)]
+    return Dataset(images=images, labels=labels, classes=classes, name="noise", split="train", fingerprint=fingerprint(images, labels, classes))
+fit = FitConfig(epochs=1, batch_size=32, augment="flip")
+steps = cifar100.our_recipe(("densenet_bc_10_4", fit), ("densenet_bc_10_4", fit), fit, fit, norms=64)
+rows = []
+for s in steps: rows.append(cifar100.run_step(s, rows, (noise(0), noise(1)), ((.5,)*3, (.3,)*3), quiet=True))
+print("steps done:", len(rows))
+"""
+
+
+def test_it_needs_no_notebook_tools(tmp_path):
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd="/", env=os.environ | {"MICRONET_RUNS": str(tmp_path)})
+    assert done.returncode == 0 and "steps done: 4" in done.stdout, done.stderr[-2000:]
+
+
+def test_mistakes_are_one_line(capsys):
+    for args, told in ((["--recipe", "theirs"], "choose study or ours"), (["--profile", "huge"], "unknown profile 'huge'"), (["--minutes", "0"], "more than 0")):
+        assert main(args) == 1
+        said = capsys.readouterr().err.strip()
+        assert told in said and len(said.splitlines()) == 1
+
+
+def test_a_step_that_cannot_be_is_named(short):
+    data, _, stats = cifar100.data_of("embedded")
+    steps = RECIPES["embedded"]["study"]
+    with pytest.raises(MicronetError, match="names no model"): cifar100.run_step(steps[2], [], data, stats)
+    with pytest.raises(MicronetError, match="no row before it"): cifar100.run_step(replace(steps[1], teacher="nobody"), [], data, stats)
+
+
+def test_the_speed_command_measures(tmp_path, capsys):
+    assert main(["speed", "--out", str(tmp_path), "--minutes", "1e-6"]) == 0 and "images_s" in capsys.readouterr().out
+    rows = json.loads((tmp_path/"results"/"20_cifar100.speed.json").read_text())["rows"]
+    assert len(rows) == 1 and all(r["images_s"] > 0 and r["epoch_seconds"] > 0 and r["bandwidth_share"] is None for r in rows)
