@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import command
+from conftest import ROOT, command
 from PIL import Image
 
 from micronet_nb.core import MicronetError
@@ -59,7 +59,7 @@ def test_every_row_of_the_slides(folder, tmp_path):
 
 def test_killed_and_resumed_gives_the_same(folder, tmp_path):
     "Stopped after a moment, then killed, then left alone: the weights of a run that nobody disturbed."
-    args = ["--stage", "prune", "--epochs", "2", "--teacher", "none"]
+    args = ["--stage", "prune", "--epochs", "2", "--epoch-images", "32", "--teacher", "none"]
     env = os.environ | dict(MICRONET_RUNS=str(tmp_path/"runs"), MICRONET_OUT=str(tmp_path/"out"), MICRONET_OFFLINE="1", OMP_NUM_THREADS="1")
     stopped = run(folder, tmp_path, *args, "--minutes", "0.0001")
     assert stopped.returncode == 0 and "stopped after" in stopped.stdout
@@ -210,3 +210,15 @@ def test_bar_is_a_count():
 def test_published_rows_are_the_slides():
     top1 = {r["row"]: r["top1"] for r in slide_rows()}
     assert (top1["Original"], top1["Sparse, large layer >= 50 %"], top1["taught by labels"], top1["taught by MixNet-L"], top1["Sparse_AQ6"], top1["Sparse_AQ7_WQ"]) == (75.98, 75.56, 74.4, 75., 75.51, 75.05)
+
+
+def test_two_processes_share_the_work(folder, tmp_path):
+    "`accelerate launch`: one record, every validation image counted once, the rows of a table made."
+    env = os.environ | dict(MICRONET_RUNS=str(tmp_path/"runs"), MICRONET_OUT=str(tmp_path/"out"), MICRONET_OFFLINE="1", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU="1", PYTHONPATH=str(ROOT))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run([*launch, "-m", "micronet_nb.imagenet", "--data", str(folder), *SMALL, "--stage", "wq", "--teacher", "mixnet_s"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = rows_of(tmp_path)
+    assert list(rows) == STAGES["wq"] and all(r["n"] == 12 for r in rows.values())
+    assert done.stdout.count("Sparse_AQ7_WQ: top-1") == 1  # the main process speaks
+    assert len(list((tmp_path/"runs"/"stages").glob("mixnet-row-*/done.json"))) == 4
