@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .deployment import CARRIES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias, check_integers
+from .deployment import CARRIES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias, check_integers, shapes_of
 from .packing import as_graph
 
 # %% ../nbs/15_onnx.ipynb #77e3865b
@@ -145,23 +145,6 @@ def _linear(e, m, x):
     if len(e.shapes[x]) != 2: e.refuse(f'it works on {len(e.shapes[x])} dimensions, not on (n, features)')
     return e('Gemm', x, _weight(e, m), *[] if m.bias is None else [m.bias], transB=1)
 
-# %% ../nbs/15_onnx.ipynb #e8105e0c
-class _Shapes(fx.Interpreter):
-    "Runs a graph for the shape of every value."
-    def run_node(self, n):
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor): self.shapes[n] = tuple(value.shape)
-        return value
-
-@torch.inference_mode()
-def _shapes(graph, size):
-    run = _Shapes(graph)
-    run.shapes = {}
-    try: run.run(torch.zeros(2, *size, dtype=next((p.dtype for p in graph.parameters()), torch.float32)))
-    except (RuntimeError, TypeError, ValueError, IndexError) as e:
-        raise MicronetError(f"the net does not run on an input of {'x'.join(map(str, size))}: {(str(e).splitlines() or ['?'])[0]}") from e
-    return run.shapes
-
 # %% ../nbs/15_onnx.ipynb #b9b0a4f7
 CALLS = {nn.MaxPool2d: (F.max_pool2d, 'kernel_size stride padding dilation ceil_mode'), nn.AdaptiveAvgPool2d: (F.adaptive_avg_pool2d, 'output_size'),
          nn.AvgPool2d: (F.avg_pool2d, 'kernel_size stride padding ceil_mode count_include_pad divisor_override'), nn.Flatten: (torch.flatten, 'start_dim end_dim'),
@@ -189,7 +172,7 @@ def _model(graph, form, size):
     "The checked ONNX model of a graph."
     import onnx
     from onnx import TensorProto, helper
-    e, names, shapes = Export(graph, form), {}, _shapes(graph, size)
+    e, names, shapes = Export(graph, form), {}, shapes_of(graph, torch.zeros(2, *size, dtype=next((p.dtype for p in graph.parameters()), torch.float32)))
     for n in graph.graph.nodes:
         if n.op == 'output': break
         names[n] = 'x' if n.op == 'placeholder' else _written(e, graph, n, names)

@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .deployment import IntConv2d, IntLinear, Quantise, ScaleBias, check_integers
+from .deployment import IntConv2d, IntLinear, Quantise, Runner, ScaleBias, check_integers
 from .scoring import ACCOUNTINGS, score
 
 # %% ../nbs/14_packing.ipynb #b93f382e
@@ -579,7 +579,7 @@ def pixels_to_input(
 # %% ../nbs/14_packing.ipynb #70661521
 @torch.inference_mode()
 def top1(
-    net: nn.Module,      # for example unpacked
+    net,                 # for example unpacked, or a `Runner` of it: float32 (n, 3, h, w) to (n, classes)
     dataset,             # images (n, 3, h, w) uint8, labels
     pixels,              # see `pixels_to_input`
     n: int = None,       # the first n images; None: all
@@ -656,7 +656,7 @@ def _eval_run(args):
         raise MicronetError(f"{args.file} takes images of {'x'.join(map(str, size))}, {name} has {'x'.join(map(str, ds.images.shape[1:]))}")
     _fits(net, ds, pixels, name)
     start = time.perf_counter()
-    right, n = top1(net, ds, pixels, args.n, args.batch)
+    right, n = top1(Runner(net), ds, pixels, args.n, args.batch)
     print(f'{args.file}: top-1 {100*right/n:.2f} % ({right:,} of {n:,} test images of {name}), {n/(time.perf_counter() - start):.0f} images a second')
 
 # %% ../nbs/14_packing.ipynb #c75bfe22
@@ -678,4 +678,4 @@ def main_eval(
         'file': dict(help='a file that micronet-pack or micronet_nb.packing.pack wrote'),
         '--data': dict(choices=('cifar100', 'digits'), help='data set (default: as the file says)'),
         '-n': dict(type=int, metavar='N', help='the first N test images (default: all)'),
-        '--batch': dict(type=int, default=10, help='images at a time (default: 10)')}, argv)
+        '--batch': dict(type=int, default=25, help='images at a time (default: 25)')}, argv)
