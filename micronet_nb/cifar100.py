@@ -9,12 +9,12 @@ __all__ = ['STUDY_PRUNE', 'STUDY_BITS', 'RECIPES', 'MODES', 'CARRIED', 'SHARD', 
            'fold', 'on_test', 'leaderboard', 'Traffic', 'trained_a_second', 'copy_bandwidth', 'speed', 'send',
            'take_in', 'main']
 
-# %% ../nbs/20_cifar100.ipynb #52077fc3
-import argparse, copy, math, shutil, sys, time
+# %% ../nbs/20_cifar100.ipynb #bef4589d
+import argparse, copy, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .core import MicronetError, atomic_path, config_key, get_profile, project_root, read_json, record, results_dir, runs_dir, stage, write_json
+from .core import MicronetError, atomic_path, config_key, get_profile, project_root, read_json, record, results_dir, runs_dir, stage
 import torch
 from accelerate.utils import set_seed
 from huggingface_hub import save_torch_state_dict
@@ -24,6 +24,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .activations import quantise_activations, remove_activation_quantisers
+from .data import load_dataset
 from .deployment import lower
 from .distillation import kd_loss
 from .models import create_model, num_params
@@ -31,8 +32,7 @@ from .packing import pack, top1, unpack
 from .pruning import Pruner, global_rates, mask_of, op_sparsity, param_sparsity, prune, remove_pruning
 from .scoring import ADDERS, LayerSpec, TRACKS, compressible, score, trace
 from .sensitivity import plan_from_sensitivity, sensitivity
-from .training import FitConfig, STUDIES, _autocast, _compiled, _place, evaluate, fit_stage, hard_loss, normalised, study_data
-from .data import load_dataset
+from .training import FitConfig, STUDIES, evaluate, fit_stage, normalised, study_data
 from .weights import bit_table, choose_bits, quantise_weights, remove_weight_quantisers, specs_of, weight_bits
 
 # %% ../nbs/20_cifar100.ipynb #fea97f29
@@ -352,8 +352,12 @@ def run_recipe(
         if after: after(rows)
     return rows
 
-def write_rows(rows, profile, recipe, seed=0, last_seed=None, whole=False, folder=None, test=None):
-    "The record of a recipe's rows; with `test`, row name to top-1 in % on the test split, which is then told as read."
+def write_rows(
+    rows: list,            # of `Row`
+    profile, recipe, seed=0, last_seed=None, whole=False, folder=None,  # as for `run_recipe`
+    test: dict = None      # row name to top-1 in % on the test split; None: it was not read
+) -> dict:
+    "The record of a recipe's rows, 20_cifar100.<recipe>; another name where validation images were trained on, or the last step has a seed of its own."
     (train, valid), unseen, _ = data_of(profile, whole)
     judged = unseen if test else valid or train
     name = f"20_cifar100.{recipe}{'.whole' if whole else ''}{'' if last_seed is None else f'.seed{last_seed}'}"
