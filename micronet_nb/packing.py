@@ -656,7 +656,7 @@ def _eval_run(args):
         raise MicronetError(f"{args.file} takes images of {'x'.join(map(str, size))}, {name} has {'x'.join(map(str, ds.images.shape[1:]))}")
     _fits(net, ds, pixels, name)
     start = time.perf_counter()
-    right, n = top1(Runner(net), ds, pixels, args.n, args.batch)
+    right, n = top1(Runner(net, batch=args.batch), ds, pixels, args.n, args.batch)
     print(f'{args.file}: top-1 {100*right/n:.2f} % ({right:,} of {n:,} test images of {name}), {n/(time.perf_counter() - start):.0f} images a second')
 
 # %% ../nbs/14_packing.ipynb #c75bfe22
