@@ -32,7 +32,7 @@ from .packing import pack, top1, unpack
 from .pruning import Pruner, global_rates, mask_of, op_sparsity, param_sparsity, prune, remove_pruning
 from .scoring import ADDERS, LayerSpec, TRACKS, compressible, score, trace
 from .sensitivity import plan_from_sensitivity, sensitivity
-from .training import FitConfig, STUDIES, evaluate, fit_stage, normalised, study_data
+from .training import FitConfig, STUDIES, Stopped, evaluate, fit_stage, normalised, study_data
 from .weights import bit_table, choose_bits, quantise_weights, remove_weight_quantisers, specs_of, weight_bits
 
 # %% ../nbs/20_cifar100.ipynb #fea97f29
@@ -298,9 +298,7 @@ def run_step(
     what = dict(model=step.model) if step.model and not taught else {k: v for k, v in settings.items() if v}
     upstream = [k for k in (before, taught and taught.key) if k]
     try: found = fit_stage(_stage_name(step), net, data, step.fit, what, upstream, root, callbacks=callbacks, stats=stats, stop=left and max(left(), .2), quiet=quiet, **teaching)
-    except MicronetError as e:
-        if left and left() <= 0: raise OutOfTime(str(e)) from None
-        raise
+    except Stopped as e: raise OutOfTime(str(e)) from None
     for p in net.parameters(): p.requires_grad_(True)
     key = renew_norms(net, train, stats, step.norms, found['key'], root) if step.norms else found['key']
     def measure(folder): return figures(copy.deepcopy(net).cpu(), tuple(train.images.shape[1:])) | (dict(top1_valid=evaluate(net, valid, stats)['top1']) if valid else {})
@@ -360,7 +358,7 @@ def write_rows(
     "The record of a recipe's rows, 20_cifar100.<recipe>; another name where validation images were trained on, or the last step has a seed of its own."
     (train, valid), unseen, _ = data_of(profile, whole)
     judged = unseen if test else valid or train
-    name = f"20_cifar100.{recipe}{'.whole' if whole else ''}{'' if last_seed is None else f'.seed{last_seed}'}"
+    name = f"20_cifar100.{recipe}{'.whole' if whole else ''}{f'.from{seed}' if seed else ''}{'' if last_seed is None else f'.seed{last_seed}'}"
     made = [dict(model=r.step.row, **r.figures, top1=(test or {}).get(r.step.row)) for r in rows]
     device = str(next(rows[-1].net.parameters()).device)
     return record(name, made, profile, dict(recipe=recipe, steps=[asdict(r.step) for r in rows], trained_on=train.describe(), accounting='riair-cifar100', last_seed=last_seed),
@@ -511,8 +509,7 @@ def send(
         file = d/'model.safetensors'
         if not file.exists(): return
         if file.stat().st_size <= SHARD: shutil.copy(file, part); return
-        half = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
-        save_torch_state_dict(half, part, max_shard_size=SHARD - 2**20)
+        save_torch_state_dict(load_file(file), part, max_shard_size=SHARD - 2**20)
     new = [d for d in _stages(root) if not (Path(target)/d.name/'done.json').exists()]
     for d in new: _move(d, Path(target)/d.name, lambda part: fill(part, d))
     return [d.name for d in new]
@@ -522,13 +519,12 @@ def take_in(
     source,  # folder that has travelled; one that is not there holds nothing
     root     # folder of all stages
 ) -> list:   # names of what is new there
-    "Finished stages from a folder that `send` has made; shards become one file of float32 again."
+    "Finished stages from a folder that `send` has made; shards become one file again."
     def fill(part, d):
         files = sorted(d.glob('*.safetensors'))
         if len(files) == 1: shutil.copy(files[0], part/'model.safetensors')
         elif files:
-            state = {k: v.float() if v.dtype == torch.float16 else v for f in files for k, v in load_file(f).items()}
-            save_file(state, part/'model.safetensors')
+            save_file({k: v for f in files for k, v in load_file(f).items()}, part/'model.safetensors')
     new = [d for d in _stages(source) if not (Path(root)/d.name/'done.json').exists()]
     for d in new: _move(d, Path(root)/d.name, lambda part: fill(part, d))
     return [d.name for d in new]

@@ -600,7 +600,7 @@ def lower(
     if scales not in (torch.float16, torch.float32, torch.float64): raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
     if not (isinstance(example, torch.Tensor) and example.is_floating_point() and example.dim() > 1 and len(example)):
         raise MicronetError('the example must be a batch of normalised inputs, floating point')
-    copied = _copy(getattr(model, '_orig_mod', model)).cpu().double().eval()
+    copied = _copy(getattr(model, '_orig_mod', model)).cpu().to(torch.float64, memory_format=torch.contiguous_format).eval()  # one order of memory, one order of sums
     x = example.detach().cpu().double()
     recorded, expected = capture(copied, torch.cat([x, x]) if len(x) == 1 else x)
     graph = _build(recorded)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BAR', 'SLIDE_TEACHERS', 'CHOSEN', 'ROLES', 'SWEEP', 'PRUNING', 'ACTIVATIONS', 'WEIGHTS', 'ROWS', 'STAGES', 'NETS',
-           'IMAGENET_STATS', 'FolderImages', 'TarImages', 'ParquetImages', 'open_images', 'rgb', 'check_images',
-           'transforms', 'Pictures', 'windowed', 'loaded', 'default_workers', 'Stream', 'validate', 'passes',
-           'pretrained', 'sparse_plans', 'Row', 'slide_rows', 'Track', 'compress', 'tables', 'main']
+           'IMAGENET_STATS', 'STOPPED', 'FolderImages', 'TarImages', 'ParquetImages', 'open_images', 'rgb',
+           'check_images', 'transforms', 'Pictures', 'windowed', 'loaded', 'default_workers', 'fingerprint', 'Stream',
+           'validate', 'passes', 'pretrained', 'sparse_plans', 'Row', 'slide_rows', 'Track', 'compress', 'weights_key',
+           'tables', 'main']
 
-# %% ../nbs/21_imagenet.ipynb #4d79eba7
-import argparse, copy, io, os, random, sys, time
+# %% ../nbs/21_imagenet.ipynb #1d4605d3
+import argparse, copy, hashlib, io, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .core import MicronetError, compare, config_key, load_record, offline, progress, published, record, released_schedule, results_dir, stage
@@ -22,14 +23,14 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .activations import activation_quantisers, calibrate, quantise_activations
+from .activations import quantise_activations
 from .data import list_images
-from .distillation import AsTeacher, kd_loss
+from .distillation import kd_loss
 from .models import create_model
 from .pruning import Pruner, at_least, large_layers, op_sparsity, param_sparsity, plan_rates, prune
 from .scoring import score
-from .training import FitConfig, _device, _world, evaluate, fit_stage, normalised
-from .weights import plan_bits, quantise_weights, specs_of
+from .training import FitConfig, Stopped, _device, _world, fit_stage, normalised
+from .weights import quantise_weights
 
 # %% ../nbs/21_imagenet.ipynb #653fe8d2
 class FolderImages:
@@ -116,8 +117,10 @@ def check_images(
     "Decodes every image, in parallel, and lists those that cannot be read."
     def problems(rows):
         found = []
-        for i in rows:
-            try: rgb(source.read([i])[0], source.name(i)).load()
+        try: data = source.read(rows)
+        except Exception as e: return [dict(image=source.name(i), problem=f'{source.name(i)} cannot be read ({e})') for i in rows]  # pyarrow, tarfile and the system each have their own
+        for i, d in zip(rows, data):
+            try: rgb(d, source.name(i)).load()
             except (MicronetError, OSError) as e: found.append(dict(image=source.name(i), problem=str(e)))
         return found
     chunks = np.array_split(np.arange(len(source.labels)), max(1, len(source.labels)//chunk))
@@ -173,6 +176,16 @@ def loaded(pictures, batches, workers, device):
 
 def default_workers(): return max(1, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
 
+# %% ../nbs/21_imagenet.ipynb #c2b4b4fd
+def fingerprint(
+    source  # see `open_images`
+) -> str:
+    "Stands for the images of a source: their names and labels, in order, and their sizes where they are files."
+    h = hashlib.sha256(source.labels.tobytes())
+    for i in range(len(source.labels)): h.update(Path(source.name(i)).name.encode())
+    for f in getattr(source, 'files', ()): h.update(str(Path(f).stat().st_size).encode())
+    return h.hexdigest()[:16]
+
 # %% ../nbs/21_imagenet.ipynb #bf1facd9
 class Stream:
     "A training set on disk, as `fit` and `fit_stage` take it."
@@ -183,7 +196,7 @@ class Stream:
         name: str = 'imagenet'
     ):
         self.source, self.size, self.workers, self.name, self.classes = source, size, default_workers() if workers is None else workers, name, source.classes
-        self.fingerprint = config_key([size, len(source.labels), int((source.labels*np.arange(1, len(source.labels) + 1) % 2**31).sum())])
+        self.fingerprint = config_key([size, fingerprint(source)])
 
     def __len__(self): return len(self.source.labels)
     def describe(self): return dict(name=self.name, split='train', n=len(self), fingerprint=self.fingerprint)
@@ -253,6 +266,7 @@ def pretrained(
         if found:
             from timm.models import load_checkpoint
             load_checkpoint(model, str(found[0]))
+        elif num_classes != config['num_classes']: raise MicronetError(f"its published weights have {config['num_classes']} classes, not {num_classes}")
         elif offline(): raise MicronetError('the network is forbidden (MICRONET_OFFLINE or HF_HUB_OFFLINE)')
         else: return create_model(name, num_classes, pretrained=True)
     except Exception as e:
@@ -351,9 +365,12 @@ STAGES['all'] = list(dict.fromkeys(n for names in STAGES.values() for n in names
 NETS = dict(zip(ROLES, SLIDE_TEACHERS))
 IMAGENET_STATS = (.485, .456, .406), (.229, .224, .225)
 
+STOPPED = 75  # exit code: the time was over, the same command goes on
+
 def _parser():
     p = argparse.ArgumentParser('python -m micronet_nb.imagenet', description="The slides' ImageNet tables: MixNet-S pruned, distilled and quantised.", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog='examples:\n  python -m micronet_nb.imagenet --data /data/imagenet\n  accelerate launch -m micronet_nb.imagenet --data /data/imagenet --stage prune --minutes 55\n  python -m micronet_nb.imagenet --data /data/imagenet --stage check')
+                                epilog='examples:\n  python -m micronet_nb.imagenet --data /data/imagenet\n  accelerate launch -m micronet_nb.imagenet --data /data/imagenet --stage prune --minutes 55\n  python -m micronet_nb.imagenet --data /data/imagenet --stage check\n\n'
+                                f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on')
     p.add_argument('--data', required=True, help='folder with train and val: class folders, tar files or parquet shards')
     p.add_argument('--weights', help='folder with <model>.safetensors or .pth (default: the Hugging Face hub)')
     p.add_argument('--stage', default='all', choices=[*STAGES, 'check'], help='which rows (default: all)')
@@ -367,18 +384,27 @@ def _parser():
     p.add_argument('--untrained', action='store_true', help='random weights where there are no published ones: to try the machinery')
     return p
 
+# %% ../nbs/21_imagenet.ipynb #7f903d0d
+def weights_key(
+    model: nn.Module  # any
+) -> str:
+    "Stands for the values of a net's weights and buffers: other weights, another key."
+    h = hashlib.sha256()
+    for k, v in model.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
 # %% ../nbs/21_imagenet.ipynb #c0596d1c
 def _nets(args, classes, say):
     "Role to (net on the device, key): what can be had of the slides' nets; what cannot is said."
     nets, device = {}, _world().device
     for role, name in NETS.items():
         if args.stage not in ('all', 'sweep', 'evaluate') and name not in ('mixnet_s', args.teacher): continue
-        try: model, origin = pretrained(name, args.weights, classes), 'published'
+        try: model = pretrained(name, args.weights, classes)
         except MicronetError as e:
             if not args.untrained: say(f'{role}: {e}'); continue
             torch.manual_seed(args.seed)
-            model, origin = create_model(name, classes), f'random {args.seed}'
-        nets[role] = model.to(device).eval(), config_key([name, classes, origin])
+            model = create_model(name, classes)
+        nets[role] = model.to(device).eval(), config_key([name, weights_key(model)])
     if 'MixNet-S' not in nets: raise MicronetError('without the weights of mixnet_s there is no student: see the message above, or try the machinery with --untrained')
     return nets
 
@@ -395,7 +421,7 @@ def _measured(track, name, val, args):
     "A row's figures: validated once, and kept."
     net = track.net(name)
     how = dict(size=args.size, resize=args.resize)
-    found = stage('mixnet-validated', how | dict(n=len(val.labels)), lambda folder: validate(net, val, track.stats, args.size, args.resize, workers=args.workers), [track.key_of(name)], track.root)
+    found = stage('mixnet-validated', how | dict(n=len(val.labels), images=fingerprint(val)), lambda folder: validate(net, val, track.stats, args.size, args.resize, workers=args.workers), [track.key_of(name)], track.root)
     run = track.made[name][1] if name in track.made else {}
     s = score(copy.deepcopy(net).cpu(), (3, args.size, args.size), 'imagenet', 'riair-reviewed')
     return dict(row=name, **found, passes=passes(found), param_sparsity=param_sparsity(net), op_sparsity=op_sparsity(copy.deepcopy(net).cpu(), (3, args.size, args.size)), score=s.score, storage=s.storage,
@@ -411,6 +437,7 @@ def _run(args):
     "All rows of a stage, one after the other; the record grows with each."
     start, world = time.monotonic(), _world()
     say = lambda text: world.is_main_process and print(text, flush=True)
+    if args.minutes is not None and not args.minutes > 0: raise MicronetError(f'--minutes {args.minutes:g}: more than 0')
     train, val = (open_images(args.data, split) for split in ('train', 'val'))
     if differ := sorted({*train.classes} ^ {*val.classes}): raise MicronetError(f'{args.data}: class {differ[0]!r} is not in both train and val: they do not belong together')
     say(f'{len(train.labels):,} training images, {len(val.labels):,} validation images, {len(train.classes):,} classes')
@@ -427,22 +454,24 @@ def _run(args):
         row = ROWS[name]
         if row and row.teacher not in (None, 'stage') and row.teacher not in nets: say(f'{name}: left out, there is no such teacher here'); continue
         try: rows[name] = _measured(track, name, val, args)
-        except MicronetError as e:
-            if args.minutes and 'as asked for' in str(e): say(f'stopped after {args.minutes:g} minutes: {e}'); break
-            raise
+        except Stopped as e:
+            say(f'stopped after {args.minutes:g} minutes: {e}'); return STOPPED
         say(f"{name}: top-1 {rows[name]['top1']:.2f} %, top-5 {rows[name]['top5']:.2f} % ({rows[name]['right']:,} of {rows[name]['n']:,}), bar {'met' if rows[name]['passes'] else 'missed'}, waiting for images {rows[name]['waiting']:.0%} of the time")
         if world.is_main_process: _record(rows, track, args, val)
-    if world.is_main_process and rows: print(tables().to_string(na_rep='', float_format='%.2f'))
+    if world.is_main_process and rows and not args.untrained: print(tables().to_string(na_rep='', float_format='%.2f'))
     return 0
 
 # %% ../nbs/21_imagenet.ipynb #5509804a
 def _record(rows, track, args, val):
     "This run's rows and, beside them, those of earlier runs of the command on the same data."
     config = dict(recipe=asdict(track.tune), stage_teacher=track.stage, size=args.size, resize=args.resize, untrained=args.untrained)
-    data = dict(name='imagenet', split='val', n=len(val.labels), fingerprint=track.train.fingerprint)
-    old = load_record('21_imagenet.imagenet', 'paper', results_dir('paper'))
+    data = dict(name='imagenet', split='val', n=len(val.labels), fingerprint=fingerprint(val), train=track.train.fingerprint)
+    name = f"21_imagenet.imagenet{'.untrained' if args.untrained else ''}"
+    old = load_record(name, 'paper', results_dir('paper'))
+    if old and not args.untrained and (old['config'], old['dataset']) != (config, data): name += f'.{config_key([config, data])[:6]}'  # another recipe or other images: the table there stays
+    old = load_record(name, 'paper', results_dir('paper'))
     kept = {r['row']: r for r in old['rows']} if old and (old['config'], old['dataset']) == (config, data) else {}
-    return record('21_imagenet.imagenet', list((kept | rows).values()), 'paper', config, seed=args.seed, dataset=data, n=len(val.labels), device=track.images.device if not torch.cuda.is_available() else 'cuda')
+    return record(name, list((kept | rows).values()), 'paper', config, seed=args.seed, dataset=data, n=len(val.labels), device=track.images.device if not torch.cuda.is_available() else 'cuda')
 
 def tables(
     folder=None     # of the command's record; None: where it writes now
@@ -457,7 +486,7 @@ def main(
     "`python -m micronet_nb.imagenet`; returns the exit code. A mistake is one line on stderr."
     args = _parser().parse_args(argv)
     try: return _run(args)
-    except MicronetError as e: print(f'micronet_nb.imagenet: {e}', file=sys.stderr); return 2
+    except MicronetError as e: print(f'micronet_nb.imagenet: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('\nmicronet_nb.imagenet: stopped; the same command goes on', file=sys.stderr); return 130
 
 # %% ../nbs/21_imagenet.ipynb #28c2e2c6

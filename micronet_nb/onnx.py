@@ -37,8 +37,9 @@ def integers(
     "A tensor of an ONNX integer type. MicronetError where this onnx does not know the type."
     from onnx import TensorProto
     if not hasattr(TensorProto, kind): raise MicronetError(f'this version of onnx has no {kind}: install onnx>=1.20')
-    width = int(kind.removeprefix('U').removeprefix('INT'))
-    codes = np.asarray(values).astype(np.int64).ravel()
+    width, signed = int(kind.removeprefix('U').removeprefix('INT')), kind[0] == 'I'
+    codes, low = np.asarray(values).astype(np.int64).ravel(), -2**(width - 1) if signed else 0
+    if not np.array_equal(codes, np.ravel(values)) or len(codes) and not low <= codes.min() <= codes.max() < low + 2**width: raise MicronetError(f'{name or "the tensor"} has values that are no {kind}: quantise it first')
     if width >= 8: raw = codes.astype(f'<i{width//8}' if kind[0] == 'I' else f'<u{width//8}').tobytes()
     else:
         codes = np.pad(codes & 2**width - 1, (0, -len(codes) % (8//width))).reshape(-1, 8//width)
@@ -184,7 +185,9 @@ def _model(graph, form, size):
     two_bits = {getattr(TensorProto, k, None) for k in ('INT2', 'UINT2')}
     opset = [helper.make_opsetid('', 25 if any(t.data_type in two_bits for t in e.stored.values()) else 21)]
     model = helper.make_model(net, opset_imports=opset, ir_version=helper.find_min_ir_version_for(opset), producer_name='micronet_nb')
-    onnx.checker.check_model(model, full_check=True)
+    try: onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise MicronetError(f'onnx {onnx.__version__} refuses what was written: {(str(error).strip().splitlines() or ["?"])[0]}') from error
     return model
 
 # %% ../nbs/15_onnx.ipynb #bd45dffb

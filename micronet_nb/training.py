@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RIAIR_AUGMENT', 'GEOMETRIC', 'REACH', 'DULL', 'RAND_AUGMENT', 'AUGMENTS', 'NEVER', 'STUDIES', 'warp', 'cut',
            'apply_op', 'pick', 'crop_flip', 'augment', 'FitConfig', 'epoch_batches', 'evaluate', 'normalised',
-           'hard_loss', 'Run', 'save_checkpoint', 'checkpoints', 'fit', 'fit_stage', 'Study', 'study_data', 'student']
+           'hard_loss', 'Run', 'save_checkpoint', 'checkpoints', 'fit', 'Stopped', 'fit_stage', 'Study', 'study_data',
+           'student']
 
 # %% ../nbs/03_training.ipynb #917ec6c7
 import contextlib, json, math, os, shutil, time
@@ -548,6 +549,10 @@ def _add_row(run, valid):
     run.history.append(_from_main(run, row))
     run.mark = time.perf_counter()
 
+# %% ../nbs/03_training.ipynb #24a20b0c
+class Stopped(MicronetError):
+    "The time that was asked for is over and the work is kept: the same call goes on from there."
+
 # %% ../nbs/03_training.ipynb #4a560815
 def fit_stage(
     name: str,               # for people: the stage's folder is called <name>-<key>
@@ -559,7 +564,7 @@ def fit_stage(
     root=None,               # folder of all stages; default `runs_dir()/'stages'`
     **kwargs                 # teacher, callbacks, loss, stats, every, stop, quiet: as for `fit`
 ) -> dict:                   # key, history (a row an epoch), seconds, data_seconds, steps, top1 and loss on the validation set
-    "`fit`, once per configuration: the trained weights (the average, with EMA) and the history are kept, and found again. MicronetError where `stop` came first: the same call goes on."
+    "`fit`, once per configuration: the trained weights (the average, with EMA) and the history are kept, and found again. Stopped where `stop` came first: the same call goes on."
     train, valid = data
     world, key_config = _world(), dict(fit=_settings(config), what=what or {}, data=train.describe(), n=len(train))
     result = stage(name, key_config, lambda folder: _work(folder, model, data, config, kwargs), upstream, root)
@@ -576,7 +581,7 @@ def fit_stage(
 def _work(folder, model, data, config, kwargs):
     "What the stage keeps: the weights, written by the main process, and the run's figures, the same in all."
     run = fit(model, data, config, folder=folder/'checkpoints', **kwargs)
-    if not run.done: raise MicronetError(f'{folder.name} has done {run.step} of {run.total} steps and stopped, as asked for: the same call goes on from there')
+    if not run.done: raise Stopped(f'{folder.name} has done {run.step} of {run.total} steps and stopped, as asked for: the same call goes on from there')
     if run.world.is_main_process:
         with atomic_path(folder/'model.safetensors') as tmp: _save_model(run.ema.module if run.ema else run.model, tmp)
     run.world.wait_for_everyone()
