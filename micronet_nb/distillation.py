@@ -47,27 +47,30 @@ def distil(
     direction: str = 'student||teacher',  # one of DIRECTIONS
     temperature: float = 1.,       # divides both logits
     hard: float = 0.,              # fraction in [0,1]: share of the label
-    standardise: bool = False      # `z_score` both logits first?
+    standardise: bool = False,     # `z_score` both logits first?
+    soft: float = None             # weight of the teacher's share; None: 1 - hard
 ) -> torch.Tensor:                 # scalar
-    "hard CE + (1 - hard) T^2 KL. Slide 'Knowledge Distillation'; Hinton et al. 2015. MicronetError without a teacher."
+    "hard CE + soft T^2 KL. Slide 'Knowledge Distillation'; Hinton et al. 2015. MicronetError without a teacher."
     if teacher_logits is None: raise MicronetError('there are no teacher logits: give fit(..., teacher=...) a teacher, or use hard_loss')
     s, t = (z/temperature for z in ((z_score(logits), z_score(teacher_logits)) if standardise else (_full(logits), _full(teacher_logits))))
-    soft = temperature**2*(kl(s, t) if direction == DIRECTIONS[0] else kl(t, s)).mean()
-    return hard*hard_loss(logits, target, None, config) + (1 - hard)*soft if hard else soft
+    taught = (1 - hard if soft is None else soft)*temperature**2*(kl(s, t) if direction == DIRECTIONS[0] else kl(t, s)).mean()
+    return hard*hard_loss(logits, target, None, config) + taught if hard else taught
 
 # %% ../nbs/07_distillation.ipynb #75bff135
 def kd_loss(
     direction: str = 'student||teacher',  # or 'teacher||student'
     temperature: float = 1.,  # > 0
     hard: float = 0.,         # fraction in [0,1]: share of the label
-    standardise: bool = False # logits by `z_score`?
+    standardise: bool = False,# logits by `z_score`?
+    soft: float = None        # weight of the teacher's share, >= 0; None: 1 - hard
 ):
     "`distil` with these choices, for `fit`; its `keywords` tell them. The default is RIAIR's. MicronetError for a choice that makes no sense."
     if direction not in DIRECTIONS: raise MicronetError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < float('inf'):
         raise MicronetError(f'temperature must be a positive number, not {temperature!r}')
     if isinstance(hard, bool) or not isinstance(hard, (int, float)) or not 0 <= hard <= 1: raise MicronetError(f'hard is the share of the label, a fraction from 0 to 1, not {hard!r}')
-    return partial(distil, direction=direction, temperature=float(temperature), hard=float(hard), standardise=bool(standardise))
+    if soft is not None and (isinstance(soft, bool) or not isinstance(soft, (int, float)) or not 0 <= soft < float('inf')): raise MicronetError(f"soft is the weight of the teacher's share, a number from 0 on, or None, not {soft!r}")
+    return partial(distil, direction=direction, temperature=float(temperature), hard=float(hard), standardise=bool(standardise), **({} if soft is None else {'soft': float(soft)}))
 
 # %% ../nbs/07_distillation.ipynb #c5cea12c
 class AsTeacher(nn.Module):

@@ -452,7 +452,10 @@ def _write(run, folder):
     for o in old: shutil.rmtree(o, ignore_errors=True)
 
 # %% ../nbs/03_training.ipynb #c3d74921
-def _save_model(model, path): save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}, path)
+def _save_model(model, path, half=False):
+    "The state dict; `half`: what has two dimensions or more in FP16."
+    def kept(v): return v.detach().clone(memory_format=torch.contiguous_format).to(torch.float16 if half and v.is_floating_point() and v.ndim > 1 else v.dtype)
+    save_file({k: kept(v) for k, v in model.state_dict().items()}, path)
 
 def checkpoints(
     folder  # where checkpoints are kept
@@ -562,12 +565,13 @@ def fit_stage(
     what: dict = None,       # all else that the result depends on: model, rates, bits, loss, teacher, stats of another data set, ...
     upstream=(),             # keys of the stages that the starting weights (and the teacher) come from
     root=None,               # folder of all stages; default `runs_dir()/'stages'`
+    half: bool = False,      # matrices and kernels are stored in FP16, and the model ends with what is stored
     **kwargs                 # teacher, callbacks, loss, stats, every, stop, quiet: as for `fit`
 ) -> dict:                   # key, history (a row an epoch), seconds, data_seconds, steps, top1 and loss on the validation set
     "`fit`, once per configuration: the trained weights (the average, with EMA) and the history are kept, and found again. Stopped where `stop` came first: the same call goes on."
     train, valid = data
-    world, key_config = _world(), dict(fit=_settings(config), what=what or {}, data=train.describe(), n=len(train))
-    result = stage(name, key_config, lambda folder: _work(folder, model, data, config, kwargs), upstream, root)
+    world, key_config = _world(), dict(fit=_settings(config), what=(what or {}) | ({'half': True} if half else {}), data=train.describe(), n=len(train))
+    result = stage(name, key_config, lambda folder: _work(folder, model, data, config, half, kwargs), upstream, root)
     world.wait_for_everyone()
     folder = Path(root or runs_dir()/'stages')/result['folder']
     if world.is_main_process: shutil.rmtree(folder/'checkpoints', ignore_errors=True)
@@ -578,12 +582,12 @@ def fit_stage(
     return result | dict(key=config_key(key_config, upstream), top1=last.get('valid_top1'), loss=last.get('valid_loss'))
 
 # %% ../nbs/03_training.ipynb #3ae8730e
-def _work(folder, model, data, config, kwargs):
+def _work(folder, model, data, config, half, kwargs):
     "What the stage keeps: the weights, written by the main process, and the run's figures, the same in all."
     run = fit(model, data, config, folder=folder/'checkpoints', **kwargs)
     if not run.done: raise Stopped(f'{folder.name} has done {run.step} of {run.total} steps and stopped, as asked for: the same call goes on from there')
     if run.world.is_main_process:
-        with atomic_path(folder/'model.safetensors') as tmp: _save_model(run.ema.module if run.ema else run.model, tmp)
+        with atomic_path(folder/'model.safetensors') as tmp: _save_model(run.ema.module if run.ema else run.model, tmp, half)
     run.world.wait_for_everyone()
     history = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in run.history]
     return _from_main(run, dict(history=history, seconds=run.seconds, data_seconds=run.data_seconds, steps=run.step, folder=folder.name, valid=data[1] and data[1].describe()))
