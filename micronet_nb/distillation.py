@@ -61,7 +61,7 @@ def kd_loss(
     direction: str = 'student||teacher',  # or 'teacher||student'
     temperature: float = 1.,  # > 0
     hard: float = 0.,         # fraction in [0,1]: share of the label
-    standardise: bool = False,# logits by `z_score`?
+    standardise: bool = False, # logits by `z_score`?
     soft: float = None        # weight of the teacher's share, >= 0; None: 1 - hard
 ):
     "`distil` with these choices, for `fit`; its `keywords` tell them. The default is RIAIR's. MicronetError for a choice that makes no sense."

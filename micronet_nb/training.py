@@ -577,7 +577,7 @@ def fit_stage(
     if world.is_main_process: shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     _place(model, 'cpu' if world.device.type == 'cpu' else world.device, config).load_state_dict(load_file(folder/'model.safetensors'))
     last = result['history'][-1]
-    if valid is not None and result.get('valid', valid.describe()) != valid.describe():  # found, but measured on other images
+    if valid is not None and (half or result.get('valid', valid.describe()) != valid.describe()):  # measured before rounding, or on other images
         last = {f'valid_{k}': v for k, v in evaluate(model, valid, kwargs.get('stats') or dataset_stats(train)).items()}
     return result | dict(key=config_key(key_config, upstream), top1=last.get('valid_top1'), loss=last.get('valid_loss'))
 
