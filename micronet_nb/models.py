@@ -6,11 +6,10 @@
 __all__ = ['num_params', 'densenet_bc', 'PreActBlock', 'wrn', 'create_model', 'small_stem']
 
 # %% ../nbs/02_models.ipynb #f9917b2d
-from .core import MicronetError  # before timm: it silences a warning of tqdm's
-import timm
 import torch
-from timm.models.densenet import DenseNet
 from torch import nn
+
+from .core import MicronetError
 
 # %% ../nbs/02_models.ipynb #ccbcd02f
 def num_params(
@@ -27,6 +26,7 @@ def densenet_bc(
 ) -> nn.Module:
     "DenseNet-BC (compression 0.5) for 32x32 images, on timm's DenseNet. Huang et al. 2017; MicronetError for a depth that is not 6 b + 4."
     if depth < 10 or (depth - 4) % 6: raise MicronetError(f'a DenseNet-BC has depth 6 b + 4 (22, 40, 100, 172, ...), not {depth}')
+    from timm.models.densenet import DenseNet  # timm takes as long to import as torch: only where it is used
     net = DenseNet(block_config=((depth - 4)//6,)*3, growth_rate=growth, num_classes=num_classes)
     net.features.conv0 = nn.Conv2d(3, 2*growth, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.features.conv0.weight)
@@ -77,6 +77,7 @@ def create_model(
     "A model by name; MicronetError names the closest ones where there is none."
     for make, prefix in ((densenet_bc, 'densenet_bc_'), (wrn, 'wrn_')):
         if name.startswith(prefix): return _sized(make, name[len(prefix):], name, num_classes)
+    import timm
     if not timm.is_model(name): raise MicronetError(f'no model {name!r}; {_near(name)}')
     model = timm.create_model(name, num_classes=num_classes, pretrained=pretrained)
     return small_stem(model) if small else model
@@ -91,7 +92,7 @@ def _sized(make, sizes, name, num_classes):
 
 def _near(name):
     "What a misspelt name may have meant."
-    import difflib
+    import difflib, timm
     near = difflib.get_close_matches(name, ['densenet_bc_100_12', 'wrn_28_10', 'released', *timm.list_models()], n=4)
     return f"did you mean {', '.join(near)}?" if near else 'timm.list_models() lists what there is'
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .core import MicronetError, atomic_path, find_file, released_schedule
+from .core import MicronetError, atomic_path, released_schedule
 from .models import create_model
 
 # %% ../nbs/04_scoring.ipynb #010b819d
@@ -273,13 +273,14 @@ def compressible(
 def schedule_specs(
     model: nn.Module,  # as many Conv2d and Linear layers as the schedule has entries
     schedule: dict,    # as `released_schedule()`
-    scales=None        # (layers,) activation scales, the first one (the image's) taken as 1; None: unknown
+    scales=None        # (layers,) activation scales, the first one (the image's) taken as 1; None: the schedule's own
 ) -> dict:
     "Specs for `score` from a released schedule; MicronetError where the layers do not match."
     names, bits = list(compressible(model)), schedule['weight_bits']
     if len(names) != len(bits): raise MicronetError(f'the schedule has {len(bits)} layers, the model {len(names)}: they do not belong together')
+    scales = schedule.get('activation_scale') if scales is None else scales
     if scales is not None and len(scales) != len(bits): raise MicronetError(f'{len(scales)} scales for {len(bits)} layers')
-    step = [None]*len(bits) if scales is None else [1., *map(float, scales[1:])]
+    step = [1., *map(float, scales[1:])] if scales is not None else [None]*len(bits)
     return {n: LayerSpec(w, schedule['activation_bits'] if s is not None else schedule['first_layer_activation_bits'], bool(s), a)
             for n, w, s, a in zip(names, bits, schedule['activation_signed'], step)}
 
@@ -568,6 +569,11 @@ def summary(
     t['share of score'] = ((t.multiplies + t['adds'])/TRACKS[s.track][1] + t.storage/TRACKS[s.track][0])/(s.score or 1)
     return t.astype({'count': int})
 
+# %% ../nbs/04_scoring.ipynb #7904d927
+def _count(v, digits=4):
+    "A count for people: a whole one as whole, another with this many decimals."
+    return f'{v:,.0f}' if v == round(v) else f'{v:,.{digits}f}'
+
 # %% ../nbs/04_scoring.ipynb #25a977d3
 def _repr_html_(self):
     "The score and its parts, as a table."
@@ -576,7 +582,7 @@ def _repr_html_(self):
     return f'<p><b>score {self.score:.6f}</b> = operations {self.op_score:.6f} + storage {self.param_score:.6f} ({how})</p>{table.to_html()}'
 
 Score._repr_html_ = _repr_html_
-Score.__repr__ = lambda s: f'Score({s.score:.6f} = operations {s.op_score:.6f} + storage {s.param_score:.6f}; {s.ops:,.2f} operations, {s.storage:,.4f} numbers; {s.accounting}, {s.adder}, {s.track})'
+Score.__repr__ = lambda s: f'Score({s.score:.6f} = operations {s.op_score:.6f} + storage {s.param_score:.6f}; {_count(s.ops, 2)} operations, {_count(s.storage)} numbers; {s.accounting}, {s.adder}, {s.track})'
 
 # %% ../nbs/04_scoring.ipynb #d6c2389f
 def _check(track, accounting, adder, pool_bits, bias_bits):
@@ -655,6 +661,10 @@ def _size(text):
     try: size = tuple(int(v) for v in text.split('x'))
     except ValueError: size = ()
     if len(size) != 3 or min(size) < 1: raise MicronetError(f'--size {text!r} is not channels x height x width; write it like 3x32x32')
+    import psutil
+    need, free = 4*math.prod(size), psutil.virtual_memory().available
+    if 8*need > free:  # what lies between the layers is at least that much
+        raise MicronetError(f'--size {text}: such an image takes {need/1e9:,.1f} GB and a net a multiple of that; this machine has {free/1e9:,.1f} GB free, choose a smaller one')
     return size
 
 # %% ../nbs/04_scoring.ipynb #e1e18f55
@@ -664,10 +674,10 @@ def _run(args):
     specs = apply_schedule(net, released_schedule()) if args.schedule else None
     track = args.track or ('cifar100' if size[-1] <= 64 else 'imagenet')
     s = score(net, size, track, args.accounting or accounting, args.adder, specs, corrected=args.corrected)
-    with pd.option_context('display.width', 160, 'display.max_columns', 20, 'display.float_format', '{:,.4f}'.format):
+    with pd.option_context('display.width', 160, 'display.max_columns', 20, 'display.float_format', _count):
         print((s.layers if args.layers else summary(s)).to_string())
     print(f"\n{args.model} at {'x'.join(map(str, size))}, {s.accounting}{', corrected' if s.corrected else ''}, {s.adder} adder, {track} track")
-    print(f'storage    {s.storage:18,.4f}   score {s.param_score:.6f}\noperations {s.ops:18,.2f}   score {s.op_score:.6f}\nscore {s.score:35.6f}')
+    print(f'storage    {_count(s.storage):>18}   score {s.param_score:.6f}\noperations {_count(s.ops, 2):>18}   score {s.op_score:.6f}\nscore {s.score:35.6f}')
     if args.csv: _write_csv(s.layers, args.csv)
 
 # %% ../nbs/04_scoring.ipynb #f2aca3f8
