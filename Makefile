@@ -16,7 +16,7 @@ ARGS = --profile '$(PROFILE)' --out '$(OUT)' $(if $(strip $(ONLY)),--only '$(ONL
 
 help:
 	@echo 'make reproduce   run every notebook and make $(OUT)/$(PROFILE)/index.html; killed, the same command continues'
-	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="epochs=3 lr=1e-3"  FRESH=1  OUT=folder'
+	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="seed=1 n_images=50"  FRESH=1  OUT=folder'
 	@echo 'make test        all checks: generated files in sync, nbdev_test, pytest (which runs every notebook at embedded)'
 	@echo 'make lab         open JupyterLab on nbs/'
 	@echo 'make export      after editing a notebook: write micronet_nb/*.py and clean the notebooks'
@@ -43,6 +43,7 @@ $(DONE): settings.ini setup.py pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
 	@$(BIN)/python -c "import site, pathlib; pathlib.Path(site.getsitepackages()[0], 'micronet_nb_checkout.pth').write_text('$(CURDIR)\n')"  # so that a folder called micronet_nb, seen from its parent, does not hide the package
+	@$(BIN)/python -m micronet_nb.core >/dev/null  # how the environment's Jupyter starts and saves notebooks, and Git merges them
 	@printf %s '$(CURDIR)' > $@
 
 reproduce: $(DONE)
