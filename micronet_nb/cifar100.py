@@ -9,6 +9,11 @@ __all__ = ['STUDY_PRUNE', 'STUDY_BITS', 'RECIPES', 'MODES', 'CARRIED', 'PIECE', 
            'steps_of', 'run_recipe', 'write_rows', 'fold', 'on_test', 'leaderboard', 'Traffic', 'trained_a_second',
            'copy_bandwidth', 'speed', 'send', 'take_in', 'main']
 
+# %% ../nbs/20_cifar100.ipynb #02c61820
+if __name__ == '__main__' and '__file__' in globals():
+    from micronet_nb.core import swiftly
+    swiftly()  # python -m: before PyTorch is loaded
+
 # %% ../nbs/20_cifar100.ipynb #bef4589d
 import argparse, contextlib, copy, hashlib, io, re, shutil, sys, time, zipfile
 from dataclasses import asdict, dataclass, replace
