@@ -9,7 +9,7 @@ __all__ = ['MODULES', 'FUNCTIONS', 'METHODS', 'DTYPES', 'FORMAT', 'to_bits', 'fr
            'half_scales', 'parts_of', 'pixels_to_input', 'top1', 'load_packed', 'main_pack', 'main_eval']
 
 # %% ../nbs/14_packing.ipynb #5056f3b0
-import argparse, copy, hashlib, inspect, json, keyword, math, operator, os, re, sys, time, zlib
+import argparse, copy, hashlib, inspect, json, keyword, math, operator, os, pickle, re, sys, time, zlib
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .deployment import IntConv2d, IntLinear, Quantise, Runner, ScaleBias, check_integers
+from .deployment import IntConv2d, IntLinear, IntWeights, Quantise, Runner, ScaleBias, check_integers, lower
 from .scoring import ACCOUNTINGS, score
 
 # %% ../nbs/14_packing.ipynb #b93f382e
@@ -615,13 +615,65 @@ def _command(name, run, about, examples, arguments, argv):
         return 1
     return 0
 
+# %% ../nbs/14_packing.ipynb #898fdeff
+def _made(source):
+    "What the function of `module:function` returns: (net, about)."
+    import importlib
+    module, function = source.rsplit(':', 1)
+    sys.path.insert(0, os.getcwd())
+    try: made = getattr(importlib.import_module(module), function)()
+    except Exception as e: raise MicronetError(f'{source} cannot be called: {type(e).__name__}: {(str(e).splitlines() or ["?"])[0]}') from e
+    finally: sys.path.remove(os.getcwd())
+    net, about = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
+    if not isinstance(net, nn.Module): raise MicronetError(f'{source} returns {type(net).__name__}, not a module')
+    return net, check_about(about)
+
+def _load_weights(net, path):
+    "A state dict of safetensors' or of `torch.save`'s, read without running code; every tensor must fit."
+    try: state = safetensors.torch.load_file(path) if str(path).endswith('.safetensors') else torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e: raise MicronetError(f'{path} holds more than tensors, or is no checkpoint: save net.state_dict() with torch.save') from e
+    except Exception as e: raise MicronetError(f'{path} cannot be read as a state dict: {(str(e).splitlines() or [type(e).__name__])[0]}') from e
+    state = next((state[k] for k in ('state_dict', 'model') if isinstance(state, dict) and isinstance(state.get(k), dict)), state)
+    try: net.load_state_dict({k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()})
+    except (RuntimeError, AttributeError, TypeError) as e:
+        lines = ' '.join(line.strip() for line in str(e).splitlines()[:3])
+        raise MicronetError(f'{path} does not fit the net: {lines}' + (' (one that was pruned or quantised when it was saved is packed by module:function)' if 'Unexpected' in lines else '')) from e
+
+# %% ../nbs/14_packing.ipynb #5c08b50e
+def _own_net(args):
+    "A net of one's own, lowered, and what is known of it."
+    from micronet_nb.scoring import _size
+    size, about = _size(args.size) if args.size else None, {}
+    if ':' in args.source: net, about = _made(args.source)
+    else:
+        from micronet_nb.models import create_model
+        if not args.weights: raise MicronetError(f'{args.source} has random weights: give its trained ones with --weights')
+        net = create_model(args.source, args.classes, small=args.small)
+    if args.weights: _load_weights(net, args.weights)
+    size = size or about.get('input_size') or getattr(net, 'meta', {}).get('input_size')
+    if size is None: raise MicronetError(f'{args.source} does not say what its input is: give --size channels x height x width, like 3x32x32')
+    if args.data:
+        from micronet_nb.data import dataset_stats, load_dataset
+        mean, std = dataset_stats(load_dataset(args.data, 'train'))
+        about = about | dict(dataset=args.data, pixels=([*map(float, mean)], [*map(float, std)]))
+    if not isinstance(net, fx.GraphModule) and not any(isinstance(m, IntWeights) for m in net.modules()):
+        net = lower(net, torch.randn(2, *size, generator=torch.Generator().manual_seed(0)), torch.float16 if args.fp16 else torch.float32)
+    return net, about | dict(input_size=tuple(size))
+
 # %% ../nbs/14_packing.ipynb #2ead8ef6
+def _known_net(name):
+    "Is it module:function, or a name for `create_model`?"
+    if ':' in name or name.startswith(('densenet_bc_', 'wrn_')): return True
+    import timm
+    return timm.is_model(name)
+
 def _pack_run(args):
     if args.source == 'released':
         from micronet_nb.released import load_released
         net, about = load_released(), dict(input_size=(3, 32, 32), accounting='riair-cifar100', dataset='cifar100', pixels='released')
-    elif os.path.exists(args.source): net, about = unpack(args.source), None
-    else: raise MicronetError(f"{args.source!r} is neither 'released' nor a packed file")
+    elif os.path.isfile(args.source): net, about = unpack(args.source), None
+    elif _known_net(args.source): net, about = _own_net(args)
+    else: raise MicronetError(f"{args.source!r} is neither 'released' nor a packed file, nor module:function, nor a model's name")
     path = pack(half_scales(net) if args.fp16 else net, args.file, about, args.masks)
     p = parts_of(path)
     payload = p['weights'] + p['numbers']
@@ -635,9 +687,16 @@ def main_pack(
 ) -> int:
     "The command `micronet-pack`: 0, or 1 after one line that says what is wrong."
     return _command('micronet-pack', _pack_run, 'Packs a compressed net into one file: bitmasks, values of few bits, scales, structure, SHA-256.',
-                    ['released model.safetensors', 'released small.safetensors --fp16'], {
-        'source': dict(help="'released' (RIAIR's CIFAR-100 checkpoint), or a packed file to be packed anew"),
+                    ['released model.safetensors', 'released small.safetensors --fp16', 'train:compressed net.safetensors --size 3x32x32',
+                     'resnet18 net.safetensors --weights best.pt --classes 10 --size 3x32x32 --data cifar100'], {
+        'source': dict(help="'released' (RIAIR's CIFAR-100 checkpoint); a packed file to be packed anew; module:function, a function that returns a net of your own, "
+                            'or it and its about (see micronet_nb.packing.pack); or the name of a timm model, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>'),
         'file': dict(help='file to write'),
+        '--weights': dict(metavar='FILE', help="state dict of your own net: safetensors, or torch.save's"),
+        '--classes': dict(type=int, default=100, metavar='N', help='outputs of a named net (default: 100)'),
+        '--small': dict(action='store_true', help='a named net has a stem of stride 1, for small images'),
+        '--size': dict(metavar='CxHxW', help='input of your own net, such as 3x32x32'),
+        '--data': dict(choices=('cifar100', 'digits'), help='what it was trained on, normalised by the mean and deviation of the training images: lets micronet-eval measure it'),
         '--fp16': dict(action='store_true', help='round scales and biases to FP16, as the score charges them (changes some predictions)'),
         '--masks': dict(choices=('always', 'paying'), default='always', help='a bitmask for every layer (default), or only where it saves something')}, argv)
 
@@ -648,7 +707,7 @@ def _eval_run(args):
     about = net.meta['about']
     name, pixels = args.data or about.get('dataset'), about.get('pixels')
     if name is None: raise MicronetError(f'{args.file} does not say what it was trained on: give --data cifar100 or --data digits')
-    if pixels is None: raise MicronetError(f"{args.file} does not say how pixels are normalised: pack it with about=dict(pixels=(mean, std), ...)")
+    if pixels is None: raise MicronetError(f"{args.file} does not say how pixels are normalised: pack it with --data, or with about=dict(pixels=(mean, std), ...)")
     if args.n is not None and args.n < 1: raise MicronetError(f'-n {args.n}: at least one image')
     if args.batch < 1: raise MicronetError(f'--batch {args.batch}: at least one image')
     ds = load_dataset(name, 'test')
