@@ -688,7 +688,7 @@ def main_pack(
     "The command `micronet-pack`: 0, or 1 after one line that says what is wrong."
     return _command('micronet-pack', _pack_run, 'Packs a compressed net into one file: bitmasks, values of few bits, scales, structure, SHA-256.',
                     ['released model.safetensors', 'released small.safetensors --fp16', 'train:compressed net.safetensors --size 3x32x32',
-                     'resnet18 net.safetensors --weights best.pt --classes 10 --size 3x32x32 --data cifar100'], {
+                     'resnet18 net.safetensors --weights best.pt --size 3x32x32 --data cifar100'], {
         'source': dict(help="'released' (RIAIR's CIFAR-100 checkpoint); a packed file to be packed anew; module:function, a function that returns a net of your own, "
                             'or it and its about (see micronet_nb.packing.pack); or the name of a timm model, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>'),
         'file': dict(help='file to write'),
