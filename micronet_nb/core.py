@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'MicronetError', 'Profile', 'get_profile', 'project_root', 'cache_dir', 'runs_dir', 'committed_dir',
            'results_dir', 'find_file', 'atomic_path', 'write_json', 'read_json', 'sha256', 'offline', 'fetch',
            'config_key', 'stage', 'commit', 'environment', 'record', 'load_record', 'published', 'released_schedule',
-           'released_figures', 'compare', 'finish', 'progress']
+           'released_figures', 'compare', 'unknown_parameters', 'finish', 'progress']
 
 # %% ../nbs/00_core.ipynb #929a8d51
 import contextlib, hashlib, importlib.metadata, json, os, platform, re, subprocess, sys, threading, warnings
@@ -284,6 +284,31 @@ def compare(
     order = dict.fromkeys(r[key] for rows in sources.values() for r in rows)
     return pd.DataFrame(columns).reindex(order).dropna(axis=1, how='all').rename_axis(key)
 
+# %% ../nbs/00_core.ipynb #033b8e93
+def _assigned(source):
+    "The names that a cell of nothing but assignments assigns, none for any other cell."
+    import ast
+    try: body = ast.parse(source).body
+    except SyntaxError: return []
+    if not all(isinstance(n, (ast.Assign, ast.AnnAssign)) for n in body): return []
+    return [n.id for statement in body for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+def unknown_parameters(
+    history: list  # the sources of the cells that have run, in order
+) -> list:
+    "The parameters that papermill put in and that the `parameters` cell before them does not have."
+    pairs = ((own, given) for a, b in zip(history, history[1:]) if b.startswith('# Parameters\n') and (own := _assigned(a)) and (given := _assigned(b)))
+    own, given = next(pairs, ([], []))
+    return [name for name in given if name not in own]
+
+# %% ../nbs/00_core.ipynb #ba077f6b
+def _refuse_unknown_parameters():
+    "MicronetError where this kernel was given a parameter that its notebook does not have."
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    if not (unknown := unknown_parameters(list(shell.user_ns.get('In', []))) if shell else []): return
+    raise MicronetError(f"this notebook has no parameter {', '.join(map(repr, unknown))}: it changed nothing, so no result is written; "
+                        "give a name of the cell tagged parameters and run again")
+
 # %% ../nbs/00_core.ipynb #9ff740fc
 def finish(
     notebook: str,       # the notebook's stem, such as '13_released'
@@ -293,6 +318,7 @@ def finish(
     says: str = ''       # one sentence: what this run showed
 ) -> Path:
     "Writes the notebook's result file, atomically: the one proof that it ran to its end."
+    _refuse_unknown_parameters()
     folder = results_dir(profile)
     if picture is not None:
         with atomic_path(folder/f'{notebook}.png') as tmp: picture.savefig(tmp, format='png', dpi=110, bbox_inches='tight')

@@ -225,3 +225,26 @@ def test_no_notebook_leaves_files_where_it_runs(real_run):
     "Whatever a notebook writes belongs to its results, its stages or the cache, never to the folder that it happens to run in."
     stems = {nb.stem for nb in reproduce.find_notebooks()}
     assert {p.name for p in real_run[0].iterdir()} == {"index.html", "status.json", "results", ".lock"} | {f"{s}{x}" for s in stems for x in (".ipynb", ".html")}
+
+
+def papermill(tmp_path, path, *given):
+    "Plain papermill; the finished command, and the result file if there is one."
+    done = command(path, tmp_path/"out.ipynb", *given, module="papermill", cwd=tmp_path, env=os.environ | {"MICRONET_OUT": str(tmp_path/"results")})
+    return done, tmp_path/"results"/f"{path.stem}.json"
+
+
+def test_plain_papermill_under_a_misspelt_parameter_gives_no_result(tmp_path):
+    done, result = papermill(tmp_path, toy(tmp_path/"nbs", "01_a", "n += 1"), "-p", "profile", "embedded", "-p", "nn", "8")
+    assert done.returncode == 1 and not result.exists()
+    assert "this notebook has no parameter 'nn'" in done.stderr and "'profile'" not in done.stderr.split("no parameter")[1]
+
+
+@pytest.mark.parametrize("parameters, middle", [
+    ("profile = 'embedded'\nn = 7", "n"),                                            # as all notebooks here
+    ("# Parameters\nprofile: str = 'embedded'\nn = 7  # a number", "# Parameters\nm = 2"),  # someone's own, whose cells begin as papermill's does
+    ("# Parameters\nprofile = 'embedded'\nn, m = 7, [\n    1]", "import os\nk = 1")])
+def test_plain_papermill_under_known_parameters_does(tmp_path, parameters, middle):
+    path = toy(tmp_path/"nbs", "01_a", middle, "assert n == 8", parameters=parameters)
+    done, result = papermill(tmp_path, path, "-p", "n", "8")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(result.read_text())["status"] == "done"
