@@ -81,11 +81,17 @@ def results_dir(
     return Path(os.environ.get('MICRONET_OUT') or runs_dir()/'results'/get_profile(profile).name)
 
 # %% ../nbs/00_core.ipynb #0b0a1cb8
+def _note(name):
+    "Writes down, for the runner, what this machine was asked for: a result depends on it, whether it is there or not."
+    if not (path := os.environ.get('MICRONET_SOUGHT')): return
+    with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8') as f: f.write(f'{name}\n')
+
 def find_file(
     relative: str,      # such as 'riair/scales.npy'
     root=None           # folder to look in first, else MICRONET_DATA, data/, the cache
 ) -> Path | None:
     "The first existing file called `relative` below `root`, `MICRONET_DATA`, `data/` or the cache, else None."
+    if root is None: _note(relative)
     places = [root] if root is not None else [os.environ.get('MICRONET_DATA'), project_root()/'data', cache_dir()]
     return next((f for p in places if p and (f := Path(p).expanduser()/relative).is_file()), None)
 
@@ -136,6 +142,7 @@ def sha256(
 # %% ../nbs/00_core.ipynb #d2d12973
 def offline() -> bool:
     "True where MICRONET_OFFLINE or HF_HUB_OFFLINE forbids the network."
+    _note('network')
     return any(os.environ.get(v, '') not in ('', '0') for v in ('MICRONET_OFFLINE', 'HF_HUB_OFFLINE'))
 
 # %% ../nbs/00_core.ipynb #e1b604af
