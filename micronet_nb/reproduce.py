@@ -678,9 +678,9 @@ def readme(
 # %% ../nbs/95_reproduce.ipynb #1e5c8a06
 def _generate(root):
     "nbdev_export and nbdev_clean in a folder."
-    for module, tool in (('doclinks', 'nbdev_export'), ('clean', 'nbdev_clean')):
-        done = subprocess.run([sys.executable, '-c', f'from nbdev.{module} import {tool}; {tool}()'], cwd=root, capture_output=True, text=True)
-        if done.returncode: raise MicronetError(f'{tool} failed: {(done.stderr.strip().splitlines() or [""])[-1]}')
+    code = 'from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()'
+    done = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
+    if done.returncode: raise MicronetError(f'nbdev_export or nbdev_clean failed: {(done.stderr.strip().splitlines() or [""])[-1]}')
 
 def _files(root): return {f.relative_to(root).as_posix(): f.read_bytes() for g in ('nbs/*.ipynb', 'micronet_nb/*.py') for f in sorted(Path(root).glob(g))}
 
