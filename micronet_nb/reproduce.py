@@ -678,7 +678,8 @@ def readme(
 # %% ../nbs/95_reproduce.ipynb #1e5c8a06
 def _generate(root):
     "nbdev_export and nbdev_clean in a folder."
-    code = 'from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()'
+    tools = ('doclinks', 'nbdev_export'), ('clean', 'nbdev_clean')
+    code = '; '.join(f'from nbdev.{module} import {tool} as tool; tool()' for module, tool in tools)
     done = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
     if done.returncode: raise MicronetError(f'nbdev_export or nbdev_clean failed: {(done.stderr.strip().splitlines() or [""])[-1]}')
 
