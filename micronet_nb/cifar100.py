@@ -112,9 +112,9 @@ def _sizes(profile):
     "Both recipes at one profile."
     s = STUDIES[profile]
     if profile == 'embedded':
-        conv, ours = replace(s.tune, epochs=3), replace(s.tune, epochs=6, lr=.05, ema=.9)
+        conv, ours = replace(s.tune, epochs=2), replace(s.tune, epochs=5, lr=.05, ema=.9)
         teacher, net = ('densenet_bc_16_12', replace(s.train, epochs=4)), (s.model, s.train)
-        return dict(study=study_recipe(teacher, net, conv, replace(conv, epochs=1, lr=.005)), ours=our_recipe(teacher, net, replace(ours, epochs=7), replace(ours, epochs=4, lr=.02), standardised(1., .5, 2.), norms=1000))
+        return dict(study=study_recipe(teacher, net, conv, replace(conv, epochs=1, lr=.005)), ours=our_recipe(teacher, net, ours, replace(ours, epochs=3, lr=.02), standardised(1., .5, 2.), norms=1000))
     if profile == 'laptop':
         teacher, net = ('densenet_bc_16_24', s.train), (s.model, s.train)
         conv, head = replace(s.tune, epochs=6), replace(s.tune, epochs=1, lr=.005)

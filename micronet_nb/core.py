@@ -6,8 +6,8 @@
 __all__ = ['PROFILES', 'SWIFT', 'MicronetError', 'Profile', 'get_profile', 'check_parameters', 'project_root', 'published_dir',
            'cache_dir', 'runs_dir', 'committed_dir', 'results_dir', 'find_file', 'atomic_path', 'write_json',
            'read_json', 'sha256', 'offline', 'fetch', 'config_key', 'stage', 'commit', 'environment', 'record',
-           'load_record', 'published', 'released_schedule', 'released_figures', 'compare', 'finish', 'progress',
-           'swiftly', 'micronet_score', 'micronet_pack', 'micronet_eval', 'settle']
+           'load_record', 'published', 'released_schedule', 'released_figures', 'compare', 'unknown_parameters',
+           'finish', 'progress', 'swiftly', 'micronet_score', 'micronet_pack', 'micronet_eval', 'settle']
 
 # %% ../nbs/00_core.ipynb #929a8d51
 import ast, contextlib, hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, re, subprocess, sys, threading, warnings
@@ -123,11 +123,17 @@ def _data_dir():
     if (folder := Path(text).expanduser()).is_dir(): return folder
     raise MicronetError(f'MICRONET_DATA={text} is not a folder: set it to one that holds cifar100/ or riair/, or unset it')
 
+def _note(name):
+    "Writes down, for the runner, what this machine was asked for: a result depends on it, whether it is there or not."
+    if not (path := os.environ.get('MICRONET_SOUGHT')): return
+    with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8') as f: f.write(f'{name}\n')
+
 def find_file(
     relative: str,      # such as 'riair/densenet-100.pth.tar'
     root=None           # folder to look in first, else MICRONET_DATA, data/, the cache
 ) -> Path | None:
     "The first existing file called `relative` below `root`, `MICRONET_DATA`, `data/` or the cache, else None."
+    if root is None: _note(relative)
     places = [root] if root is not None else [_data_dir(), project_root()/'data', cache_dir()]
     return next((f for p in places if p and (f := Path(p).expanduser()/relative).is_file()), None)
 
@@ -178,6 +184,7 @@ def sha256(
 # %% ../nbs/00_core.ipynb #d2d12973
 def offline() -> bool:
     "True where MICRONET_OFFLINE or HF_HUB_OFFLINE forbids the network."
+    _note('network')
     return any(os.environ.get(v, '') not in ('', '0') for v in ('MICRONET_OFFLINE', 'HF_HUB_OFFLINE'))
 
 # %% ../nbs/00_core.ipynb #e1b604af
@@ -327,6 +334,31 @@ def compare(
     order = dict.fromkeys(r[key] for rows in sources.values() for r in rows)
     return pd.DataFrame(columns).reindex(order).dropna(axis=1, how='all').rename_axis(key)
 
+# %% ../nbs/00_core.ipynb #033b8e93
+def _names_assigned(source):
+    "The names that a cell of nothing but assignments assigns, none for any other cell."
+    import ast
+    try: body = ast.parse(source).body
+    except SyntaxError: return []
+    if not all(isinstance(n, (ast.Assign, ast.AnnAssign)) for n in body): return []
+    return [n.id for statement in body for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+def unknown_parameters(
+    history: list  # the sources of the cells that have run, in order
+) -> list:
+    "The parameters that papermill put in and that the `parameters` cell before them does not have."
+    pairs = ((own, given) for a, b in zip(history, history[1:]) if b.startswith('# Parameters\n') and (own := _names_assigned(a)) and (given := _names_assigned(b)))
+    own, given = next(pairs, ([], []))
+    return [name for name in given if name not in own]
+
+# %% ../nbs/00_core.ipynb #ba077f6b
+def _refuse_unknown_parameters():
+    "MicronetError where this kernel was given a parameter that its notebook does not have."
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    if not (unknown := unknown_parameters(list(shell.user_ns.get('In', []))) if shell else []): return
+    raise MicronetError(f"this notebook has no parameter {', '.join(map(repr, unknown))}: it changed nothing, so no result is written; "
+                        "give a name of the cell tagged parameters and run again")
+
 # %% ../nbs/00_core.ipynb #9ff740fc
 def finish(
     notebook: str,       # the notebook's stem, such as '13_released'
@@ -336,6 +368,7 @@ def finish(
     says: str = ''       # one sentence: what this run showed
 ) -> Path:
     "Writes the notebook's result file, atomically: the one proof that it ran to its end."
+    _refuse_unknown_parameters()
     folder = results_dir(profile)
     if picture is not None:
         with atomic_path(folder/f'{notebook}.png') as tmp: picture.savefig(tmp, format='png', dpi=110, bbox_inches='tight')

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['Notebook', 'find_notebooks', 'parameters_of', 'imports_of', 'needs', 'choose', 'parse_value', 'parse_settings',
-           'assign', 'digest', 'library_key', 'run_key', 'to_html', 'proof', 'run_notebook', 'headline_html', 'took',
-           'write_index', 'report_folder', 'first_line', 'reproduce', 'keep_outputs', 'to_markdown', 'readme',
-           'out_of_sync', 'main']
+           'assign', 'digest', 'library_key', 'run_key', 'to_html', 'proof', 'on_this_machine', 'run_notebook',
+           'headline_html', 'took', 'write_index', 'report_folder', 'first_line', 'jobs_for', 'reproduce',
+           'keep_outputs', 'to_markdown', 'readme', 'out_of_sync', 'main']
 
 # %% ../nbs/95_reproduce.ipynb #c0cff1d9
 import argparse, ast, contextlib, difflib, hashlib, importlib.util, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, textwrap, threading, time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
 
-from .core import MicronetError, PROFILES, _PACKAGES, _version, atomic_path, commit, committed_dir, get_profile, project_root, read_json, write_json
+from .core import MicronetError, PROFILES, _PACKAGES, _version, atomic_path, commit, committed_dir, find_file, get_profile, offline, project_root, read_json, write_json
 
 # %% ../nbs/95_reproduce.ipynb #db9fe93c
 def _source(cell): return ''.join(cell['source'])
@@ -245,6 +246,7 @@ def _child():
     pipe = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # whatever else is printed goes to the log
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.modules.setdefault('rfc3987_syntax', None)  # jsonschema takes a second to build a grammar of addresses, which no notebook's schema asks for
     tell = lambda **what: print(json.dumps(what), file=pipe, flush=True)
     fault = _papermill(job, tell)
     if Path(job['part']).exists(): _publish(job)
@@ -260,6 +262,18 @@ def proof(
     try: result = read_json(Path(folder)/f'{stem}.json')
     except MicronetError: return None
     return result if result.get('status') == 'done' and result.get('run') == key else None
+
+# %% ../nbs/95_reproduce.ipynb #471a1af2
+def on_this_machine(
+    names  # as `find_file` was asked for them, and 'network' where `offline` was asked
+) -> dict:
+    "For each name its size in bytes, None where it is missing; for 'network' whether it may be used."
+    return {n: not offline() if n == 'network' else (f.stat().st_size if (f := find_file(n)) else None) for n in sorted({*names} - {''})}
+
+def _without(outcome):
+    "What a notebook went without, in a few words; '' where it had all."
+    missing = [n for n, size in outcome.get('files', {}).items() if size is None]
+    return f"without {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}" if missing else ''
 
 # %% ../nbs/95_reproduce.ipynb #f1238858
 def _listen(child, job, tell):
@@ -293,28 +307,35 @@ from .core import SWIFT
 # %% ../nbs/95_reproduce.ipynb #73d7ac3c
 def run_notebook(
     nb: Notebook,
-    out,                   # folder for NN_name.ipynb and .html; results go to its results/
-    parameters: dict,      # for papermill
-    key: str,              # of `run_key`
-    tell=lambda cell: None # is told the index of each cell that starts
+    out,                    # folder for NN_name.ipynb and .html; results go to its results/
+    parameters: dict,       # for papermill
+    key: str,               # of `run_key`
+    tell=lambda cell: None, # is told the index of each cell that starts
+    begun=lambda child: None, # is told the process that runs it
+    threads=None            # of its kernel; None: as many as torch likes
 ) -> dict:
-    "Runs a notebook in a process of its own; returns status ('done' or 'failed'), seconds, and what went wrong."
+    "Runs a notebook in a process of its own; returns status ('done' or 'failed'), seconds, the files that it asked for, and what went wrong."
     out, start = Path(out).resolve(), time.perf_counter()
     (out/'results').mkdir(parents=True, exist_ok=True)
     for old in (out/'results').glob(f'{nb.stem}.*'): old.unlink()
-    part = out/f'.{nb.stem}.running.ipynb'
+    part, sought = out/f'.{nb.stem}.running.ipynb', out/f'.{nb.stem}.sought'
     job = dict(source=str(nb.path.resolve()), part=str(part), path=str(out/nb.path.name), parameters=parameters)
-    env = {**SWIFT, **os.environ, 'MICRONET_OUT': str(out/'results'), 'MICRONET_RUN': key, 'JUPYTER_PREFER_ENV_PATH': '1'}
+    env = {**SWIFT, **({'OMP_NUM_THREADS': str(threads)} if threads else {}), **os.environ,
+           'MICRONET_OUT': str(out/'results'), 'MICRONET_RUN': key, 'MICRONET_SOUGHT': str(sought), 'JUPYTER_PREFER_ENV_PATH': '1'}
     with tempfile.TemporaryFile('w+', errors='replace') as log:
         child = subprocess.Popen([sys.executable, '-c', 'from micronet_nb.reproduce import _child; _child()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                  stderr=log, env=env, cwd=out, start_new_session=True)
+        begun(child)
         try: fault = _listen(child, job, tell)
-        finally: _end(child); part.unlink(missing_ok=True)
+        finally:
+            _end(child)
+            files = on_this_machine(sought.read_text().split('\n')) if sought.exists() else {}
+            for left in (part, sought): left.unlink(missing_ok=True)
         log.seek(0)
         said = log.read().strip().splitlines()[-1:]
     if fault is None: fault = dict(error=f'its process ended with code {child.returncode}: {"".join(said) or "it said nothing"}')
     if not fault and not proof(out/'results', nb.stem, key): fault = dict(error='ended without writing its result file: its last cell must call finish')
-    return dict(status='failed' if fault else 'done', seconds=round(time.perf_counter() - start, 1), key=key, parameters=parameters, **fault)
+    return dict(status='failed' if fault else 'done', seconds=round(time.perf_counter() - start, 1), key=key, parameters=parameters, files=files, **fault)
 
 # %% ../nbs/95_reproduce.ipynb #ace98b6e
 def _number(v):
@@ -385,8 +406,8 @@ def _entry(nb, state, out, stale):
     "What the page shows of one notebook; numbers only where its result file proves them."
     s = state.get(nb.stem, dict(status='waiting'))
     result = proof(out/'results', nb.stem, s.get('key')) if s['status'] == 'done' else None
-    label = dict(done=f"done in {took(s.get('seconds', 0))}", failed=f"failed after {took(s.get('seconds', 0))}", blocked=f"not run: needs {s.get('needs')}", running='running', waiting='not run').get(s['status'])
-    if s['status'] == 'done' and nb.stem in stale: label += ', before the sources or parameters changed'
+    label = dict(done=f"done in {took(s.get('seconds', 0))}{' ' + w if (w := _without(s)) else ''}", failed=f"failed after {took(s.get('seconds', 0))}", blocked=f"not run: needs {s.get('needs')}", running='running', waiting='not run').get(s['status'])
+    if s['status'] == 'done' and nb.stem in stale: label += ', before the sources, parameters or files changed'
     result = result or {}
     return dict(stem=nb.stem, name=nb.stem.split('_', 1)[-1], title=nb.title, subtitle=nb.subtitle, status=s['status'], label=label,
                 html=s['status'] in ('done', 'failed') and (out/f'{nb.stem}.html').exists(), id=s.get('id'), cell=s.get('cell'), error=s.get('error'),
@@ -439,9 +460,10 @@ def _alone(folder):
         yield
 
 # %% ../nbs/95_reproduce.ipynb #e62a7a6a
-def _is_done(out, stem, key):
-    "Whether this notebook has its proof, its page and its executed copy under this key."
-    return proof(out/'results', stem, key) is not None and all((out/f'{stem}{s}').exists() for s in ('.ipynb', '.html'))
+def _is_done(out, stem, key, outcome):
+    "Whether this notebook has its proof, its page and its executed copy under this key, and this machine still has the files that it found."
+    whole = proof(out/'results', stem, key) is not None and all((out/f'{stem}{s}').exists() for s in ('.ipynb', '.html'))
+    return whole and outcome.get('files') == on_this_machine(outcome.get('files', {}))
 
 # %% ../nbs/95_reproduce.ipynb #da4b7f30
 def first_line(
@@ -455,23 +477,33 @@ def _line(outcome):
     "One line for people on what became of a notebook."
     o, short = outcome, lambda text: textwrap.shorten(text, 160, placeholder=' ...')
     where = f"cell {o['cell']} `{short(first_line(o['source']))}`: " if o.get('cell') else ''
-    return dict(done=f"done {'before, ' if o.get('before') else 'in '}{took(o.get('seconds', 0))}", blocked=f"not run: needs {o.get('needs')}",
+    return dict(done=f"done {'before, ' if o.get('before') else 'in '}{took(o.get('seconds', 0))}{', ' + w if (w := _without(o)) else ''}", blocked=f"not run: needs {o.get('needs')}",
                 failed=f"FAILED, {where}{short(str(o.get('error')))}").get(o['status'], o['status'])
 
 # %% ../nbs/95_reproduce.ipynb #3aff83ee
-def _run_with_bar(nb, out, parameters, key, label, show):
-    "`run_notebook` with a bar by cell on a terminal, and with one line of text in any case."
+def _bar(nb, label, slot):
+    "A bar by cell on a terminal, None elsewhere."
     from tqdm import tqdm
-    bar = tqdm(total=len(nb.cells), desc=label, unit='cell', leave=False) if sys.stderr.isatty() else None
-    if bar is None: show(label, end=' ', flush=True)
-    def tell(cell): bar.n = cell; bar.refresh()  # at once: the next cell may take minutes
-    try: outcome = run_notebook(nb, out, parameters, key, tell if bar is not None else lambda cell: None)
-    finally:
-        if bar is not None: bar.close()
-    show(_line(outcome) if bar is None else f'{label} {_line(outcome)}', flush=True)
-    return outcome
+    return tqdm(total=len(nb.cells), desc=label, unit='cell', leave=False, position=slot) if sys.stderr.isatty() else None
+
+def _moves(bar):
+    "Shows at once which cell has started: the next one may take minutes."
+    def tell(cell):
+        if bar is not None: bar.n = cell; bar.refresh()
+    return tell
 
 # %% ../nbs/95_reproduce.ipynb #28bb266d
+def jobs_for(
+    profile: str,  # embedded, laptop or paper
+    jobs=None      # notebooks at a time; None: two at `embedded` where there are two cores, else one
+) -> tuple:
+    "How many notebooks run at a time, and the threads of each (None: as many as torch likes); MicronetError for a number that cannot be."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if jobs is None: jobs = min(2, cores) if profile == 'embedded' else 1
+    if jobs < 1: raise MicronetError(f'--jobs {jobs}: at least one notebook must run at a time')
+    return jobs, max(1, cores//jobs) if jobs > 1 else None
+
+# %% ../nbs/95_reproduce.ipynb #537d77e5
 def reproduce(
     profile: str,    # embedded, laptop or paper
     only=None,       # names of the notebooks to run; None for all
@@ -479,8 +511,9 @@ def reproduce(
     out=None,        # folder of the reports; default reports/ of the checkout
     nbs=None,        # folder of the notebooks; default nbs/ of the checkout
     fresh=False,     # run again what is done
-    record=False,    # write outputs and records back into the checkout, for maintainers
-    show=print       # takes the lines for people
+    record=False,    # write outputs and records back into the checkout, for maintainers; one notebook at a time
+    show=print,      # takes the lines for people
+    jobs=None        # notebooks at a time, see `jobs_for`
 ) -> dict:
     "Runs the notebooks in order; returns for each chosen stem its outcome, with status 'done', 'failed' or 'blocked'. MicronetError for wrong arguments."
     get_profile(profile)
@@ -488,51 +521,88 @@ def reproduce(
     notebooks = find_notebooks(nbs)
     chosen = choose(notebooks, only)
     given = assign(chosen, profile, settings or {})
+    jobs, threads = jobs_for(profile, 1 if record else jobs)
     folder = report_folder(out or project_root()/'reports', profile, nbs)
     if record: _developers_tools()
-    with _alone(folder): return _Run(notebooks, chosen, given, folder, profile, fresh, record, show).all()
+    with _alone(folder): return _Run(notebooks, chosen, given, folder, profile, fresh, record, show, jobs, threads).all()
+
+# %% ../nbs/95_reproduce.ipynb #6712416c
+class _Children:
+    "The processes that a run has begun: ended together, and whatever is begun later is ended at once."
+    def __init__(self): self.begun, self.over, self.lock = [], False, threading.Lock()
+    def add(self, child):
+        with self.lock: self.begun.append(child)
+        if self.over: _end(child)
+    def end(self):
+        with self.lock: self.over = True
+        for child in self.begun: _end(child)
 
 # %% ../nbs/95_reproduce.ipynb #3dfc290d
 @dataclass
 class _Run:
     "One run over the chosen notebooks of a folder."
-    notebooks: list; chosen: list; given: dict; folder: Path; profile: str; fresh: bool; record: bool; show: object
+    notebooks: list; chosen: list; given: dict; folder: Path; profile: str; fresh: bool; record: bool; show: object; jobs: int = 1; threads: int | None = None
 
     def all(self):
-        "Each in its turn; the page tells the truth also when this is interrupted."
+        "Each in its turn, `jobs` at a time; the page tells the truth also when this is interrupted."
         self.library, self.machine, self.needs = library_key(), _machine(), needs(self.notebooks)
         self.state = read_json(self.folder/'status.json') if (self.folder/'status.json').exists() else {}
         self.state = {s: o for s, o in self.state.items() if o['status'] in ('done', 'failed')}
-        outcomes = {}
+        self.outcomes, self.running, self.children, self.pool = {}, {}, _Children(), ThreadPoolExecutor(self.jobs)
         try:
-            for i, nb in enumerate(self.chosen): outcomes[nb.stem] = self.one(nb, f'[{i+1}/{len(self.chosen)}] {nb.stem}', outcomes)
+            for i, nb in enumerate(self.chosen):
+                while len(self.running) == self.jobs: self.await_one()
+                self.begin(nb, f'[{i+1}/{len(self.chosen)}] {nb.stem}')
+            while self.running: self.await_one()
         finally:
+            self.children.end()
+            self.pool.shutdown()
+            for *_, bar in self.running.values(): bar is None or bar.close()
             self.state = {s: o for s, o in self.state.items() if o['status'] != 'running'}
             self.save(busy=False)
-        return outcomes
+        return {n.stem: self.outcomes[n.stem] for n in self.chosen}
 
 # %% ../nbs/95_reproduce.ipynb #71339475
-def _one(self, nb, label, outcomes):
-    "Skips, refuses or runs one notebook; returns its outcome."
-    key = run_key(nb, self.given[nb.stem], self.library)
-    failed = [s for s in sorted(self.needs[nb.stem]) if outcomes.get(s, {}).get('status') == 'failed']
-    if not self.fresh and _is_done(self.folder, nb.stem, key): outcome = dict(self.state.get(nb.stem, {}), status='done', key=key, parameters=self.given[nb.stem], before=True)
-    elif failed: outcome = dict(status='blocked', needs=', '.join(failed))
+def _begin(self, nb, label):
+    "Skips, refuses or begins one notebook."
+    key, given = run_key(nb, self.given[nb.stem], self.library), self.given[nb.stem]
+    failed = [s for s in sorted(self.needs[nb.stem]) if self.outcomes.get(s, {}).get('status') == 'failed']
+    if not self.fresh and _is_done(self.folder, nb.stem, key, before := self.state.get(nb.stem, {})):
+        self.ended(nb, label, dict(before, status='done', key=key, parameters=given, before=True))
+    elif failed: self.ended(nb, label, dict(status='blocked', needs=', '.join(failed)))
     else:
         self.state[nb.stem] = dict(status='running'); self.save()
-        outcome = _run_with_bar(nb, self.folder, self.given[nb.stem], key, label, self.show)
-    if outcome.get('before') or failed: self.show(f'{label} {_line(outcome)}')
+        used = {slot for *_, slot, _ in self.running.values()}
+        slot = next(i for i in range(self.jobs) if i not in used)
+        bar = _bar(nb, label, slot)
+        if bar is None and self.jobs == 1: self.show(label, end=' ', flush=True)
+        job = self.pool.submit(run_notebook, nb, self.folder, given, key, _moves(bar), self.children.add, self.threads)
+        self.running[job] = nb, label, slot, bar
+
+def _await_one(self):
+    "Waits until a notebook that is running has ended, or several."
+    for job in wait(self.running, return_when=FIRST_COMPLETED).done:
+        nb, label, _, bar = self.running.pop(job)
+        if bar is not None: bar.close()
+        self.ended(nb, '' if bar is None and self.jobs == 1 else label, job.result())
+
+def _ended(self, nb, label, outcome):
+    "Tells and stores what became of a notebook."
+    from tqdm import tqdm
+    self.outcomes[nb.stem] = outcome
+    with tqdm.external_write_mode(): self.show(f'{label} {_line(outcome)}'.strip(), flush=True)  # bars of others make way
     self.state[nb.stem] = {k: v for k, v in outcome.items() if k != 'before'}
     self.save()
     if self.record and outcome['status'] == 'done': self.show(f'      recorded: {", ".join(keep_outputs(nb, self.folder, self.profile))}')
-    return outcome
 
-_Run.one = _one
+_Run.begin, _Run.await_one, _Run.ended = _begin, _await_one, _ended
 
 # %% ../nbs/95_reproduce.ipynb #9fcd7dd4
 def _save(self, busy=True):
     "status.json and index.html, as things stand."
-    stale = [n.stem for n in self.notebooks if (s := self.state.get(n.stem, {})).get('key') and s['key'] != run_key(n, s['parameters'], self.library)]
+    def changed(n, s): return s['key'] != run_key(n, s['parameters'], self.library) or s.get('files') != on_this_machine(s.get('files', {}))
+    self.state = {n.stem: self.state[n.stem] for n in self.notebooks if n.stem in self.state}  # in their order, whichever ended first
+    stale = [n.stem for n in self.notebooks if (s := self.state.get(n.stem, {})).get('key') and changed(n, s)]
     write_json(self.folder/'status.json', self.state)
     write_index(self.notebooks, self.state, self.folder, self.profile, stale, busy, self.machine)
 
@@ -608,9 +678,10 @@ def readme(
 # %% ../nbs/95_reproduce.ipynb #1e5c8a06
 def _generate(root):
     "nbdev_export and nbdev_clean in a folder."
-    for module, tool in (('doclinks', 'nbdev_export'), ('clean', 'nbdev_clean')):
-        done = subprocess.run([sys.executable, '-c', f'from nbdev.{module} import {tool}; {tool}()'], cwd=root, capture_output=True, text=True)
-        if done.returncode: raise MicronetError(f'{tool} failed: {(done.stderr.strip().splitlines() or [""])[-1]}')
+    tools = ('doclinks', 'nbdev_export'), ('clean', 'nbdev_clean')
+    code = '; '.join(f'from nbdev.{module} import {tool} as tool; tool()' for module, tool in tools)
+    done = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
+    if done.returncode: raise MicronetError(f'nbdev_export or nbdev_clean failed: {(done.stderr.strip().splitlines() or [""])[-1]}')
 
 def _files(root): return {f.relative_to(root).as_posix(): f.read_bytes() for g in ('nbs/*.ipynb', 'micronet_nb/*.py') for f in sorted(Path(root).glob(g))}
 
@@ -655,6 +726,7 @@ def _parser():
     p.add_argument('--set', '-p', metavar='NAME=VALUE', action='append', default=[], help='a parameter for the notebooks that have it; repeat for more')
     p.add_argument('--out', help='folder of the reports (default: reports/ of the checkout)')
     p.add_argument('--nbs', help='folder of the notebooks (default: nbs/ of the checkout)')
+    p.add_argument('--jobs', type=int, metavar='N', help='notebooks at a time (default: 2 at embedded, which then share the cores; else 1, since they measure speeds)')
     p.add_argument('--fresh', action='store_true', help='run again what is done already')
     p.add_argument('--record', action='store_true', help='for maintainers: copy outputs into nbs/ and records into data/results/')
     p.add_argument('--readme', choices=('write', 'check'), help='for maintainers: make README.md from index.ipynb, or check that it is so')
@@ -665,7 +737,7 @@ def _parser():
 def _run_command(args):
     "The main job of the command; returns the exit code."
     only = [n for o in args.only for n in re.split(r'[,\s]+', o) if n] if args.only is not None else None
-    outcomes = reproduce(args.profile, only, parse_settings(args.set), args.out, args.nbs, args.fresh, args.record)
+    outcomes = reproduce(args.profile, only, parse_settings(args.set), args.out, args.nbs, args.fresh, args.record, jobs=args.jobs)
     count = {s: sum(o['status'] == s for o in outcomes.values()) for s in ('done', 'failed', 'blocked')}
     print(', '.join(f'{n} {s}' for s, n in zip(('done', 'failed', 'not run'), count.values()) if n))
     print(f"{report_folder(args.out or project_root()/'reports', args.profile, args.nbs or project_root()/'nbs')/'index.html'}")
