@@ -421,7 +421,7 @@ def on_test(
     n: int = None,   # the first n images; None: all
     root=None        # folder of all stages
 ) -> dict:           # row name to top-1 in %
-    "The rows' nets on the test split, each read once and kept."
+    "The rows' nets on the test split, each judged once and kept."
     config = dict(data=test.describe(), n=n or 0)
     return {r.step.row: _stage('top1-test', config, lambda folder: evaluate(r.net, test, stats, n=n), r.key, r.net, root)['top1'] for r in rows}
 

@@ -345,8 +345,9 @@ def compare(
     profile='embedded'  # this run's profile
 ) -> pd.DataFrame:
     "Published, committed and this run's value of `metric`, a row per `key`; every cell is read from a file."
+    replaced = profile if os.environ.get('MICRONET_RECORD') else None  # this run's record takes its place in a moment
     sources = {'published': list(published)}
-    for p in ('laptop', 'paper'): sources[p] = (load_record(name, p) or {}).get('rows', [])
+    for p in ('laptop', 'paper'): sources[p] = (load_record(name, p) or {}).get('rows', []) if p != replaced else []
     sources[f'this run ({profile})'] = (load_record(name, profile, folder or results_dir(profile)) or {}).get('rows', [])
     columns = {c: pd.Series({r[key]: r[metric] for r in rows if r.get(metric) is not None}, dtype=float) for c, rows in sources.items()}
     order = dict.fromkeys(r[key] for rows in sources.values() for r in rows)
