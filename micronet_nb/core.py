@@ -10,7 +10,7 @@ __all__ = ['PROFILES', 'SWIFT', 'MicronetError', 'Profile', 'get_profile', 'chec
            'finish', 'progress', 'swiftly', 'micronet_score', 'micronet_pack', 'micronet_eval', 'settle']
 
 # %% ../nbs/00_core.ipynb #929a8d51
-import ast, contextlib, hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, re, subprocess, sys, threading, warnings
+import ast, contextlib, hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, re, subprocess, sys, threading, time, warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -217,12 +217,44 @@ def fetch(
 
 # %% ../nbs/00_core.ipynb #feaf9e95
 def config_key(
-    config,      # anything that JSON holds
-    upstream=()  # keys of the stages that this one builds on
+    config,           # anything that JSON holds
+    upstream=(),      # keys of the stages that this one builds on
+    version: int = 1  # of the code that makes it; 1 leaves no trace in the key
 ) -> str:
     "Sixteen hexadecimal digits that stand for a configuration."
-    text = json.dumps([config, list(upstream)], sort_keys=True, default=str)
+    text = json.dumps([config, list(upstream), *([version] if version != 1 else [])], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #815c92e0
+@contextlib.contextmanager
+def _piece(folder, device):
+    "Yields the pieces of a stage, this one last: where and when it began is kept at once, its seconds however it ends."
+    path = folder/'pieces.json'
+    start = time.perf_counter()
+    pieces = [*(read_json(path) if path.exists() else []), environment(device) | dict(began=_moment(), seconds=None)]
+    write_json(path, pieces)
+    try: yield pieces
+    finally:
+        pieces[-1]['seconds'] = time.perf_counter() - start
+        write_json(path, pieces)
+
+def _moment(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
+
+def _whole(pieces):
+    "The last piece's circumstances, the seconds of all; every commit and device, where there are several."
+    def of_all(k): return ', '.join(dict.fromkeys(p[k] for p in pieces))
+    seconds = sum(p['seconds'] or 0. for p in pieces)  # a killed piece has none
+    return pieces[-1] | dict(commit=of_all('commit'), device=of_all('device'), began=pieces[0]['began'],
+                             finished=_moment(), seconds=seconds, pieces=len(pieces))
+
+# %% ../nbs/00_core.ipynb #7f0dbd44
+_seen = {}  # folder's name to the stage's upstream keys and its making: all that this process has computed or found
+
+def _found(done):
+    "A stored stage's result; that it was read is noted, for `record`."
+    stored = read_json(done)
+    _seen[done.parent.name] = {k: stored.get(k) for k in ('upstream', 'made')}
+    return stored['result']
 
 # %% ../nbs/00_core.ipynb #6c7d5a65
 def stage(
@@ -231,18 +263,23 @@ def stage(
     run,             # function of the stage's folder (Path) that returns what JSON holds
     upstream=(),     # keys of the stages that this one builds on
     root=None,       # folder of all stages; default `runs_dir()/'stages'`
-    fresh=False      # compute again even where it is stored
+    fresh=False,     # compute again even where it is stored
+    version: int = 1,  # of the code of this kind of stage: raised when the same configuration gives another result
+    device='cpu'     # torch device that it is computed on, for its provenance
 ):
-    "`run(folder)`, computed once per configuration; its answer is stored atomically when it is complete."
-    folder = Path(root or runs_dir()/'stages')/f'{name}-{config_key(config, upstream)}'
+    "`run(folder)`, computed once per configuration; its answer is stored atomically when it is complete, with the commit, versions, device and time of its making."
+    folder = Path(root or runs_dir()/'stages')/f'{name}-{config_key(config, upstream, version)}'
     done = folder/'done.json'
     if fresh: done.unlink(missing_ok=True)
-    if done.exists(): return read_json(done)['result']
+    if done.exists(): return _found(done)
     folder.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get('RANK', 0)): return run(folder)  # a helper of a distributed run works along; the first process stores
     with FileLock(folder/'.lock'):  # whoever comes second waits, and finds it done
-        if not done.exists(): write_json(done, {'config': config, 'upstream': list(upstream), 'result': run(folder)})
-        return read_json(done)['result']
+        if not done.exists():
+            with _piece(folder, device) as made: result = run(folder)
+            write_json(done, dict(config=config, upstream=list(upstream), version=version, result=result, made=_whole(made)))
+            (folder/'pieces.json').unlink(missing_ok=True)
+        return _found(done)
 
 # %% ../nbs/00_core.ipynb #5dc57c2f
 _PACKAGES = ('torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'pandas', 'scikit-learn', 'onnxruntime')
@@ -252,10 +289,26 @@ def _version(package):
     except importlib.metadata.PackageNotFoundError: return None
 
 # %% ../nbs/00_core.ipynb #d7dfbbc9
+def _git(*args):
+    "What git says in this checkout."
+    return subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True, check=True).stdout
+
+def _code(text):
+    "What of a file can change a number: of a notebook its cells without their outputs, of any other file all."
+    try: return [(c['cell_type'], ''.join(c['source']), c['metadata'].get('tags')) for c in json.loads(text)['cells']]
+    except (ValueError, KeyError, TypeError): return text
+
+def _dirty():
+    "Whether a notebook's cells or a module differ from the commit."
+    changed = [line for line in _git('status', '--porcelain', '-z', '--', 'nbs', 'micronet_nb').split('\0') if line]
+    top = Path(_git('rev-parse', '--show-toplevel').strip())
+    def differs(path): return _code(_git('show', f'HEAD:{path}')) != _code((top/path).read_text(encoding='utf-8'))
+    return any(line[:2] != ' M' or not line.endswith('.ipynb') or differs(line[3:]) for line in changed)
+
+# %% ../nbs/00_core.ipynb #b6af6a0b
 def commit() -> str:
-    "The commit of this checkout, with '+' where files differ from it; 'unknown' outside one."
-    def git(*args): return subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('rev-parse', 'HEAD')[:12] + ('+' if git('status', '--porcelain', '--', 'nbs', 'micronet_nb') else '')
+    "The commit of this checkout, with '+' where its notebooks or modules differ from it; 'unknown' outside one."
+    try: return _git('rev-parse', 'HEAD')[:12] + ('+' if _dirty() else '')
     except (OSError, subprocess.CalledProcessError): return os.environ.get('MICRONET_COMMIT', 'unknown')
 
 # %% ../nbs/00_core.ipynb #93c192d3
@@ -269,6 +322,20 @@ def environment(
             'device': torch.cuda.get_device_name(device) if cuda else f'cpu ({platform.machine()})', 'threads': torch.get_num_threads()}
 
 # %% ../nbs/00_core.ipynb #25edce8a
+_UNKNOWN = dict(commit='unknown', device='unknown', versions={}, finished=None, seconds=None)  # of before stages kept it
+
+def _made(keys):
+    "How the stages with these keys were made, and all that they build on; None: all that this process has read."
+    key_of = {name: name.rsplit('-', 1)[1] for name in _seen}
+    todo, wanted = list(key_of.values() if keys is None else keys), set()
+    if strange := next((k for k in todo if k not in key_of.values()), None):
+        raise MicronetError(f'no stage with the key {strange!r} was read here: give `record` keys of stages that were')
+    while todo:
+        wanted.add(key := todo.pop())
+        todo += [k for name in _seen if key_of[name] == key for k in _seen[name]['upstream'] or () if k not in wanted]
+    return {name: _seen[name]['made'] or _UNKNOWN for name, key in key_of.items() if key in wanted}
+
+# %% ../nbs/00_core.ipynb #d1c35982
 def record(
     name: str,        # '<notebook>.<what>', such as '13_released.accuracy'
     rows: list,       # list of dicts: the measured rows, plain numbers and strings
@@ -278,12 +345,13 @@ def record(
     dataset=None,     # name, split and fingerprint, None where no data is read
     n=None,           # images that the numbers were measured on
     device='cpu',     # torch device
-    folder=None       # default `results_dir(profile)`
+    folder=None,      # default `results_dir(profile)`
+    stages=None       # keys of the stages that the rows come from; None: of all that this process has read
 ) -> dict:
     "Writes measured rows with everything needed to repeat them; returns what it wrote."
     rows = [{k: _plain(v) for k, v in r.items()} for r in rows]
     value = dict(name=name, profile=get_profile(profile).name, config=config, seed=seed, dataset=dataset, n=n,
-                 measured=datetime.now(timezone.utc).isoformat(timespec='seconds'), **environment(device), rows=rows)
+                 measured=_moment(), **environment(device), stages=_made(stages), rows=rows)
     write_json(Path(folder or results_dir(profile))/f'{name}.json', value)
     return value
 
@@ -327,8 +395,9 @@ def compare(
 ) -> 'pd.DataFrame':
     "Published, committed and this run's value of `metric`, a row per `key`; every cell is read from a file."
     import pandas as pd
+    replaced = profile if os.environ.get('MICRONET_RECORD') else None  # this run's record takes its place in a moment
     sources = {'published': list(published)}
-    for p in ('laptop', 'paper'): sources[p] = (load_record(name, p) or {}).get('rows', [])
+    for p in ('laptop', 'paper'): sources[p] = (load_record(name, p) or {}).get('rows', []) if p != replaced else []
     sources[f'this run ({profile})'] = (load_record(name, profile, folder or results_dir(profile)) or {}).get('rows', [])
     columns = {c: pd.Series({r[key]: r[metric] for r in rows if r.get(metric) is not None}, dtype=float) for c, rows in sources.items()}
     order = dict.fromkeys(r[key] for rows in sources.values() for r in rows)

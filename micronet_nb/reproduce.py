@@ -737,6 +737,7 @@ def _parser():
 def _run_command(args):
     "The main job of the command; returns the exit code."
     only = [n for o in args.only for n in re.split(r'[,\s]+', o) if n] if args.only is not None else None
+    if args.record: os.environ['MICRONET_RECORD'] = '1'  # for `compare` in the notebooks
     outcomes = reproduce(args.profile, only, parse_settings(args.set), args.out, args.nbs, args.fresh, args.record, jobs=args.jobs)
     count = {s: sum(o['status'] == s for o in outcomes.values()) for s in ('done', 'failed', 'blocked')}
     print(', '.join(f'{n} {s}' for s, n in zip(('done', 'failed', 'not run'), count.values()) if n))

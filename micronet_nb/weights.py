@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMPRESSION', 'WeightQuantiser', 'plan_bits', 'quantiser_of', 'unquantised', 'quantise_weights',
            'remove_weight_quantisers', 'weight_bits', 'weight_integers', 'weight_table', 'specs_of', 'bit_table',
-           'choose_bits', 'size_bits', 'compressed_student']
+           'choose_bits', 'size_bits', 'compressed_student', 'compressed_config']
 
 # %% ../nbs/10_weights.ipynb #02060869
 import copy, math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 
 from .core import MicronetError, progress
@@ -24,7 +24,7 @@ from .activations import quantise_activations
 from .pruning import plain_weight, prune
 from .quantizers import fake_quantise, grid, quantise, solve_scales
 from .scoring import LayerSpec, compressible, weight_storage
-from .training import STUDIES, fit_stage, normalised, student, study_data
+from .training import STUDIES, fit_stage, normalised, student, student_config, study_data
 
 # %% ../nbs/10_weights.ipynb #7da63cf9
 class WeightQuantiser(nn.Module):
@@ -296,3 +296,11 @@ def compressed_student(
     quantise_activations(net, sample, COMPRESSION['activation_bits'], COMPRESSION['first_bits'])
     tuned = fit_stage('deployed', net, data, replace(STUDIES[profile].tune, seed=seed), what=COMPRESSION, upstream=[start['key']], callbacks=[pruner], stats=stats)
     return net.eval(), tuned, sample
+
+def compressed_config(
+    profile: str,  # embedded, laptop or paper
+    seed: int = 0  # of weights, order and augmentation
+) -> dict:         # model, COMPRESSION, plan, tune, dense
+    "What `compressed_student` depends on, for the `config` of a record; nothing is trained."
+    tune = asdict(replace(STUDIES[profile].tune, seed=seed))
+    return dict(model=STUDIES[profile].model, **COMPRESSION, plan='uniform', tune=tune, dense=student_config(profile, seed))
