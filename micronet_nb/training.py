@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RIAIR_AUGMENT', 'GEOMETRIC', 'REACH', 'DULL', 'RAND_AUGMENT', 'AUGMENTS', 'NEVER', 'FIT_VERSION', 'STUDIES', 'warp',
-           'cut', 'apply_op', 'pick', 'crop_flip', 'augment', 'FitConfig', 'epoch_batches', 'evaluate', 'normalised',
-           'hard_loss', 'Run', 'save_checkpoint', 'checkpoints', 'fit', 'Stopped', 'fit_stage', 'Study', 'study_data',
-           'student', 'student_config']
+           'cut', 'apply_op', 'pick', 'crop_flip', 'augment', 'FitConfig', 'epoch_batches', 'known_stats', 'evaluate',
+           'normalised', 'as_logits', 'hard_loss', 'Run', 'save_checkpoint', 'checkpoints', 'fit', 'Stopped',
+           'fit_stage', 'Study', 'study_data', 'student', 'student_config']
 
 # %% ../nbs/03_training.ipynb #917ec6c7
 import contextlib, json, math, os, shutil, time
@@ -27,8 +27,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
-from .data import CIFAR100_STATS, dataset_stats, load_dataset
-from .models import create_model
+from .data import dataset_stats, load_dataset
+from .models import create_model, require_shapes
 
 # %% ../nbs/03_training.ipynb #1a828e8c
 RIAIR_AUGMENT = (('Invert', .2, 2), ('Contrast', .4, 4), ('Rotate', .5, 1), ('TranslateX', .4, 3), ('Sharpness', .5, 3), ('ShearY', .3, 4), ('TranslateY', .6, 8),
@@ -233,24 +233,39 @@ def epoch_batches(
         for i in range(max(first, skip), last): yield x[(i - first)*b:(i - first + 1)*b], labels[rows[(i - first)*b:(i - first + 1)*b]]
 
 # %% ../nbs/03_training.ipynb #70661521
+def known_stats(
+    model: nn.Module,    # any; `fit` has left its statistics in `input_stats`
+    stats=None           # (mean, std) that were named; None: the net's
+) -> tuple:              # (mean, std)
+    "The statistics of the pixels that a net wants. MicronetError where they are neither named nor known."
+    if stats is None: stats = getattr(model, 'input_stats', None)
+    if stats is not None: return stats
+    raise MicronetError(f'which pixel statistics was {_class_of(model)} trained with? `fit` would have left them with the net: '
+                        'pass stats=(mean, std), such as dataset_stats(train), train being the training set')
+
+def _class_of(net): return type(getattr(net, '_orig_mod', getattr(net, 'module', net))).__name__
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,      # in any mode; left in it
     dataset,               # images uint8, labels
-    stats=CIFAR100_STATS,  # (mean, std) of the training set
+    stats=None,            # (mean, std) of the training set; None: what `fit` left with the net
     batch_size: int = 250, # images at a time
     n: int = None          # the first n images only
 ) -> dict:                 # top1 in %, loss, n
-    "Accuracy and cross-entropy on a data set, in float32."
+    "Accuracy and cross-entropy on a data set, in float32. MicronetError where the statistics are not known, or the net gives no logits."
+    stats = known_stats(model, stats)
     was, device = {m: m.training for m in model.modules()}, _device(model)
-    model.eval()
     hits = loss = 0.
     n = min(n or len(dataset), len(dataset))
-    for i in range(0, n, batch_size):
-        x, y = normalised(dataset.images[i:min(i + batch_size, n)].to(device).float()/255, stats), dataset.labels[i:min(i + batch_size, n)].to(device)
-        out = model(x).float()
-        hits += float((out.argmax(1) == y).sum()); loss += float(F.cross_entropy(out, y, reduction='sum'))
-    for m, mode in was.items(): m.training = mode
+    try:
+        model.eval()
+        for i in range(0, n, batch_size):
+            x, y = normalised(dataset.images[i:min(i + batch_size, n)].to(device).float()/255, stats), dataset.labels[i:min(i + batch_size, n)].to(device)
+            out = as_logits(model(x), x, model)
+            hits += float((out.argmax(1) == y).sum()); loss += float(F.cross_entropy(out, y, reduction='sum'))
+    finally:
+        for m, mode in was.items(): m.training = mode
     return dict(top1=100*hits/n, loss=loss/n, n=n)
 
 # %% ../nbs/03_training.ipynb #bb1704fa
@@ -260,6 +275,19 @@ def normalised(x, stats):
     return (x - mean)/std
 
 def _device(model): return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device('cpu'))
+
+# %% ../nbs/03_training.ipynb #a8667841
+def as_logits(
+    out,             # what the net returned
+    x: torch.Tensor, # (n, 3, h, w) what it was given
+    net              # for the message
+) -> torch.Tensor:   # (n, classes) float32
+    "The logits, in float32. MicronetError where a net returns anything else."
+    if isinstance(out, torch.Tensor) and out.dim() == 2 and len(out) == len(x): return out.float()
+    what = f'a tensor of shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else f'a {type(out).__name__}'
+    mode = 'training' if getattr(net, 'training', False) else 'evaluation'
+    raise MicronetError(f'{_class_of(net)} returns {what} in {mode} mode, not logits ({len(x)}, classes): wrap it in a module '
+                        'that returns its logits alone, or switch off the heads that only training has (such as aux_logits=False)')
 
 # %% ../nbs/03_training.ipynb #379179d5
 def hard_loss(logits, target, teacher_logits, config):
@@ -281,7 +309,9 @@ class Run:
     "One training run: what callbacks see."
     def __init__(self, model, train, config, teacher, callbacks, loss, stats):
         if teacher is model: raise MicronetError('teacher and model are one object, so the teacher would change while it teaches: pass copy.deepcopy(model)')
+        require_shapes(model, 'training')
         self.model, self.config, self.teacher, self.callbacks, self.loss, self.stats = model, config, teacher, list(callbacks), loss, stats
+        model.input_stats = stats
         self.world, b = _world(), config.batch_size
         if b % self.world.num_processes: raise MicronetError(f'{self.world.num_processes} processes cannot share a batch of {b} evenly: choose a multiple of {self.world.num_processes} as batch_size')
         self.device = torch.device('cpu') if self.world.device.type == 'cpu' else self.world.device
@@ -343,8 +373,8 @@ def _step(run, x, y):
         if not run.stream: x, y = (t.chunk(w.num_processes)[w.process_index] for t in (x, y))
         _dice(run, w.process_index)
     if c.channels_last: x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), _autocast(run): told = run.told(x).float() if run.told is not None else None
-    with _autocast(run): out = run.forward(x).float()
+    with torch.no_grad(), _autocast(run): told = as_logits(run.told(x), x, run.teacher) if run.told is not None else None
+    with _autocast(run): out = as_logits(run.forward(x), x, run.model)
     loss = run.loss(out, y, told, c)
     run.bad = torch.where(torch.isfinite(loss.detach()), run.bad, run.bad.clamp(max=run.step))
     loss.backward()
@@ -487,7 +517,7 @@ def fit(
     teacher: nn.Module = None,  # its logits, on the same augmented batch, go to the loss
     callbacks=(),            # objects with on_epoch, on_step, on_gradients, on_update
     loss=hard_loss,          # function of (logits, target, teacher_logits, config), the mean over the batch; logits float32 (n, classes)
-    stats=None,              # (mean, std); None: of the training set
+    stats=None,              # (mean, std); None: of the training set; left with the net as `input_stats`
     folder=None,             # checkpoints; a run that finds its own there goes on; None: keeps nothing
     every: float = 60.,      # seconds between checkpoints
     stop: float = None,      # seconds after which to checkpoint and return early (a piece of a long run; `run.done` says whether it was the last)
@@ -586,9 +616,10 @@ def fit_stage(
     folder = Path(root or runs_dir()/'stages')/result['folder']
     if world.is_main_process: shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     _place(model, 'cpu' if world.device.type == 'cpu' else world.device, config).load_state_dict(load_file(folder/'model.safetensors'))
+    model.input_stats = kwargs.get('stats') or dataset_stats(train)  # a stage that was found trained nothing here
     last = result['history'][-1]
     if valid is not None and (half or result.get('valid', valid.describe()) != valid.describe()):  # measured before rounding, or on other images
-        last = {f'valid_{k}': v for k, v in evaluate(model, valid, kwargs.get('stats') or dataset_stats(train)).items()}
+        last = {f'valid_{k}': v for k, v in evaluate(model, valid).items()}
     return result | dict(key=config_key(key_config, upstream, version), top1=last.get('valid_top1'), loss=last.get('valid_loss'))
 
 # %% ../nbs/03_training.ipynb #3ae8730e
