@@ -204,29 +204,31 @@ class _Leaves(fx.Tracer):
 def as_graph(
     model: nn.Module  # of deployment and plain modules; left as it was, whatever mode each of its modules is in
 ) -> fx.GraphModule:
-    "A model as a graph of modules and functions, in evaluation mode; a graph in that mode stays what it is. MicronetError where it cannot be traced."
+    "A model as a graph of modules and functions, in evaluation mode; a graph in that mode stays what it is. MicronetError where it cannot be traced, or has hooks."
     modes = {m: m.training for m in model.modules()}
-    if isinstance(model, fx.GraphModule) and not any(modes.values()): return model
     _check_hooks(model, type(model).__name__)
-    try: graph = _evaluating(model.eval(), model.graph if isinstance(model, fx.GraphModule) else _Leaves().trace(model))
+    try: graph = model if isinstance(model, fx.GraphModule) and not any(modes.values()) else _evaluating(model.eval())
     except Exception as e:  # a forward can fail in any way
         raise MicronetError(f'{type(model).__name__} cannot be traced by torch.fx: {(str(e).splitlines() or ["?"])[0]}') from e
     finally:
         for m, training in modes.items(): m.training = training
-    graph.meta.update(getattr(model, 'meta', {}))
+    for n in graph.graph.nodes:
+        if n.op == 'call_module': _check_hooks(graph.get_submodule(n.target), n.target)
     return graph
 
 # %% ../nbs/14_packing.ipynb #dae2ed10
-def _evaluating(model, graph):
+def _evaluating(model):
     "A graph of a model's tensors in evaluation mode: its modules are copies, so that the model's keep their modes."
-    return fx.GraphModule(_twin(model, {}), graph).eval()
+    graph = fx.GraphModule(_twin(model, {}), model.graph if isinstance(model, fx.GraphModule) else _Leaves().trace(model)).eval()
+    graph.meta.update(getattr(model, 'meta', {}))
+    return graph
 
 def _twin(module, made):
     "A copy of a module and of all below it, of the same tensors."
     if module is None or module in made: return made.get(module)
-    twin = made[module] = copy.copy(module)
-    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
-    twin._modules = {k: _twin(m, made) for k, m in module._modules.items()}
+    twin = made[module] = object.__new__(type(module))  # copy.copy refuses parametrized modules
+    twin.__dict__.update(module.__dict__ | dict(_parameters=dict(module._parameters), _buffers=dict(module._buffers)))
+    twin.__dict__['_modules'] = {k: _twin(m, made) for k, m in module._modules.items()}
     return twin
 
 def _check_hooks(module, name):
@@ -355,7 +357,6 @@ def _kind(module, name, masks, out, paid):
     made_by = {k: {'f': repr(v)} if isinstance(v, float) and not math.isfinite(v) else v for k, v in arguments(module, name).items()}
     if any(isinstance(v, dict) for v in made_by.values()): out.version = FORMAT
     keys = _check_made(module, name, _make(type(module).__name__, made_by))
-    _check_hooks(module, name)
     if hasattr(module, 'weight_bits'): _check_weight(module, f'{name}.weight')
     tensors = {k: operator.attrgetter(k)(module) for k in keys}
     forms = {k: _put(t, f'{name}.{k}', form_of(t, module, k, masks), out, paid) for k, t in tensors.items()}
@@ -481,7 +482,7 @@ def _differs(graph, given, path, about):
     "What a file has in other than a graph and the model that it was traced from: nodes, arguments, tensors, answers; '' where nothing."
     try: back = unpack(path)
     except MicronetError as e: return str(e).replace(str(path), 'it')
-    if _nodes(back) != _nodes(graph) or back.meta['about'] != about: return 'its structure comes back changed'
+    if _nodes(back) != _nodes(graph) or json.dumps(back.meta['about']) != json.dumps(about): return 'its structure comes back changed'
     for k, stored in back.state_dict().items():
         mine = operator.attrgetter(k)(graph).detach().cpu()
         if mine.dtype != stored.dtype or not torch.equal(mine, stored): return f'{k} comes back changed'
