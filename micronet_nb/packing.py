@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODULES', 'FUNCTIONS', 'METHODS', 'DTYPES', 'FORMAT', 'to_bits', 'from_bits', 'encode', 'decode', 'arguments',
            'form_of', 'Streams', 'as_graph', 'encode_argument', 'decode_argument', 'check_name', 'encode_node',
-           'decode_node', 'describe', 'seal', 'compress', 'pack', 'check_about', 'unseal', 'unpack', 'contents', 'bill',
+           'decode_node', 'describe', 'seal', 'compress', 'check_about', 'unseal', 'unpack', 'pack', 'contents', 'bill',
            'half_scales', 'parts_of', 'pixels_to_input', 'top1', 'load_packed', 'main_pack', 'main_eval']
 
 # %% ../nbs/14_packing.ipynb #5056f3b0
@@ -444,25 +444,6 @@ def compress(
     text = json.dumps(structure, separators=(',', ':'), allow_nan=False).encode()
     return torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
 
-def pack(
-    graph,               # fx.GraphModule of deployment and plain modules, or a model that torch.fx can trace to one; left as it was
-    path,                # file to make or replace, atomically
-    about: dict = None,  # input_size, accounting, dataset, pixels: what `micronet-score` and `micronet-eval` want to know; None: what `lower` or `unpack` knew
-    masks: str = None    # a bitmask for every layer ('always', RIAIR's accountings), or where it saves something ('paying', official rules); None: as about's accounting charges, else official
-) -> Path:
-    "Writes a net as a safetensors file of bitmasks, few-bit values and FP16 scales (float32 where FP16 would lose something), and keeps it where it unpacks to the same net. MicronetError names what cannot be packed."
-    if masks not in ('always', 'paying', None): raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
-    given, graph = graph, as_graph(graph)
-    known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
-    told = known | check_about(graph.meta.get('about', {}) if about is None else about)
-    masks = masks or ('always' if ACCOUNTINGS[told.get('accounting', 'official')].riair else 'paying')
-    structure, out = describe(graph, masks, told)
-    data = seal(out.joined() | {'graph': compress(structure)}, out.version)
-    with atomic_path(path) as tmp:
-        tmp.write_bytes(data)
-        if why := _differs(graph, given, tmp, told): raise MicronetError(f'{path} is not written, for the file would not be the net: {why}')
-    return Path(path)
-
 # %% ../nbs/14_packing.ipynb #eefcac27
 def check_about(
     about  # dict, or whatever a file has in its place
@@ -476,54 +457,6 @@ def check_about(
         if k not in checks or isinstance(v, dict) or not checks[k](v): raise MicronetError(
             f'about[{k!r}] = {v!r} makes no sense: about may have input_size (c, h, w), accounting ({", ".join(ACCOUNTINGS)}), dataset, and pixels ((mean, std) of three numbers each)')
     return about | ({'input_size': list(about['input_size'])} if 'input_size' in about else {})
-
-# %% ../nbs/14_packing.ipynb #4e00e670
-def _differs(graph, given, path, about):
-    "What a file has in other than a graph and the model that it was traced from: nodes, arguments, tensors, answers; '' where nothing."
-    try: back = unpack(path)
-    except MicronetError as e: return str(e).replace(str(path), 'it')
-    if _nodes(back) != _nodes(graph) or json.dumps(back.meta['about']) != json.dumps(about): return 'its structure comes back changed'
-    for k, stored in back.state_dict().items():
-        mine = operator.attrgetter(k)(graph).detach().cpu()
-        if mine.dtype != stored.dtype or not torch.equal(mine, stored): return f'{k} comes back changed'
-    if (x := _example(graph, about)) is None: return ''
-    try: found = _answers(given, x)
-    except Exception as e: return f"it does not run on an input of {'x'.join(map(str, x.shape[1:]))}, which it is said to take ({(str(e).splitlines() or ['?'])[0]})"
-    same = _equal(found, unpacked := _answers(back, x)) or _equal(_answers(_contiguous(graph), x), unpacked)  # another order of memory is another order of sums
-    return '' if same else 'it answers otherwise'
-
-def _nodes(graph):
-    "Nodes as a file has them, with their names and their modules' classes and arguments."
-    nodes = list(graph.graph.nodes)
-    names = list(dict.fromkeys(n.target for n in nodes if n.op == 'call_module'))
-    index, numbers = ({n: i for i, n in enumerate(v)} for v in (nodes, names))
-    return [(n.name, encode_node(n, index, numbers)) for n in nodes], [(n, type(m := graph.get_submodule(n)), arguments(m, n)) for n in names]
-
-def _example(graph, about):
-    "One input of the size that a net is said to take, None where that is not known, or where the net is not on the CPU."
-    tensors = [*graph.parameters(), *graph.buffers()]
-    if 'input_size' not in about or any(t.device.type != 'cpu' for t in tensors): return None
-    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-    return torch.randn(1, *about['input_size'], generator=torch.Generator().manual_seed(0)).to(dtype)
-
-@torch.no_grad()
-def _answers(model, x):
-    "A model's outputs in evaluation mode; it is left as it was, and so are torch's random numbers."
-    modes = {m: m.training for m in model.modules()}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return tree_leaves(model.eval()(x))
-    finally:
-        for m, training in modes.items(): m.training = training
-
-def _equal(a, b): return len(a) == len(b) and all(torch.equal(p, q) or bool(((p == q) | (p != p) & (q != q)).all()) if isinstance(p, torch.Tensor) else p == q for p, q in zip(a, b))
-
-def _contiguous(graph):
-    "A copy whose tensors lie in memory as a file's do."
-    graph = copy.deepcopy(graph)
-    for t in [*graph.parameters(), *graph.buffers()]: t.data = t.data.contiguous().clone()
-    return graph
 
 # %% ../nbs/14_packing.ipynb #09f98693
 def _header(f, path):
@@ -633,6 +566,74 @@ def unpack(
 ) -> fx.GraphModule:
     "The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told. MicronetError for a file that is foreign, cut short, altered or of a newer format."
     return _open(path)[0]
+
+# %% ../nbs/14_packing.ipynb #70ed59da
+def pack(
+    graph,               # fx.GraphModule of deployment and plain modules, or a model that torch.fx can trace to one; left as it was
+    path,                # file to make or replace, atomically
+    about: dict = None,  # input_size, accounting, dataset, pixels: what `micronet-score` and `micronet-eval` want to know; None: what `lower` or `unpack` knew
+    masks: str = None    # a bitmask for every layer ('always', RIAIR's accountings), or where it saves something ('paying', official rules); None: as about's accounting charges, else official
+) -> Path:
+    "Writes a net as a safetensors file of bitmasks, few-bit values and FP16 scales (float32 where FP16 would lose something), and keeps it where it unpacks to the same net. MicronetError names what cannot be packed."
+    if masks not in ('always', 'paying', None): raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
+    given, graph = graph, as_graph(graph)
+    known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
+    told = known | check_about(graph.meta.get('about', {}) if about is None else about)
+    masks = masks or ('always' if ACCOUNTINGS[told.get('accounting', 'official')].riair else 'paying')
+    structure, out = describe(graph, masks, told)
+    data = seal(out.joined() | {'graph': compress(structure)}, out.version)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(data)
+        if why := _differs(graph, given, tmp, told): raise MicronetError(f'{path} is not written, for the file would not be the net: {why}')
+    return Path(path)
+
+# %% ../nbs/14_packing.ipynb #4e00e670
+def _differs(graph, given, path, about):
+    "What a file has in other than a graph and the model that it was traced from: nodes, arguments, tensors, answers; '' where nothing."
+    try: back = unpack(path)
+    except MicronetError as e: return str(e).replace(str(path), 'it')
+    if _nodes(back) != _nodes(graph) or json.dumps(back.meta['about']) != json.dumps(about): return 'its structure comes back changed'
+    for k, stored in back.state_dict().items():
+        mine = operator.attrgetter(k)(graph).detach().cpu()
+        if mine.dtype != stored.dtype or not torch.equal(mine, stored): return f'{k} comes back changed'
+    if (x := _example(graph, about)) is None: return ''
+    try: found = _answers(given, x)
+    except Exception as e: return f"it does not run on an input of {'x'.join(map(str, x.shape[1:]))}, which it is said to take ({(str(e).splitlines() or ['?'])[0]})"
+    same = _equal(found, unpacked := _answers(back, x)) or _equal(_answers(_contiguous(graph), x), unpacked)  # another order of memory is another order of sums
+    return '' if same else 'it answers otherwise'
+
+def _nodes(graph):
+    "Nodes as a file has them, with their names and their modules' classes and arguments."
+    nodes = list(graph.graph.nodes)
+    names = list(dict.fromkeys(n.target for n in nodes if n.op == 'call_module'))
+    index, numbers = ({n: i for i, n in enumerate(v)} for v in (nodes, names))
+    return [(n.name, encode_node(n, index, numbers)) for n in nodes], [(n, type(m := graph.get_submodule(n)), arguments(m, n)) for n in names]
+
+def _example(graph, about):
+    "One input of the size that a net is said to take, None where that is not known, or where the net is not on the CPU."
+    tensors = [*graph.parameters(), *graph.buffers()]
+    if 'input_size' not in about or any(t.device.type != 'cpu' for t in tensors): return None
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    return torch.randn(1, *about['input_size'], generator=torch.Generator().manual_seed(0)).to(dtype)
+
+@torch.no_grad()
+def _answers(model, x):
+    "A model's outputs in evaluation mode; it is left as it was, and so are torch's random numbers."
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return tree_leaves(model.eval()(x))
+    finally:
+        for m, training in modes.items(): m.training = training
+
+def _equal(a, b): return len(a) == len(b) and all(torch.equal(p, q) or bool(((p == q) | (p != p) & (q != q)).all()) if isinstance(p, torch.Tensor) else p == q for p, q in zip(a, b))
+
+def _contiguous(graph):
+    "A copy whose tensors lie in memory as a file's do."
+    graph = copy.deepcopy(graph)
+    for t in [*graph.parameters(), *graph.buffers()]: t.data = t.data.contiguous().clone()
+    return graph
 
 # %% ../nbs/14_packing.ipynb #afd039b2
 def contents(
