@@ -6,12 +6,14 @@
 __all__ = ['MODULES', 'FUNCTIONS', 'METHODS', 'DTYPES', 'FORMAT', 'to_bits', 'from_bits', 'encode', 'decode', 'arguments',
            'form_of', 'Streams', 'as_graph', 'encode_argument', 'decode_argument', 'check_name', 'encode_node',
            'decode_node', 'describe', 'seal', 'compress', 'check_about', 'unseal', 'unpack', 'pack', 'contents', 'bill',
-           'half_scales', 'parts_of', 'pixels_to_input', 'top1', 'load_packed', 'main_pack', 'main_eval']
+           'half_scales', 'compare_charges', 'parts_of', 'pixels_to_input', 'top1', 'load_packed', 'main_pack',
+           'main_eval']
 
 # %% ../nbs/14_packing.ipynb #5056f3b0
-import argparse, copy, hashlib, inspect, itertools, json, keyword, math, operator, os, re, sys, time, zlib
+import argparse, copy, hashlib, inspect, itertools, json, keyword, math, operator, os, re, sys, tempfile, time, zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 from .core import MicronetError, atomic_path, progress
 import numpy as np
@@ -114,6 +116,7 @@ def arguments(
     found = {k: _plain(known[k]() if k in known else getattr(module, k, d), k, name) for k, d in wanted.items()}
     if isinstance(module, nn.Conv2d): found = {k: v[0] if isinstance(v, tuple) and len({*v}) == 1 else v for k, v in found.items()}
     if isinstance(module, (IntConv2d, IntLinear)): found, wanted = found | {'bias': None, 'weight_bits': module.weight_bits}, wanted | {'bias': None, 'weight_bits': 4}
+    if getattr(module, 'wide', False): found, wanted = found | {'wide': True}, wanted | {'wide': False}
     return {k: v for k, v in found.items() if v is not wanted[k] and v != wanted[k]}
 
 def _plain(value, argument, name):
@@ -405,9 +408,9 @@ def _check_made(module, name, made):
     for k, t in wanted.items():
         if (mine := operator.attrgetter(k)(module)) is None or mine.shape != t.shape: raise MicronetError(
             f"{name}.{k} is {None if mine is None else 'x'.join(map(str, mine.shape))}, and the arguments of its {cls} ask for {'x'.join(map(str, t.shape))}")
-    for k, v in vars(made).items():
-        if k[0] != '_' and k != 'training' and isinstance(v, (bool, int, float, str, tuple, list)) and _listed(v) != _listed(vars(module).get(k)):
-            raise MicronetError(f'{name}.{k} is {vars(module).get(k)!r}, and the arguments of its {cls} make it {v!r}: set it where the module is made')
+    for k, v in vars(module).items():
+        if k[0] == '_' or k == 'training' or not hasattr(made, k) or isinstance(getattr(made, k), (torch.Tensor, nn.Module)): continue
+        if _listed(v) != _listed(getattr(made, k)): raise MicronetError(f'{name}.{k} is {v!r}, and the arguments of its {cls} make it {getattr(made, k)!r}: set it where the module is made')
     return [*wanted]
 
 def _listed(v): return [*map(_listed, v)] if isinstance(v, (tuple, list)) else v
@@ -684,6 +687,81 @@ def half_scales(
             if bool(t.half().isinf().any()): raise MicronetError(f'{name}.{k} reaches {float(t.abs().max()):g}, and FP16 ends at 65504')
             t.data = t.half().to(t.dtype)
     return graph
+
+# %% ../nbs/14_packing.ipynb #f9688f6a
+def compare_charges(
+    model: nn.Module,      # as `lower` was given it
+    graph: fx.GraphModule, # what `lower` made of it
+    path=None,             # the file that `pack` made of that; None: one is made for the purpose
+    accounting: str = 'official' # convention to charge by
+) -> pd.DataFrame:         # a row per layer, scale and operation
+    "Operations and bytes (4 a number) that are charged for a net before and after it is lowered, and the bytes of its file; `why` explains each difference. The columns add up to the scores."
+    if path is None:
+        with tempfile.TemporaryDirectory() as folder: return compare_charges(model, graph, pack(graph, Path(folder)/'net', dict(accounting=accounting)), accounting)
+    before, after = (score(net, graph.meta['input_size'], accounting=accounting, corrected=True) for net in (model, graph))
+    stored = contents(path)
+    lines = [_line(a, b, graph, stored) for a, b in _paired(_lines(before, {}), _lines(after, _owners(graph)))]
+    return pd.DataFrame(lines, columns=['name', 'kind', 'shape', 'simulated', 'lowered', 'simulated bytes', 'lowered bytes', 'file bytes', 'why'])
+
+# %% ../nbs/14_packing.ipynb #0570d81f
+def _owners(graph):
+    "ScaleBias of a lowered graph to (what it is, the layer that it belongs to): the 'scale' of a layer, the same 'again', the step of a 'quantiser'."
+    made, owners = {}, {}
+    for n in graph.graph.nodes:
+        m = graph.get_submodule(n.target) if n.op == 'call_module' else None
+        sources = {made.get(i) for i in n.all_input_nodes}
+        source = sources.pop() if len(sources) == 1 else None  # the layer whose sums these still are
+        if isinstance(m, (nn.Conv2d, nn.Linear)): made[n] = n.target
+        elif isinstance(m, ScaleBias):
+            if source: owners.setdefault(n.target, ('again' if ('scale', source) in owners.values() else 'scale', source))
+            elif len(m.weight) == 1 and not m.has_bias: owners.setdefault(n.target, ('quantiser', re.sub(r'_input_scale(_\d+)?$', '', n.target)))
+        elif not isinstance(m, Quantise): made[n] = source
+    return owners
+
+def _lines(charged, owners):
+    "Charged rows with the keys that they are matched by, the strictest first."
+    rows, layer = [], ''
+    for r in charged.layers.itertuples():
+        if r.kind in ('conv', 'linear'): layer = r.name
+        kind, own = owners.get(r.name, ('scale' if r.kind == 'bias' else r.kind, r.name))
+        rows.append(r._asdict() | dict(what=kind, keys=[(kind, own), (kind, r.shape, layer), (kind, r.shape)] if own else [None, (kind, r.shape, layer), (kind, r.shape)]))
+    return rows
+
+def _paired(before, after):
+    "Pairs of rows that are the same thing; None stands where a row has no partner."
+    left, partner = list(range(len(before))), {}
+    for level in range(3):
+        for j, b in enumerate(after):
+            if j in partner or b['keys'][level] is None: continue
+            if (i := next((i for i in left if before[i]['keys'][level] == b['keys'][level]), None)) is not None: partner[j] = i; left.remove(i)
+    pairs = [(before[partner[j]] if j in partner else None, b) for j, b in enumerate(after)]
+    return sorted([*pairs, *((before[i], None) for i in left)], key=lambda p: (before.index(p[0]) if p[0] else math.inf))
+
+# %% ../nbs/14_packing.ipynb #ca2fd321
+def _line(a, b, graph, stored):
+    "One row of the comparison."
+    ops, size = ([x and f(x) or 0. for x in (a, b)] for f in (lambda x: x['multiplies'] + x['adds'], lambda x: 4*x['storage']))
+    rows = _stored_for(b, stored) if b else stored[:0]
+    reason = _changed(a, b, ops, size)
+    form = SimpleNamespace(difference=int(rows.bytes.sum()) - size[1], kind=rows.kind.iloc[0] if len(rows) else '', form=rows.form.iloc[0] if len(rows) else '-')
+    why = '; '.join(filter(None, (reason, _why(form) if len(rows) or size[1] else '')))
+    return ((a or b)['name'], (a or b)['kind'], (a or b)['shape'], *ops, *size, int(rows.bytes.sum()), why)
+
+def _stored_for(b, stored):
+    "Rows of the file that hold what a row of the lowered net is charged for."
+    mine = stored[stored.module == b['name']] if b['name'] else stored[:0]
+    if b['kind'] in ('conv', 'linear'): return mine[mine.tensor == f"{b['name']}.weight"]
+    return mine[mine.tensor == f"{b['name']}.bias"] if b['kind'] == 'bias' else mine if b['kind'] == 'scale' else stored[:0]
+
+def _changed(a, b, ops, size):
+    "Why a lowered net is charged otherwise than the net that was trained; '' where it is not."
+    if abs(ops[0] - ops[1]) < 1e-6 and abs(size[0] - size[1]) < 1e-6: return ''
+    if b is None: return 'done by the quantiser that reads it, which ends there' if a['kind'] in ('relu', 'hardtanh', 'clamp', 'clamp_min') else 'not explained'
+    if a is None:
+        return {'quantiser': 'a step: the rules charge no quantiser of the net that is trained', 'again': 'the same scale again, for another reader'}.get(b['what'], 'not explained')
+    if b['kind'] == 'scale' and a['shape'] != b['shape']: return 'one number for all channels' if b['shape'].startswith('1x') else 'behind a pool, so on other numbers'
+    if b['kind'] == 'scale' and size[1] == size[0]/2: return 'the bias is zero everywhere: neither added nor stored'
+    return 'not explained'
 
 # %% ../nbs/14_packing.ipynb #45e7d234
 def parts_of(
