@@ -333,9 +333,9 @@ def weight_storage(
     bits: int,         # bits of a weight
     always: bool       # a bitmask for every layer, as RIAIR charges?
 ) -> float:
-    "32-bit numbers that a weight tensor takes: bitmask and nonzeros, or (official) all weights where that is less."
+    "32-bit numbers that a weight tensor takes: bitmask and nonzeros, or (official) all weights where that is less. One bit holds -1 and 1, so zeros among them need the mask."
     masked = N + nnz*bits
-    return (masked if always else min(masked, N*bits))/32
+    return (masked if always or bits == 1 and nnz < N else min(masked, N*bits))/32
 
 # %% ../nbs/04_scoring.ipynb #232e197e
 def average_adds(n, K):
