@@ -28,6 +28,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .core import MicronetError, atomic_path, find_file, released_schedule
 from .models import create_model
 
+# %% ../nbs/04_scoring.ipynb #844dabf7
+ELEMENTWISE = {  # operation: (multiplies, adds) an element of the output
+    'relu': (1, 0), 'hardtanh': (1, 0), 'clamp': (1, 0), 'clamp_min': (1, 0), 'clamp_max': (1, 0), 'leaky_relu': (2, 0), 'prelu_kernel': (2, 0), 'abs': (1, 0), 'sign': (1, 0),
+    'sigmoid': (2, 1), 'silu': (3, 1), 'hardsigmoid': (2, 1), 'hardswish': (3, 1), 'gelu': (4, 1), 'tanh': (1, 0), 'exp': (1, 0), 'erf': (1, 0),
+    'softplus': (2, 1), 'elu': (2, 1), 'mish': (4, 1), 'glu': (3, 1), 'log': (1, 0), 'sin': (1, 0), 'cos': (1, 0), 'reciprocal': (1, 0),
+    'softmax': (2, 1), 'safe_softmax': (2, 1), 'log_softmax': (1, 2), 'rsqrt': (1, 0), 'sqrt': (1, 0), 'pow': (1, 0), 'square': (1, 0),
+    'add': (0, 1), 'sub': (0, 1), 'rsub': (0, 1), 'mul': (1, 0), 'div': (1, 0), 'neg': (0, 0), 'maximum': (0, 1), 'minimum': (0, 1),
+    'addcmul': (1, 1), 'lerp': (1, 2), 'upsample_bilinear2d': (4, 3), 'upsample_bicubic2d': (16, 15)}
+WHOLE = {'softmax', 'safe_softmax', 'log_softmax', 'glu', 'upsample_bilinear2d', 'upsample_bicubic2d'}   # of these, an element depends on others of its input
+
+# %% ../nbs/04_scoring.ipynb #a8b4d9d1
+FREE = set('''view unsafe_view reshape t transpose permute expand expand_as clone contiguous detach alias as_strided slice select narrow split
+ split_with_sizes unsafe_split chunk unbind cat stack unsqueeze squeeze flatten unfold im2col pad constant_pad_nd reflection_pad2d replication_pad2d to_copy
+ copy lift_fresh pixel_shuffle pixel_unshuffle channel_shuffle roll flip upsample_nearest2d repeat index index_select gather embedding'''.split())
+PADS = {'pad', 'constant_pad_nd', 'reflection_pad2d', 'replication_pad2d'}
+SHAPES = set('empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full'.split())   # use the shape of their input alone
+BLANK = set('empty zeros zero empty_like zeros_like new_empty new_zeros empty_strided new_empty_strided'.split())
+GATES = {'sigmoid', 'silu', 'hardsigmoid', 'hardswish', 'gelu', 'tanh', 'exp', 'erf', 'softmax', 'safe_softmax', 'log_softmax', 'softplus', 'elu', 'mish', 'glu', 'log', 'sin', 'cos'}
+LAYERS = {'convolution', 'addmm', 'mm', 'linear'}
+AVERAGES = {'mean', 'avg_pool2d', 'avg_pool3d', 'adaptive_avg_pool2d', 'adaptive_avg_pool3d'}
+MAXIMA = {'max_pool2d_with_indices', 'max_pool3d_with_indices', 'adaptive_max_pool2d', 'amax', 'amin', 'max', 'min', 'argmax', 'argmin'}
+POOLS = AVERAGES | MAXIMA | {'sum'}
+ATTENTION = {f'scaled_dot_product_{how}' for how in ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention', 'attention')}
+PRODUCTS = {'bmm', 'baddbmm'} | ATTENTION
+NORMS = {'native_batch_norm', 'native_batch_norm_legit', 'native_batch_norm_legit_no_training', 'cudnn_batch_norm', 'miopen_batch_norm', 'batch_norm_with_update'}
+STATISTICS = {'native_layer_norm', 'native_group_norm', 'fused_rms_norm', 'var', 'var_mean', 'std', 'std_mean', 'linalg_vector_norm'}
+LEAVES = {'scale', 'quantise'}
+
 # %% ../nbs/04_scoring.ipynb #010b819d
 @dataclass(eq=False)
 class Node:
@@ -87,8 +115,9 @@ class Elements:
         "The id of each element of a tensor, in its shape."
         if (_memory(tensor), tensor.element_size()) not in self.cells: self.leaf(tensor)   # read as another type
         cells = self.cells[_memory(tensor), tensor.element_size()]
-        if isinstance(cells, int): cells = torch.arange(cells, cells + _places(tensor))
-        return cells.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        start, reach = tensor.storage_offset(), 1 + sum((n - 1)*s for n, s in zip(tensor.shape, tensor.stride()))
+        if isinstance(cells, int): return torch.arange(cells + start, cells + start + max(reach, 0)).as_strided(tensor.shape, tensor.stride(), 0)
+        return cells.as_strided(tensor.shape, tensor.stride(), start)
 
     def key(self, tensor):
         "Equal for tensors that hold the same numbers in the same places."
@@ -98,6 +127,10 @@ class Elements:
     def distinct(self, tensor):
         "Is it clear that no stored number occurs twice in a tensor?"
         return isinstance(self.cells.get((_memory(tensor), tensor.element_size())), int) and torch._debug_has_internal_overlap(tensor) == 0
+
+    def places(self, tensor, marks):
+        "The view of `marks`, one for each id, that lies under a tensor of distinct numbers."
+        return marks.as_strided(tensor.shape, tensor.stride(), self.cells[_memory(tensor), tensor.element_size()] + tensor.storage_offset())
 
     def within(self, tensor, whole):
         "Does a tensor hold only numbers of another one?"
@@ -275,6 +308,15 @@ def _weights(module):
     names = [*dict.fromkeys(['weight', *getattr(module, 'parametrizations', {}), *module._parameters])]
     return [(n, t) for n in names if isinstance(t := getattr(module, n, None), torch.Tensor) and t.dim() > 1]
 
+def _join(nodes):
+    "A linear layer on a view comes as a product and a sum with its bias: one layer again."
+    for node in nodes:
+        if node.op != 'add' or len(node.inputs) != 1 or len(node.constants) != 1 or node.bound['alpha'] != 1: continue
+        made, bias = node.inputs[0], node.constants[0]
+        while made.op in ('view', 'unsafe_view', 'reshape') and made.consumers == 1 and made.module is node.module: made = made.inputs[0]
+        if made.op == 'mm' and not made.left and made.consumers == 1 and made.module is node.module and bias.shape == made.full[-1:] == node.full[-1:]:
+            made.bound['bias'], node.op, node.constants = bias, 'alias', []
+
 # %% ../nbs/04_scoring.ipynb #11dea0cb
 @dataclass
 class Trace:
@@ -322,6 +364,7 @@ def trace(
         with parametrize.cached():   # a masked weight is made once, however often it is used
             with tracer: out = model(image)
             _own(tracer, model)
+            _join(tracer.nodes)
     except MicronetError: raise
     except Exception as e:
         raise MicronetError(f"{type(model).__name__} does not run on an image of {'x'.join(map(str, input_size))}: {type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}") from e
@@ -333,34 +376,6 @@ def trace(
     if not results: raise MicronetError(f'the output of {type(model).__name__} does not depend on its input: nothing to count')
     for s in results: s.consumers += 1
     return Trace(tracer.nodes, results[0], tuple(input_size), tracer.stored)
-
-# %% ../nbs/04_scoring.ipynb #844dabf7
-ELEMENTWISE = {  # operation: (multiplies, adds) an element of the output
-    'relu': (1, 0), 'hardtanh': (1, 0), 'clamp': (1, 0), 'clamp_min': (1, 0), 'clamp_max': (1, 0), 'leaky_relu': (2, 0), 'prelu_kernel': (2, 0), 'abs': (1, 0), 'sign': (1, 0),
-    'sigmoid': (2, 1), 'silu': (3, 1), 'hardsigmoid': (2, 1), 'hardswish': (3, 1), 'gelu': (4, 1), 'tanh': (1, 0), 'exp': (1, 0), 'erf': (1, 0),
-    'softplus': (2, 1), 'elu': (2, 1), 'mish': (4, 1), 'glu': (3, 1), 'log': (1, 0), 'sin': (1, 0), 'cos': (1, 0), 'reciprocal': (1, 0),
-    'softmax': (2, 1), 'safe_softmax': (2, 1), 'log_softmax': (1, 2), 'rsqrt': (1, 0), 'sqrt': (1, 0), 'pow': (1, 0), 'square': (1, 0),
-    'add': (0, 1), 'sub': (0, 1), 'rsub': (0, 1), 'mul': (1, 0), 'div': (1, 0), 'neg': (0, 0), 'maximum': (0, 1), 'minimum': (0, 1),
-    'addcmul': (1, 1), 'lerp': (1, 2), 'upsample_bilinear2d': (4, 3), 'upsample_bicubic2d': (16, 15)}
-WHOLE = {'softmax', 'safe_softmax', 'log_softmax', 'glu', 'upsample_bilinear2d', 'upsample_bicubic2d'}   # of these, an element depends on others of its input
-
-# %% ../nbs/04_scoring.ipynb #a8b4d9d1
-FREE = set('''view unsafe_view reshape t transpose permute expand expand_as clone contiguous detach alias as_strided slice select narrow split
- split_with_sizes unsafe_split chunk unbind cat stack unsqueeze squeeze flatten unfold im2col pad constant_pad_nd reflection_pad2d replication_pad2d to_copy
- copy lift_fresh pixel_shuffle pixel_unshuffle channel_shuffle roll flip upsample_nearest2d repeat index index_select gather embedding'''.split())
-PADS = {'pad', 'constant_pad_nd', 'reflection_pad2d', 'replication_pad2d'}
-SHAPES = set('empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full'.split())   # use the shape of their input alone
-BLANK = set('empty zeros zero empty_like zeros_like new_empty new_zeros empty_strided new_empty_strided'.split())
-GATES = {'sigmoid', 'silu', 'hardsigmoid', 'hardswish', 'gelu', 'tanh', 'exp', 'erf', 'softmax', 'safe_softmax', 'log_softmax', 'softplus', 'elu', 'mish', 'glu', 'log', 'sin', 'cos'}
-LAYERS = {'convolution', 'addmm', 'mm', 'linear'}
-AVERAGES = {'mean', 'avg_pool2d', 'avg_pool3d', 'adaptive_avg_pool2d', 'adaptive_avg_pool3d'}
-MAXIMA = {'max_pool2d_with_indices', 'max_pool3d_with_indices', 'adaptive_max_pool2d', 'amax', 'amin', 'max', 'min', 'argmax', 'argmin'}
-POOLS = AVERAGES | MAXIMA | {'sum'}
-ATTENTION = {f'scaled_dot_product_{how}' for how in ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention', 'attention')}
-PRODUCTS = {'bmm', 'baddbmm'} | ATTENTION
-NORMS = {'native_batch_norm', 'native_batch_norm_legit', 'native_batch_norm_legit_no_training', 'cudnn_batch_norm', 'miopen_batch_norm', 'batch_norm_with_update'}
-STATISTICS = {'native_layer_norm', 'native_group_norm', 'fused_rms_norm', 'var', 'var_mean', 'std', 'std_mean', 'linalg_vector_norm'}
-LEAVES = {'scale', 'quantise'}
 
 # %% ../nbs/04_scoring.ipynb #7d426b56
 def kind_of(
@@ -383,9 +398,9 @@ def _running(node):
 def as_layer(node):
     "Fills in the weight of a convolution or linear layer as (out, K); a product of two activations keeps none."
     a = node.bound
-    data, weight, bias = {'addmm': ('mat1', 'mat2', 'self'), 'mm': ('self', 'mat2', None)}.get(node.op, ('input', 'weight', 'bias'))
+    data, weight, bias = {'addmm': ('mat1', 'mat2', 'self'), 'mm': ('self', 'mat2', 'bias')}.get(node.op, ('input', 'weight', 'bias'))
     if node.left: data, weight = weight, data
-    node.bias = a[bias] if bias and a.get('beta', 1) != 0 else None
+    node.bias = a.get(bias) if a.get('beta', 1) != 0 else None
     node.data, node.kernel, node.weight = node.reads.get(data), a[weight], None
     if node.data is None or weight in node.reads: return node
     node.constants = [t for t in node.constants if t is not node.kernel and t is not node.bias]
@@ -525,15 +540,17 @@ class Counting:
         "Those elements of a stored tensor that are not paid for yet, (n,); now they are."
         if not isinstance(tensor, torch.Tensor) or tensor not in self.stored: return torch.zeros(0)
         bare = tensor.detach()[tuple(slice(1) if s == 0 else slice(None) for s in tensor.stride())]   # expanded: the same again
-        ids, values = self.stored.ids(bare).reshape(-1), bare.reshape(-1)
         if self.taken is None: self.taken = torch.zeros(self.stored.size, dtype=torch.bool)
-        if not self.stored.distinct(bare):
-            ids, order = ids.sort(stable=True)
-            first = torch.cat([torch.ones(min(len(ids), 1), dtype=torch.bool), ids[1:] != ids[:-1]])
-            ids, values = ids[first], values[order.to(values.device)][first.to(values.device)]
-        new = (ids > 0) & ~self.taken[ids]
+        if self.stored.distinct(bare):
+            taken = self.stored.places(bare, self.taken)
+            values = bare.reshape(-1) if not taken.any() else bare[~taken.to(bare.device)]
+            taken.fill_(True)
+            return values
+        ids, order = self.stored.ids(bare).reshape(-1).sort(stable=True)
+        first = torch.cat([torch.ones(min(len(ids), 1), dtype=torch.bool), ids[1:] != ids[:-1]])
+        new = first & (ids > 0) & ~self.taken[ids]
         self.taken[ids] = True
-        return values[new.to(values.device)]
+        return bare.reshape(-1)[order[new].to(bare.device)]
 
 # %% ../nbs/04_scoring.ipynb #d0f74967
 def weight_storage(
@@ -574,14 +591,14 @@ def _layer_adds(c, node, n, K, bw, ba, signed):
 def count_layer(c, node, bits, scaled):
     "Rows of a convolution or linear layer: its products and sums, then its scale and bias."
     bw, ba, signed, spec = bits
-    n, nnz = _kernel_sizes(node), int((node.weight != 0).sum())
-    C, K, P = len(node.weight), node.weight.shape[1], positions(node)
-    times = 1 if len(n) > C else P                                  # transposed: the sizes of all sums are there
+    n, C, K, P = _kernel_sizes(node), len(node.weight), node.weight.shape[1], positions(node)
+    moved = node.op == 'convolution' and node.bound['transposed']   # the sizes of all its sums are there
+    nnz = int((node.weight != 0).sum()) if moved else int(n.sum())
     if c.cifar and node.op != 'convolution': ba = 32                # the classifier's input is always counted as float
     wide = max(bw, ba)
     half, new = c.freebie and wide == 32, c.take(node.kernel)
-    c.row(node, 'conv' if node.op == 'convolution' else 'linear', nnz*P*(16 if half else wide)/32, times*_layer_adds(c, node, n, K, bw, ba, signed),
-          weight_storage(len(new), int((new != 0).sum()), 16 if half else bw, c.acc.riair), shape=(*node.weight.shape, P), nnz=nnz, bits=f'{bw}w {ba}a')
+    c.row(node, 'conv' if node.op == 'convolution' else 'linear', nnz*P*(16 if half else wide)/32, (1 if moved else P)*_layer_adds(c, node, n, K, bw, ba, signed),
+          weight_storage(len(new), nnz if len(new) == C*K else int((new != 0).sum()), 16 if half else bw, c.acc.riair), shape=(*node.weight.shape, P), nnz=nnz, bits=f'{bw}w {ba}a')
     count_layer_scale(c, node, C, node.elements//C, bw < 32, scaled, ba < 32 and node.data)
     count_beta(c, node)
     if c.acc.quantisers and spec is not None and ba < 32 and spec.activation_scale != 1:
@@ -607,7 +624,7 @@ def count_layer_scale(c, node, C, P, quantised, scaled, maker=None):
     "The row for a layer's own scale and bias. `scaled`: 'explicit' (a module of its own follows), the key of the batch norm that is folded in, or None."
     bias = node.bias is not None or scaled is not None
     if scaled == 'explicit': return
-    own = c.stored.key(node.bias) if node.bias is not None and 'self' not in node.reads else None
+    own = c.stored.key(node.bias) if node.bias is not None else None
     key = 'scale', c.stored.key(node.kernel), own, scaled, maker
     if c.cifar:
         if bias or quantised: count_scale(c, node, C, C*P, bias, key)
@@ -630,6 +647,7 @@ def folds(
 ) -> list:
     "The layers that a batch norm folds into, those of its channels in order; empty where it cannot fold."
     value = norm.reads['input']
+    if value.consumers == 1 and value.op == 'convolution' and value.weight is not None: return [value]
     if not (layers := _behind(value)): return []
     starts = dict(zip(layers, torch.tensor([0, *(len(n.weight) for n in layers)]).cumsum(0).tolist()))
     try: numbers = _channels(value, starts)
@@ -739,7 +757,7 @@ def count_product(c, node, wide, known=()):
         c.row(node, 'softmax', sums*3, sums + sums*masked, bits='32')   # scale, exponential, division; sum, and a mask's
         v, out = a['value'], a['query'].numel()//a['query'].shape[-1]*a['value'].shape[-1]
         c.row(node, 'product', out*v.shape[-2]*multiplied/32, out*(v.shape[-2] - 1)*wide/32, bits=str(wide))
-    values = [known[node.reads[k]] for k in factors if k in node.reads] if known else []
+    values = [known.get(node.reads[k], Value(32, True)) for k in factors if k in node.reads] if known else []
     exact = len(values) == 2 and all(v.step is not None and v.bits < 16 for v in values)
     bits = values[0].bits + values[1].bits - (values[0].signed and values[1].signed) if exact else 32
     adds = sums*kernel_adds(torch.tensor([products//sums]), bits, c.adder) if exact else (products - sums)*wide/32
