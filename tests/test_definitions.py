@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from micronet_nb.activations import ActivationQuantiser, quantise_activations
+from micronet_nb.data import Dataset
 from micronet_nb.distillation import AsTeacher, distil, kl, z_score
 from micronet_nb.models import densenet_bc, num_params, wrn
 from micronet_nb.pruning import Pruner, at_least, dense_weight, erk_rates, magnitude_mask, mask_of
@@ -18,7 +19,7 @@ from micronet_nb.quantizers import fake_quantise, grid, quantise, solve_scale, s
 from micronet_nb.released import prepare, truncate
 from micronet_nb.scoring import TRACKS, LayerSpec, Score, average_adds, cifar_root_bits, kernel_adds
 from micronet_nb.scoring import root_bits, schedule_specs, score, tree_adds, weight_storage
-from micronet_nb.sensitivity import degrade, plan_from_sensitivity, predicted_increase
+from micronet_nb.sensitivity import degrade, plan_from_sensitivity, predicted_increase, sensitivity
 from micronet_nb.weights import WeightQuantiser, bit_table, choose_bits, quantise_weights, size_bits, weight_integers
 
 
@@ -333,6 +334,24 @@ def test_a_released_schedule_says_bits_and_signs():
 def test_degraded_weights():
     assert degrade(torch.tensor([[3., -1., .5, -2.]]), "sparsity", .5).tolist() == [[3, 0, 0, -2]]
     assert close(degrade(torch.tensor([[.9, 2.2, -3.1]]), "weight bits", 3), torch.tensor([[1., 2., -3.]])*14.6/14)
+
+
+class Zeros(nn.Module):
+    "Says 0 for class 0 and the mean pixel, times a weight, for class 1."
+    def __init__(self): super().__init__(); self.layer = linear([1.])
+    def forward(self, x):
+        y = self.layer(x.mean((1, 2, 3))[:, None])
+        return torch.cat([torch.zeros_like(y), y], 1)
+
+
+def test_harm_is_beside_the_intact_net():
+    "White images of class 1: the intact net loses log(1 + 1/e), without its weight log 2, and then class 0 wins the tie."
+    white = Dataset(torch.full((8, 3, 2, 2), 255, dtype=torch.uint8), torch.ones(8, dtype=torch.int64), ["a", "b"], "white", "valid")
+    options = dict(sparsities=(0., 1.), weight_bits=(), activation_bits=(), stats=((0.,)*3, (1.,)*3), quiet=True)
+    none, all_ = (row for _, row in sensitivity(Zeros(), (white, white), **options).iterrows())
+    intact = math.log(1 + math.exp(-1))
+    assert none["drop"] == 0 and all_["drop"] == 100 and abs(none["increase"]) < 1e-6
+    assert abs(all_["increase"] - (math.log(2) - intact)) < 1e-6 and abs(all_["loss"] - math.log(2)) < 1e-6
 
 
 def sensitive(levels, kind="sparsity"):
