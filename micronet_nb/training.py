@@ -346,7 +346,8 @@ def _prepare(run):
     "Model, optimiser, schedule and average, on the device."
     c, model, run.put_back = run.config, _place(run.model, run.device, run.config), lambda: None
     if run.teacher is not None: _place(run.teacher, run.device, c).eval()
-    run.optimizer = create_optimizer_v2(model, 'sgd', lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, filter_bias_and_bn=False)
+    kind = 'sgd' if c.momentum else 'momentum'  # timm's 'sgd' is Nesterov's, which torch refuses without momentum
+    run.optimizer = create_optimizer_v2(model, kind, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, filter_bias_and_bn=False)
     run.ema = ModelEmaV3(model, decay=c.ema) if c.ema else None
     if run.world.num_processes > 1: model = _shared_model(run)
     run.forward, run.told = _compiled(model, c), _compiled(run.teacher, c)
