@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ActivationQuantiser', 'input_of', 'attach_quantiser', 'activation_quantisers', 'remove_activation_quantisers',
-           'Sample', 'calibrate', 'solve_step', 'quantise_activations', 'activation_table']
+           'Sample', 'calibrate', 'solve_step', 'solve_window', 'quantise_activations', 'activation_table']
 
 # %% ../nbs/09_activations.ipynb #829caa1e
 import warnings
@@ -50,19 +50,28 @@ class ActivationQuantiser(nn.Module):
         bits: int,             # 1 to 16
         scale: float = 1.,     # step a > 0
         signed: bool = False,  # see `grid`
-        learn: bool = False    # is the step a Parameter?
+        learn: bool = False,   # is the step a Parameter?
+        low: int = 0           # unsigned: the smallest integer, 1 - 2^bits to 0; the largest is low + 2^bits - 1
     ):
         super().__init__()
-        grid(bits, signed)
+        top = grid(bits, signed)[1]
+        if not (isinstance(low, int) and -top <= low <= 0) or signed and low:
+            raise MicronetError(f'the lower end of {bits} unsigned bits is a whole number from {-top} to 0, not {low!r}; a signed grid has none')
         scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone().reshape(())
         if not 0 < float(scale) < float('inf'): raise MicronetError(f'the step of a quantiser must be positive and finite, not {float(scale)}')
-        self.bits, self.signed, self.learn = bits, bool(signed), learn
+        self.bits, self.signed, self.learn, self.low = bits, bool(signed), learn, low
         if learn: self.scale = nn.Parameter(scale)
         else: self.register_buffer('scale', scale)
 
+    @property
+    def ends(self):
+        "The smallest and the largest integer."
+        lo, hi = grid(self.bits, self.signed)
+        return lo + self.low, hi + self.low
+
     def forward(self, x):
         a = self._step(x) if self.learn else self.scale
-        return fake_quantise(x, a, 1) if self.bits == 1 and self.signed else _FakeQuantise.apply(x, a, *grid(self.bits, self.signed))
+        return fake_quantise(x, a, 1) if self.bits == 1 and self.signed else _FakeQuantise.apply(x, a, *self.ends)
 
     def _apply(self, fn, recurse=True):
         "Moves with the model, but the step stays float32."
@@ -92,13 +101,13 @@ def _quantise_input(module, args, kwargs=None):
 def _hook_of(module): return next((k for k, f in module._forward_pre_hooks.items() if f is _quantise_input), None)
 
 def attach_quantiser(
-    module: nn.Module,    # a Conv2d or Linear layer; changed in place
+    module: nn.Module,    # a layer; changed in place
     quantiser: nn.Module  # an ActivationQuantiser; replaces the one that is there
 ):
-    "Puts a quantiser before a layer: a child called `input_quantiser`, and a hook that calls it. MicronetError for what is no layer."
-    if not isinstance(module, nn.Module) or (like := next(module.parameters(), None)) is None:
-        raise MicronetError(f'a quantiser stands before a layer with weights, and {type(module).__name__} is none: attach it to the layer that reads the tensor')
-    module.input_quantiser = quantiser.to(like.device)
+    "Puts a quantiser before a module: a child called `input_quantiser`, and a hook that calls it. MicronetError for what is no module."
+    if not isinstance(module, nn.Module) or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        raise MicronetError(f'a quantiser stands before a module that is called, and {type(module).__name__} is none: attach it to the layer that reads the tensor')
+    module.input_quantiser = quantiser.to(next((p.device for p in module.parameters()), 'cpu'))
     if _hook_of(module) is None: module.register_forward_pre_hook(_quantise_input, with_kwargs=True)
 
 # %% ../nbs/09_activations.ipynb #d7df6086
@@ -176,17 +185,23 @@ def _watch(samples, name, limit, rng):
     def hook(module, args, kwargs): _observe(samples.setdefault(name, Sample(torch.zeros(0), first=not samples)), input_of(args, kwargs), limit, rng, name)
     return hook
 
+# %% ../nbs/09_activations.ipynb #a0b7c106
+def _places(model, before=None):
+    "Name to module of what gets a quantiser: the compressible layers, or the modules of the types `before`."
+    return compressible(model) if before is None else {n: m for n, m in model.named_modules() if isinstance(m, before)}
+
 # %% ../nbs/09_activations.ipynb #8304d03a
 @torch.no_grad()
 def calibrate(
     model: nn.Module,    # left as it was; runs in evaluation mode, in full precision
     batches,             # images as the model sees them: a tensor (n, c, h, w), or an iterable of tensors or of (images, labels)
     limit: int = 2**18,  # values kept a layer
-    seed: int = 0        # of the sample
+    seed: int = 0,       # of the sample
+    before=None          # types of modules to watch; None: Conv2d and Linear
 ) -> dict:               # layer name to Sample, in the order in which the layers first ran
     "Samples the inputs of every Conv2d and Linear. Slide 'Activation Quantization'; MicronetError for NaN, naming the layer, and where no layer ran."
     require_shapes(model, 'calibration')
-    samples, layers, there = {}, compressible(model), activation_quantisers(model)
+    samples, layers, there = {}, _places(model, before), activation_quantisers(model)
     modes, device = {m: m.training for m in model.modules()}, next(model.parameters()).device
     remove_activation_quantisers(model)
     hooks = [m.register_forward_pre_hook(_watch(samples, n, limit, np.random.default_rng([seed, i])), with_kwargs=True) for i, (n, m) in enumerate(layers.items())]
@@ -209,6 +224,43 @@ def solve_step(
     if bits not in sample.steps: sample.steps[bits] = float(solve_scale(sample.values[None], bits, sample.signed)[0]) if len(sample.values) else 1.
     return sample.steps[bits]
 
+# %% ../nbs/09_activations.ipynb #a0b7c102
+def _histogram(x, bins=4096):
+    "Mean and count of the values in each of `bins` equal intervals."
+    lo, hi = x.aminmax()
+    at = ((x - lo)/(hi - lo).clamp(min=1e-30)*bins).long().clamp(max=bins - 1)
+    count = torch.bincount(at, minlength=bins).float()
+    return torch.bincount(at, weights=x, minlength=bins).float()/count.clamp(min=1), count
+
+def _window_error(mean, count, step, low, top):
+    "Squared error of windows (k,) on a histogram."
+    q = (mean/step[:, None]).round_().clamp_(low[:, None], low[:, None] + top)
+    return q.mul_(step[:, None]).sub_(mean).square_().mul_(count).sum(1)
+
+# %% ../nbs/09_activations.ipynb #a0b7c103
+@torch.no_grad()
+def solve_window(
+    sample: Sample,  # of a layer, from `calibrate`
+    bits: int        # 1 to 16
+) -> tuple:          # (step, smallest integer)
+    "The step a and the lower end l that minimise the squared error of a clamp(round(x/a), l, l + 2^bits - 1)."
+    top = grid(bits, False)[1]
+    if not len(sample.values): return 1., 0
+    mean, count = _histogram(sample.values)
+    reach, depth, step = sample.high - sample.low, -min(sample.low, 0.), None
+    shares = torch.tensor([1., .75, .5, .25, 0.])
+    for width, number in ((1., 48), (.05, 24)):
+        middle = reach/top*10**-.4 if step is None else step
+        steps = middle*torch.logspace(-width/2, width/2, number).repeat_interleave(len(shares))
+        lows = -(depth/steps*shares.repeat(number)).round().clamp(max=top)
+        best = _window_error(mean, count, steps, lows, top).argmin()
+        step, low = float(steps[best]), float(lows[best])
+    for _ in range(20):
+        q = (mean/step).round().clamp(low, low + top)
+        if not (energy := float((count*q*q).sum())): break
+        step = float((count*q*mean).sum())/energy
+    return step, int(low)
+
 # %% ../nbs/09_activations.ipynb #fe9298c9
 def _widths(names, bits):
     "Layer name to bits; layers that a dict does not name are left out."
@@ -226,6 +278,14 @@ def _that_ran(names, samples):
     if silent: warnings.warn(f"{', '.join(silent)} did not run during calibration: left as it was", stacklevel=3)
     return [n for n in names if n in samples]
 
+# %% ../nbs/09_activations.ipynb #a0b7c105
+def _quantiser_for(sample, bits, learn, affine):
+    "The quantiser for what a layer was seen to read."
+    if affine and sample.signed:
+        step, low = solve_window(sample, bits)
+        return ActivationQuantiser(bits, step, False, learn, low)
+    return ActivationQuantiser(bits, solve_step(sample, bits), sample.signed, learn)
+
 # %% ../nbs/09_activations.ipynb #514ac793
 def quantise_activations(
     model: nn.Module,     # changed in place
@@ -234,17 +294,21 @@ def quantise_activations(
     first_bits: int = 8,  # of the layer that sees the image; None: as `bits` says
     learn: bool = False,  # learned steps instead of fixed ones
     layers=None,          # names or patterns; None: every Conv2d and Linear that ran
-    seed: int = 0         # of the sample
+    seed: int = 0,        # of the sample
+    affine: bool = False, # inputs with a sign get a window of unsigned integers with a lower end of its own (`solve_window`)
+    before=None           # types of modules, such as (nn.Hardswish,), that get a quantiser instead of Conv2d and Linear
 ) -> dict:                # layer name to ActivationQuantiser: all that are there now; `untouched` is a table of the weights whose inputs are not quantised
     "Puts a quantiser before each layer, step and sign found on the images; replaces those that are there. Slide 'Activation Quantization'."
-    samples = batches if isinstance(batches, dict) else calibrate(model, batches, seed=seed)
-    chosen, widths = _matching(list(compressible(model)), layers), _widths(list(compressible(model)), bits)
+    samples = batches if isinstance(batches, dict) else calibrate(model, batches, seed=seed, before=before)
+    places = list(_places(model, before))
+    chosen, widths = _matching(places, layers), _widths(places, bits)
     names = _that_ran([n for n in chosen if n in widths], samples)
-    plan = {n: first_bits if samples[n].first and first_bits is not None else widths[n] for n in names}
-    made = {n: ActivationQuantiser(b, solve_step(samples[n], b), samples[n].signed, learn) for n, b in plan.items() if b != 32}
+    plan = {n: first_bits if samples[n].first and first_bits is not None and before is None else widths[n] for n in names}
+    made = {n: _quantiser_for(samples[n], b, learn, affine) for n, b in plan.items() if b != 32}
     remove_activation_quantisers(model, [n for n in activation_quantisers(model) if n in plan])
     for n, q in made.items(): attach_quantiser(model.get_submodule(n), q)
     _spare_steps(model)
+    if before is not None: return activation_quantisers(model)
     return Reach(activation_quantisers(model), tell_untouched(_unquantised_inputs(model, samples), 'quantise_activations', 3))
 
 def _unquantised_inputs(model, samples):
@@ -265,7 +329,7 @@ def activation_table(
     model: nn.Module  # any model
 ) -> pd.DataFrame:    # indexed by layer name
     "Bits, sign, step and range of every activation quantiser."
-    rows = [dict(layer=n, bits=q.bits, signed=q.signed, step=(a := abs(q.scale.item())), low=a*grid(q.bits, q.signed)[0], high=a*grid(q.bits, q.signed)[1], learned=q.learn)
+    rows = [dict(layer=n, bits=q.bits, signed=q.signed, step=(a := abs(q.scale.item())), low=a*q.ends[0], high=a*q.ends[1], learned=q.learn)
             for n, q in activation_quantisers(model).items()]
     return pd.DataFrame(rows, columns=['layer', 'bits', 'signed', 'step', 'low', 'high', 'learned']).set_index('layer')
 
@@ -273,7 +337,7 @@ def activation_table(
 def _step(self, x):
     "|scale|, whose gradient is divided by sqrt(n Qmax) for n inputs an image. Esser et al. 2020."
     a = self.scale.abs()
-    g = a*(max(x[0].numel(), 1)*grid(self.bits, self.signed)[1])**-.5
+    g = a*(max(x[0].numel(), 1)*max(self.ends[1], 1))**-.5
     return a.detach() + (g - g.detach())
 
 ActivationQuantiser._step = _step

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZEABLE', 'METHODS', 'PAIRS', 'magnitude_mask', 'Mask', 'mask_of', 'dense_weight', 'masks', 'plain_weight',
-           'computing_weight', 'computes_otherwise', 'untouched', 'tell_untouched', 'Reach', 'plan_rates',
+           'put_masks', 'computing_weight', 'computes_otherwise', 'untouched', 'tell_untouched', 'Reach', 'plan_rates',
            'uniform_rates', 'global_rates', 'erk_rates', 'at_least', 'layer_positions', 'sparsity', 'param_sparsity',
            'op_sparsity', 'large_layers', 'Pruner', 'prune', 'remove_pruning', 'on_gradients', 'on_update', 'renew',
            'on_epoch', 'on_step', 'attach', 'step', 'holm', 'paired_differences', 'method_verdict']
@@ -106,6 +106,23 @@ def plain_weight(
     del module.parametrizations
     module._parameters.clear()
     for name, p in {'weight': weight, **others}.items(): module.register_parameter(name, p)
+
+# %% ../nbs/06_pruning.ipynb #b6c0d101
+@torch.no_grad()
+def put_masks(
+    model: nn.Module,  # changed in place
+    masks: dict        # layer name to mask, of the weight's shape: not 0 stays
+) -> list:             # names of the layers that have a mask now
+    "Masks that are known already, of a published net for instance; a mask that hides nothing is left out."
+    layers, done = compressible(model), []
+    for name, mask in masks.items():
+        if name not in layers: raise MicronetError(f'no layer is called {name!r}: the model has {", ".join(list(layers)[:3])}, ...')
+        if mask.shape != layers[name].weight.shape:
+            raise MicronetError(f'the mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(layers[name].weight.shape)}')
+        if bool((mask != 0).all()): continue
+        _put_mask(layers[name], mask != 0, False)
+        done.append(name)
+    return done
 
 # %% ../nbs/06_pruning.ipynb #4bbf80e9
 def _take_mask(module):
