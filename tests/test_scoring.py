@@ -88,7 +88,7 @@ def test_command(capsys, tmp_path):
     out = capsys.readouterr().out
     assert 'official, fp32 adder, cifar100 track' in out
     rows = pd.read_csv(tmp_path/'a'/'rows.csv')
-    assert f'{rows.storage.sum():,.4f}' in out and f'{rows.multiplies.sum() + rows["adds"].sum():,.2f}' in out
+    assert f' {rows.storage.sum():,.0f} ' in out and f' {rows.multiplies.sum() + rows["adds"].sum():,.0f} ' in out
 
 
 @pytest.mark.parametrize('args, message', [
