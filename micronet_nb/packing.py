@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .deployment import IntConv2d, IntLinear, Quantise, Runner, ScaleBias, check_integers
+from .deployment import IntConv2d, IntLinear, Quantise, Runner, ScaleBias, check_integers, in_evaluation
 from .scoring import ACCOUNTINGS, score
 
 # %% ../nbs/14_packing.ipynb #b93f382e
@@ -112,7 +112,7 @@ def arguments(
     wanted = {k: p.default for k, p in inspect.signature(plain).parameters.items() if k not in ('device', 'dtype', 'args', 'kwargs')}
     found = {k: known[k]() if k in known else getattr(module, k) for k in wanted}
     if isinstance(module, nn.Conv2d): found = {k: v[0] if isinstance(v, tuple) and len({*v}) == 1 else v for k, v in found.items()}
-    if isinstance(module, (IntConv2d, IntLinear)): found, wanted = found | {'bias': None, 'weight_bits': module.weight_bits}, wanted | {'bias': None, 'weight_bits': 4}
+    if isinstance(module, (IntConv2d, IntLinear)): found, wanted = found | {'bias': None, 'weight_bits': module.weight_bits, 'wide': module.wide}, wanted | {'bias': None, 'weight_bits': 4, 'wide': False}
     return {k: v for k, v in found.items() if v is not wanted[k] and v != wanted[k]}
 
 # %% ../nbs/14_packing.ipynb #593ea7a2
@@ -203,7 +203,7 @@ def as_graph(
         raise MicronetError(f'{type(model).__name__} cannot be traced by torch.fx: {(str(e).splitlines() or ["?"])[0]}') from e
     finally:
         for m, training in modes.items(): m.training = training
-    return graph.eval()
+    return in_evaluation(graph)
 
 # %% ../nbs/14_packing.ipynb #eef3b43d
 def encode_argument(
