@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from .deployment import IntConv2d, IntLinear, IntWeights, Quantise, Runner, ScaleBias, check_integers, lower
+from .deployment import IntConv2d, IntLinear, IntWeights, Quantise, Runner, ScaleBias, check_integers, in_evaluation, lower
 from .scoring import ACCOUNTINGS, score
 
 # %% ../nbs/14_packing.ipynb #b93f382e
@@ -115,8 +115,9 @@ def arguments(
     wanted = {k: p.default for k, p in inspect.signature(plain).parameters.items() if k not in ('device', 'dtype', 'args', 'kwargs')}
     found = {k: _plain(known[k]() if k in known else getattr(module, k, d), k, name) for k, d in wanted.items()}
     if isinstance(module, nn.Conv2d): found = {k: v[0] if isinstance(v, tuple) and len({*v}) == 1 else v for k, v in found.items()}
-    if isinstance(module, (IntConv2d, IntLinear)): found, wanted = found | {'bias': None, 'weight_bits': module.weight_bits}, wanted | {'bias': None, 'weight_bits': 4}
-    if getattr(module, 'wide', False): found, wanted = found | {'wide': True}, wanted | {'wide': False}
+    if isinstance(module, (IntConv2d, IntLinear)):
+        found |= {'bias': None, 'weight_bits': module.weight_bits, 'wide': module.wide}
+        wanted |= {'bias': None, 'weight_bits': 4, 'wide': False}
     return {k: v for k, v in found.items() if v is not wanted[k] and v != wanted[k]}
 
 def _plain(value, argument, name):
@@ -207,32 +208,24 @@ class _Leaves(fx.Tracer):
 def as_graph(
     model: nn.Module  # of deployment and plain modules; left as it was, whatever mode each of its modules is in
 ) -> fx.GraphModule:
-    "A model as a graph of modules and functions, in evaluation mode; a graph in that mode stays what it is. MicronetError where it cannot be traced, or has hooks."
+    "A model as a graph of modules and functions, in evaluation mode. MicronetError where it cannot be traced, or has hooks."
     modes = {m: m.training for m in model.modules()}
     _check_hooks(model, type(model).__name__)
-    try: graph = model if isinstance(model, fx.GraphModule) and not any(modes.values()) else _evaluating(model.eval())
+    try: graph = model if isinstance(model, fx.GraphModule) else _traced(model.eval())
     except Exception as e:  # a forward can fail in any way
         raise MicronetError(f'{type(model).__name__} cannot be traced by torch.fx: {(str(e).splitlines() or ["?"])[0]}') from e
     finally:
         for m, training in modes.items(): m.training = training
     for n in graph.graph.nodes:
         if n.op == 'call_module': _check_hooks(graph.get_submodule(n.target), n.target)
-    return graph
+    return in_evaluation(graph)
 
 # %% ../nbs/14_packing.ipynb #dae2ed10
-def _evaluating(model):
-    "A graph of a model's tensors in evaluation mode: its modules are copies, so that the model's keep their modes."
-    graph = fx.GraphModule(_twin(model, {}), model.graph if isinstance(model, fx.GraphModule) else _Leaves().trace(model)).eval()
+def _traced(model):
+    "A model, in evaluation mode, as a graph of its own modules."
+    graph = fx.GraphModule(model, _Leaves().trace(model))
     graph.meta.update(getattr(model, 'meta', {}))
     return graph
-
-def _twin(module, made):
-    "A copy of a module and of all below it, of the same tensors."
-    if module is None or module in made: return made.get(module)
-    twin = made[module] = object.__new__(type(module))  # copy.copy refuses parametrized modules
-    twin.__dict__.update(module.__dict__ | dict(_parameters=dict(module._parameters), _buffers=dict(module._buffers)))
-    twin.__dict__['_modules'] = {k: _twin(m, made) for k, m in module._modules.items()}
-    return twin
 
 def _check_hooks(module, name):
     "A hook is code: no file and no graph holds it."
