@@ -228,8 +228,10 @@ def _traced(model):
     return graph
 
 def _check_hooks(module, name):
-    "A hook is code: no file and no graph holds it."
-    if module._forward_hooks or module._forward_pre_hooks: raise MicronetError(f'{name} has forward hooks, which no graph holds: remove them first')
+    "A hook is code: no file and no graph holds it. Lazy modules have hooks, too."
+    if any(nn.parameter.is_lazy(t) for t in [*module._parameters.values(), *module._buffers.values()]): raise MicronetError(f'{name} is a {type(module).__name__}, which has no weights yet: run the net on one batch first')
+    if hook := next(iter([*module._forward_pre_hooks.values(), *module._forward_hooks.values()]), None): raise MicronetError(
+        f"{name} has a forward hook ({getattr(hook, '__name__', type(hook).__name__)}), which no graph holds: remove it first; where it makes the weight, with remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils")
 
 # %% ../nbs/14_packing.ipynb #eef3b43d
 def encode_argument(
@@ -372,10 +374,16 @@ def _put(tensor, name, form, out, paid):
 
 def _order(stored, tensor):
     "How a tensor comes out of one with the same memory: '' as it is or in another shape, ' 10' with dimensions 1 and 0 (a transpose), None not at all."
-    steps = lambda t: [(n, s) for n, s in zip(t.shape, t.stride()) if n > 1]
-    if steps(stored) == steps(tensor) and stored.dim() == tensor.dim() or stored.is_contiguous() and tensor.is_contiguous(): return ''
-    orders = itertools.permutations(range(stored.dim())) if stored.dim() == tensor.dim() <= 4 else ()
-    return next((' ' + ''.join(map(str, o)) for o in orders if steps(stored.permute(o)) == steps(tensor) and stored.permute(o).shape == tensor.shape), None)
+    steps = lambda t: [s for n, s in zip(t.shape, t.stride()) if n > 1]
+    for order in itertools.permutations(range(tensor.dim())) if tensor.dim() < 5 else [range(tensor.dim())]:
+        try: view = _viewed(stored, tensor.shape, order)
+        except RuntimeError: continue  # there is no such view
+        if steps(view) == steps(tensor): return '' if [*order] == sorted(order) else ' ' + ''.join(map(str, order))
+    return None
+
+def _viewed(stored, shape, order):
+    "A view of that shape, its dimensions taken in that order."
+    return stored.view([n for _, n in sorted(zip(order, shape))]).permute(*order)
 
 def _check_weight(m, name):
     "Integers of the promised width; one bit is -1 and 1."
@@ -513,18 +521,16 @@ def _module(name, kind, streams, made, rows):
 # %% ../nbs/14_packing.ipynb #82c53043
 def _tensor(name, shape, form, streams, made, rows, module='', cls='constant', like=0):
     "A tensor of the file: read, or found where another has it too."
-    value, size = _again(name, shape, form[1:], made) if form[0] == '=' else streams.read(form, shape, like)
+    value, size = (_again(name, shape, form[1:], made), 0) if form[0] == '=' else streams.read(form, shape, like)
     made[name] = value
     rows.append(dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel(), nonzero=int((value != 0).sum()), bytes=size))
     return value
 
 def _again(name, shape, said, made):
-    "A tensor that is in the file already, in its own order of dimensions or another; and the bytes that it takes, 0."
-    first, *order = said.split(' ')
-    value = made.get(first)
-    if value is not None and order: value = value.permute([int(d) for d in order[0]])
-    if value is None or value.numel() != math.prod(shape): raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
-    return value.view(shape), 0
+    "A tensor that is in the file already, in its own order of dimensions or another."
+    first, _, order = said.partition(' ')
+    if (value := made.get(first)) is None or value.numel() != math.prod(shape): raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
+    return _viewed(value, shape, [int(d) for d in order] or range(len(shape)))
 
 # %% ../nbs/14_packing.ipynb #95dcbdd6
 def _build(tensors):
