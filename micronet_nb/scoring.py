@@ -752,17 +752,18 @@ def count_elementwise(c, node, wide):
 def count_product(c, node, wide, known=()):
     "A product of two activations, such as attention: its multiplies and adds at the inputs' width; sums of products of quantised values in the adder."
     a, factors, products, sums, bias = _factors(node)
+    values = [known.get(node.reads[k], Value(32, True)) for k in factors if k in node.reads] if known else []
+    exact = len(values) == 2 and all(v.step is not None and v.bits < 16 for v in values)
+    wide = max(v.bits for v in values) if exact else wide
     multiplied = 16 if c.freebie else wide
     if node.op in ATTENTION:
         masked = a.get('attn_mask', a.get('attn_bias')) is not None
         c.row(node, 'softmax', sums*3, sums + sums*masked, bits='32')   # scale, exponential, division; sum, and a mask's
         v, out = a['value'], a['query'].numel()//a['query'].shape[-1]*a['value'].shape[-1]
         c.row(node, 'product', out*v.shape[-2]*multiplied/32, out*(v.shape[-2] - 1)*wide/32, bits=str(wide))
-    values = [known.get(node.reads[k], Value(32, True)) for k in factors if k in node.reads] if known else []
-    exact = len(values) == 2 and all(v.step is not None and v.bits < 16 for v in values)
     bits = values[0].bits + values[1].bits - (values[0].signed and values[1].signed) if exact else 32
     adds = sums*kernel_adds(torch.tensor([products//sums]), bits, c.adder) if exact else (products - sums)*wide/32
-    c.row(node, 'product', products*multiplied/32, adds + bias*sums*wide/32, bits=str(wide))
+    c.row(node, 'product', products*multiplied/32, adds + bias*sums*(32 if exact else wide)/32, bits=str(wide))
     count_beta(c, node)
 
 def _factors(node):
