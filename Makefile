@@ -12,12 +12,13 @@ DONE = .venv/.installed
 ARGS = --profile '$(PROFILE)' --out '$(OUT)' $(if $(strip $(ONLY)),--only '$(ONLY)') $(foreach s,$(SET),--set '$(s)') $(if $(filter-out 0 no,$(FRESH)),--fresh)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test check lab readme export record clean .venv
+.PHONY: help reproduce test mutants check lab readme export record clean .venv
 
 help:
 	@echo 'make reproduce   run every notebook and make $(OUT)/$(PROFILE)/index.html; killed, the same command continues'
 	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="epochs=3 lr=1e-3"  FRESH=1  OUT=folder'
 	@echo 'make test        all checks: generated files in sync, nbdev_test, pytest (which runs every notebook at embedded)'
+	@echo 'make mutants     break the library on purpose, some 140 times, in memory: the tests must notice each time  ONLY="tree dynamic"'
 	@echo 'make lab         open JupyterLab on nbs/'
 	@echo 'make export      after editing a notebook: write micronet_nb/*.py and clean the notebooks'
 	@echo 'make readme      after editing nbs/index.ipynb: write README.md'
@@ -75,6 +76,10 @@ test: check
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && set -x && \
 	 MICRONET_RUNS="$$scratch" $(BIN)/nbdev_test --n_workers 2 --timing && \
 	 MICRONET_TEST_RUNS="$$scratch" $(BIN)/python -m pytest -q tests
+
+# Not a part of `test`: it asks whether the tests would notice.
+mutants: $(DONE)
+	$(BIN)/python tests/mutants.py $(ONLY)
 
 clean:
 	rm -rf .venv reports build *.egg-info .pytest_cache .hypothesis
