@@ -5,6 +5,7 @@ OUT     = reports
 ONLY    =
 SET     =
 FRESH   =
+SCRATCH =
 
 BIN  = .venv/bin
 DONE = .venv/.installed
@@ -16,8 +17,8 @@ ARGS = --profile '$(PROFILE)' --out '$(OUT)' $(if $(strip $(ONLY)),--only '$(ONL
 
 help:
 	@echo 'make reproduce   run every notebook and make $(OUT)/$(PROFILE)/index.html; killed, the same command continues'
-	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="epochs=3 lr=1e-3"  FRESH=1  OUT=folder'
-	@echo 'make test        all checks: generated files in sync, nbdev_test, pytest (which runs every notebook at embedded)'
+	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="seed=1 n_images=50"  FRESH=1  OUT=folder'
+	@echo 'make test        all checks: generated files in sync, every notebook at embedded, pytest; SCRATCH=folder keeps and reuses what ran'
 	@echo 'make mutants     break the library on purpose, some 140 times, in memory: the tests must notice each time  ONLY="tree dynamic"'
 	@echo 'make lab         open JupyterLab on nbs/'
 	@echo 'make export      after editing a notebook: write micronet_nb/*.py and clean the notebooks'
@@ -44,6 +45,7 @@ $(DONE): settings.ini setup.py pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
 	@$(BIN)/python -c "import site, pathlib; pathlib.Path(site.getsitepackages()[0], 'micronet_nb_checkout.pth').write_text('$(CURDIR)\n')"  # so that a folder called micronet_nb, seen from its parent, does not hide the package
+	@$(BIN)/python -m micronet_nb.core >/dev/null  # how the environment's Jupyter starts and saves notebooks, and Git merges them
 	@printf %s '$(CURDIR)' > $@
 
 reproduce: $(DONE)
@@ -65,17 +67,19 @@ readme: $(DONE)
 check: $(DONE)
 	$(BIN)/python -m micronet_nb.reproduce --check-sync --readme check
 
-# The notebooks' own tests and pytest work in a scratch folder, so that neither sees what an earlier run has left;
-# the nets that the first trains are found by the second.
-# Threads that spin while they wait would slow each other down where two notebooks share two cores,
+# The notebooks, which hold most tests, are run once, in a scratch folder: nothing that an earlier run has left is seen.
+# Then come the tests of what no notebook shows, a file of them a process. Whichever fails, the others run, and pytest has the last word.
+# Threads that spin while they wait would slow each other down where two processes share two cores,
 # and large tensors that glibc gives back after every operation cost half of the time.
 test: export OMP_WAIT_POLICY = PASSIVE
 test: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 test: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 test: check
-	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && set -x && \
-	 MICRONET_RUNS="$$scratch" $(BIN)/nbdev_test --n_workers 2 --timing && \
-	 MICRONET_TEST_RUNS="$$scratch" $(BIN)/python -m pytest -q tests
+	@if [ -n '$(SCRATCH)' ]; then mkdir -p '$(SCRATCH)' && scratch=$$(cd '$(SCRATCH)' && pwd); else scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; fi && \
+	 export MICRONET_RUNS="$$scratch/runs" MICRONET_TEST_REPORTS="$$scratch/reports" && set -x; \
+	 $(BIN)/python -m micronet_nb.reproduce --out "$$scratch/reports"; ran=$$?; \
+	 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations 15 -rs --no-fold-skipped tests; tested=$$?; \
+	 exit $$((ran | tested))
 
 # Not a part of `test`: it asks whether the tests would notice.
 mutants: $(DONE)

@@ -3,11 +3,24 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+
+
+class WithPublished(build_py):
+    "Copies data/published into a built package, for outside a checkout the library finds the study's numbers there; one source, no second copy in Git."
+
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        folder = Path(self.build_lib)/"micronet_nb"/"published"
+        self.mkpath(str(folder))
+        for file in sorted((here/"data"/"published").glob("*.json")): self.copy_file(str(file), str(folder/file.name))
+
 
 setup(
     version=cfg["version"],
@@ -22,6 +35,7 @@ setup(
                  "Programming Language :: Python :: 3", "Framework :: Jupyter"],
     url=cfg["git_url"],
     python_requires=f">={cfg['min_python']}",
+    cmdclass={"build_py": WithPublished},
     packages=find_packages(include=["micronet_nb", "micronet_nb.*"]),
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},

@@ -338,11 +338,16 @@ def _leaf(low, node):
         return Value(low.graph.call_module(name or 'net', (low.plain(x),)))
     if (step := _step_of(node)) is None: _refuse(node, f'a module that counts as {m.counts_as!r}, but is no quantiser with one step')
     if (key := (step, m.bits, bool(m.signed))) not in x.quantised:
+        if not x.single and _summed(node.args[0]): low.plain(x)  # the sum needs it, and what is left is one number
         name, v = name.replace('.input_quantiser', '_input'), x if x.plain is None else Value(x.plain)
         v = Value(v.node, v.scale/step, v.bias/step)
         u = v.node if v.trivial else low.scaled(v.node, v.scale, v.bias, name)
         x.quantised[key] = Value(low.call(f'{name}_quantise', Quantise(m.bits, m.signed), u), torch.tensor([step]))
     return x.quantised[key]
+
+def _summed(node):
+    "Is a value added to another as well, as a shortcut is?"
+    return any(u.meta.get('op') in ('add', 'sub') and all(isinstance(a, fx.Node) for a in u.args[:2]) for u in _readers(node, {'same', 'dropout'}))
 
 def _step_of(node):
     "The step of a quantiser of the trained net, else None."

@@ -9,6 +9,11 @@ __all__ = ['BAR', 'SLIDE_TEACHERS', 'CHOSEN', 'ROLES', 'SWEEP', 'PRUNING', 'ACTI
            'validate', 'passes', 'pretrained', 'sparse_plans', 'Row', 'slide_rows', 'Track', 'compress', 'weights_key',
            'tables', 'main']
 
+# %% ../nbs/21_imagenet.ipynb #2e47b329
+if __name__ == '__main__' and '__file__' in globals():
+    from micronet_nb.core import swiftly
+    swiftly()  # python -m: before PyTorch is loaded
+
 # %% ../nbs/21_imagenet.ipynb #1d4605d3
 import argparse, copy, hashlib, io, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor

@@ -136,7 +136,7 @@ def _weight(e, m):
 
 @exports(nn.Conv2d, IntConv2d)
 def _conv(e, m, x):
-    if m.padding_mode != 'zeros': e.refuse(f'its padding is {m.padding_mode!r}')
+    if m.padding_mode != 'zeros': e.refuse(f'its padding is {m.padding_mode!r}: lower the net first, which makes it a pad of its own')
     left, right, top, bottom = m._reversed_padding_repeated_twice
     return e('Conv', x, _weight(e, m), *[] if m.bias is None else [m.bias], kernel_shape=m.kernel_size, strides=m.stride,
              pads=[top, left, bottom, right], dilations=m.dilation, group=m.groups)
@@ -147,7 +147,7 @@ def _linear(e, m, x):
     return e('Gemm', x, _weight(e, m), *[] if m.bias is None else [m.bias], transB=1)
 
 # %% ../nbs/15_onnx.ipynb #b9b0a4f7
-CALLS = {nn.MaxPool2d: (F.max_pool2d, 'kernel_size stride padding dilation ceil_mode'), nn.AdaptiveAvgPool2d: (F.adaptive_avg_pool2d, 'output_size'),
+CALLS = {nn.MaxPool2d: (F.max_pool2d, 'kernel_size stride padding dilation ceil_mode return_indices'), nn.AdaptiveAvgPool2d: (F.adaptive_avg_pool2d, 'output_size'),
          nn.AvgPool2d: (F.avg_pool2d, 'kernel_size stride padding ceil_mode count_include_pad divisor_override'), nn.Flatten: (torch.flatten, 'start_dim end_dim'),
          nn.ReLU: (F.relu, ''), nn.Sigmoid: (torch.sigmoid, ''), nn.Tanh: (torch.tanh, ''), nn.SiLU: (F.silu, ''), nn.Hardswish: (F.hardswish, ''), nn.Hardsigmoid: (F.hardsigmoid, ''),
          nn.GELU: (F.gelu, 'approximate'), nn.Hardtanh: (F.hardtanh, 'min_val max_val'), nn.ReLU6: (F.relu6, ''), nn.LeakyReLU: (F.leaky_relu, 'negative_slope'),
@@ -156,28 +156,35 @@ CALLS = {nn.MaxPool2d: (F.max_pool2d, 'kernel_size stride padding dilation ceil_
 def _written(e, graph, n, names):
     "Writes a node; the name of its value."
     e.node, e.where = n, n.target if n.op in ('call_module', 'get_attr') else n.name
-    if n.op == 'get_attr': return e.constant(operator.attrgetter(n.target)(graph))
+    if n.op == 'get_attr': return e.constant(operator.attrgetter(n.target)(graph).float())
     args, kwargs, target = *fx.map_arg((n.args, n.kwargs), names.__getitem__), n.target
     if n.op == 'call_module':
-        m = graph.get_submodule(n.target)
+        m, args, kwargs = graph.get_submodule(n.target), (*args, *kwargs.values()), {}  # such as conv(input=x)
         if type(m) in CALLS: target, kept = CALLS[type(m)]; args = (*args, *[getattr(m, k) for k in kept.split()])
         else: target, args = type(m), (m, *args)
     name = getattr(target, '__name__', target)
     if (rule := RULES.get(target)) is None: e.refuse(f'there is no rule for {name}; micronet_nb.onnx.exports registers one')
     try: inspect.signature(rule).bind(e, *args, **kwargs)
     except TypeError as error: e.refuse(f'{name}: {error}')
-    return rule(e, *args, **kwargs)
+    try: return rule(e, *args, **kwargs)
+    except MicronetError: raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error: e.refuse(f'{name} has arguments that its rule does not know ({type(error).__name__}: {error})')
 
 # %% ../nbs/15_onnx.ipynb #6517d3ef
 def _model(graph, form, size):
     "The checked ONNX model of a graph."
     import onnx
     from onnx import TensorProto, helper
-    e, names, shapes = Export(graph, form), {}, shapes_of(graph, torch.zeros(2, *size, dtype=next((p.dtype for p in graph.parameters()), torch.float32)))
+    if wrong := next((f"{k} is {t.dtype}" for k, t in graph.state_dict().items() if t.is_floating_point() and t.dtype != torch.float32), None):
+        raise MicronetError(f'{wrong}, and the ONNX file computes in float32: export net.float()')
+    e, names, shapes = Export(graph, form), {}, shapes_of(graph, torch.zeros(2, *size))
     for n in graph.graph.nodes:
         if n.op == 'output': break
+        if n.op == 'placeholder' and n.args: raise MicronetError(f'the input {n.target} has a default value, which an ONNX file does not hold: wrap the net in a module of one input')
         names[n] = 'x' if n.op == 'placeholder' else _written(e, graph, n, names)
         e.shapes[names[n]] = shapes.get(n)
+    if not isinstance(n.args[0], fx.Node) or not isinstance(shapes.get(n.args[0]), (tuple, list)):
+        raise MicronetError(f'the net returns {n.args[0]} ({type(n.args[0]).__name__}), not one tensor: wrap it in a module that returns one')
     e('Identity', names[n.args[0]])
     e.nodes[-1].output[0] = 'y'
     value = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, ['n', *shape[1:]])
@@ -210,7 +217,7 @@ def onnx_session(
     path,               # an ONNX file with one input and one output
     threads: int = None # of one operator; None: onnxruntime's choice
 ):                      # function of a float32 tensor (n, ...) that returns one; its attribute `session` is onnxruntime's own
-    "Opens an ONNX file in onnxruntime, on the CPU. MicronetError where it cannot."
+    "Opens an ONNX file in onnxruntime, on the CPU. MicronetError where it cannot; its function refuses NaN and infinity, which the file's integers cannot hold, and what onnxruntime cannot run."
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -219,29 +226,48 @@ def onnx_session(
     try: session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     except Exception as e: raise MicronetError(f'onnxruntime {onnxruntime.__version__} cannot open {path}: {(str(e).splitlines() or ["?"])[0]}') from e  # its errors have no common class
     name = session.get_inputs()[0].name
-    def run(x): return torch.from_numpy(session.run(None, {name: x.detach().contiguous().numpy()})[0])
+    def run(x):
+        if bad := int((~torch.isfinite(x)).sum()): raise MicronetError(f'the input holds {bad:,} numbers that are NaN or infinite, for which {path} has no integers: repair the data, or leave out what holds them')
+        try: return torch.from_numpy(session.run(None, {name: x.detach().contiguous().numpy()})[0])
+        except Exception as e: raise MicronetError(f"{path} does not run on {x.dtype} {'x'.join(map(str, x.shape))}: {(str(e).splitlines() or ['?'])[0]}") from e
     run.session = session
     return run
 
 # %% ../nbs/15_onnx.ipynb #a1967fe7
-def _pair(v): return (v, v) if isinstance(v, int) else tuple(v)
+def _pair(v): return (v, v) if isinstance(v, int) else tuple(v)*(3 - len(v))
 def _dims(e, x, dims): return [d % len(e.shapes[x]) for d in ([dims] if isinstance(dims, int) else dims)]
 
+def _windows(n, k, stride, pad, dilation, ceil_mode):
+    "Of a pool along one dimension of n numbers: what is to be added behind, so that whole windows alone are left, and how many windows there are. The last one begins before the padding behind does."
+    span = dilation*(k - 1) + 1
+    count = (n + 2*pad - span + ceil_mode*(stride - 1))//stride + 1
+    if ceil_mode and (count - 1)*stride >= n + pad: count -= 1
+    return max((count - 1)*stride + span - n - pad, 0), count
+
 @exports(F.max_pool2d)
-def _max_pool2d(e, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
-    k = _pair(kernel_size)
-    return e('MaxPool', input, kernel_shape=k, strides=_pair(stride or k), pads=_pair(padding)*2, dilations=_pair(dilation), ceil_mode=int(ceil_mode))
+def _max_pool2d(e, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    if return_indices: e.refuse('it returns indices, too')
+    k, s, p, d = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation)
+    pads = [*p, *[_windows(*of, ceil_mode)[0] for of in zip(e.shapes[input][-2:], k, s, p, d)]]
+    if any(behind >= n for behind, n in zip(pads[2:], k)):  # more than onnxruntime takes
+        input, pads = e('Pad', input, np.array([0, 0, *pads[:2], 0, 0, *pads[2:]]), -np.inf, mode='constant'), [0]*4
+    return e('MaxPool', input, kernel_shape=k, strides=s, pads=pads, dilations=d)
 
 @exports(F.avg_pool2d)
 def _avg_pool2d(e, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
     if divisor_override: e.refuse(f'divisor_override={divisor_override}')
-    k = _pair(kernel_size)
-    return e('AveragePool', input, kernel_shape=k, strides=_pair(stride or k), pads=_pair(padding)*2, ceil_mode=int(ceil_mode), count_include_pad=int(count_include_pad))
+    k, s, p = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding)
+    size = e.shapes[input][-2:]
+    behind, counts = zip(*[_windows(*of, 1, ceil_mode) for of in zip(size, k, s, p)])
+    y = e('AveragePool', input, kernel_shape=k, strides=s, pads=[*p, *behind], count_include_pad=int(count_include_pad))
+    rows, columns = (torch.tensor([w/(min(i*t + w, n + 2*a) - i*t) for i in range(c)]) for n, w, t, a, c in zip(size, k, s, p, counts))
+    over = rows[:, None]*columns  # a window's size over what torch divides by, which leaves out what lies behind the padding
+    return e('Mul', y, over[None, None]) if count_include_pad and bool((over != 1).any()) else y
 
 @exports(F.adaptive_avg_pool2d)
 def _adaptive_avg_pool2d(e, input, output_size):
     size = e.shapes[input][-2:]
-    out = [o or s for o, s in zip(_pair(output_size), size)]
+    out = [s if o is None else o for o, s in zip(_pair(output_size), size)]
     if out == [1, 1]: return e('GlobalAveragePool', input)
     if any(s % o for s, o in zip(size, out)): e.refuse(f"an average of {'x'.join(map(str, size))} to {'x'.join(map(str, out))} needs windows of different sizes")
     return _avg_pool2d(e, input, tuple(s//o for s, o in zip(size, out)))
@@ -285,14 +311,16 @@ def _pad(e, input, pad, mode='constant', value=None):
     return e('Pad', input, np.array(pads), *[float(value or 0)] if mode == 'constant' else [], mode=modes[mode])
 
 # %% ../nbs/15_onnx.ipynb #0d4f74f0
+def _float(v): return float(v) if isinstance(v, (bool, int)) else v
+
 @exports(torch.add, operator.add, 'add')
-def _add(e, input, other, alpha=1): return e('Add', input, other if alpha == 1 else e('Mul', other, float(alpha)))
+def _add(e, input, other, alpha=1): return e('Add', _float(input), _float(other) if alpha == 1 else e('Mul', _float(other), float(alpha)))
 
 @exports(torch.sub, operator.sub, 'sub')
-def _sub(e, input, other, alpha=1): return e('Sub', input, other if alpha == 1 else e('Mul', other, float(alpha)))
+def _sub(e, input, other, alpha=1): return e('Sub', _float(input), _float(other) if alpha == 1 else e('Mul', _float(other), float(alpha)))
 
 @exports(torch.mul, operator.mul, 'mul')
-def _mul(e, input, other): return e('Mul', input, other)
+def _mul(e, input, other): return e('Mul', _float(input), _float(other))
 
 def _plain(op):
     "The rule of a function that ONNX has under its own name."

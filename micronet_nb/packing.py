@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['MODULES', 'FUNCTIONS', 'METHODS', 'DTYPES', 'FORMAT', 'to_bits', 'from_bits', 'encode', 'decode', 'arguments',
            'form_of', 'Streams', 'as_graph', 'encode_argument', 'decode_argument', 'check_name', 'encode_node',
-           'decode_node', 'describe', 'seal', 'compress', 'pack', 'check_about', 'unseal', 'unpack', 'contents', 'bill',
-           'half_scales', 'parts_of', 'pixels_to_input', 'top1', 'load_packed', 'main_pack', 'main_eval']
+           'decode_node', 'describe', 'seal', 'compress', 'check_about', 'unseal', 'unpack', 'pack', 'contents', 'bill',
+           'half_scales', 'compare_charges', 'parts_of', 'pixels_to_input', 'top1', 'load_packed', 'main_pack',
+           'main_eval']
 
 # %% ../nbs/14_packing.ipynb #5056f3b0
-import argparse, copy, hashlib, inspect, json, keyword, math, operator, os, re, sys, time, zlib
+import argparse, copy, hashlib, inspect, itertools, json, keyword, math, operator, os, pickle, re, sys, tempfile, time, zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 from .core import MicronetError, atomic_path, progress
 import numpy as np
@@ -20,8 +22,9 @@ import safetensors.torch
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from .deployment import IntConv2d, IntLinear, Quantise, Runner, ScaleBias, check_integers
+from .deployment import IntConv2d, IntLinear, IntWeights, Quantise, Runner, ScaleBias, check_integers, lower
 from .scoring import ACCOUNTINGS, score
 
 # %% ../nbs/14_packing.ipynb #b93f382e
@@ -103,17 +106,25 @@ def arguments(
     module: nn.Module,  # of a class in MODULES
     name: str = ''      # for the error
 ) -> dict:
-    "The constructor's arguments, as far as they are not the default. MicronetError for a class that is not in MODULES."
+    "The constructor's arguments, as far as they are not the default. MicronetError for a class that is not in MODULES, and for an argument that is no plain value."
     if MODULES.get(type(module).__name__) is not type(module):
         raise MicronetError(f"{name or 'a module'} is a {(cls := type(module).__name__)}, which a packed file cannot hold: "
                             f"lower the net first, or add it with micronet_nb.packing.MODULES[{cls!r}] = {cls}")
     plain = next((c for c in (nn.Conv2d, nn.Linear) if isinstance(module, c)), type(module))
     known = {'bias': lambda: module.bias is not None, 'channels': lambda: len(module.weight)}
     wanted = {k: p.default for k, p in inspect.signature(plain).parameters.items() if k not in ('device', 'dtype', 'args', 'kwargs')}
-    found = {k: known[k]() if k in known else getattr(module, k) for k in wanted}
+    found = {k: _plain(known[k]() if k in known else getattr(module, k, d), k, name) for k, d in wanted.items()}
     if isinstance(module, nn.Conv2d): found = {k: v[0] if isinstance(v, tuple) and len({*v}) == 1 else v for k, v in found.items()}
     if isinstance(module, (IntConv2d, IntLinear)): found, wanted = found | {'bias': None, 'weight_bits': module.weight_bits}, wanted | {'bias': None, 'weight_bits': 4}
+    if getattr(module, 'wide', False): found, wanted = found | {'wide': True}, wanted | {'wide': False}
     return {k: v for k, v in found.items() if v is not wanted[k] and v != wanted[k]}
+
+def _plain(value, argument, name):
+    "A number, a text, None, or tuples of them."
+    if isinstance(value, np.generic): value = value.item()
+    if isinstance(value, (tuple, list)): return tuple(_plain(v, argument, name) for v in value)
+    if value is None or isinstance(value, (bool, int, float, str)): return value
+    raise MicronetError(f'the argument {argument} of {name or "a module"} is {value!r} ({type(value).__name__}), and a packed file holds only plain numbers, texts and tuples of them')
 
 # %% ../nbs/14_packing.ipynb #593ea7a2
 DTYPES = {str(t).removeprefix('torch.'): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)}
@@ -129,7 +140,7 @@ def form_of(
     if dtype not in DTYPES: raise MicronetError(f'{key} is {dtype}; a packed file holds {", ".join(DTYPES)}')
     if key == 'weight' and isinstance(module, (nn.Conv2d, nn.Linear)): form = _weight_form(tensor, getattr(module, 'weight_bits', None), dtype, masks)
     elif module is not None and not isinstance(module, ScaleBias): form = dtype
-    elif key == 'bias' and not tensor.any(): form = '0'
+    elif module is not None and key == 'bias' and not tensor.any(): form = '0'
     else: form = 'float16' if tensor.is_floating_point() and torch.equal(tensor.half().to(tensor.dtype), tensor) else dtype
     return form if dtype == _implied(form) else f'{form} {dtype}'
 
@@ -152,6 +163,7 @@ class Streams:
         tensors: dict = None  # to read from; None: to write to
     ):
         self.parts, self.tensors, self.at = {}, tensors, Counter()
+        self.version = 1  # of the format that what was written needs
 
     def write(self, tensor, form):
         kind = form.split()[0]
@@ -193,17 +205,38 @@ class _Leaves(fx.Tracer):
     def is_leaf_module(self, m, qualified_name): return MODULES.get(type(m).__name__) is type(m) or super().is_leaf_module(m, qualified_name)
 
 def as_graph(
-    model: nn.Module  # of deployment and plain modules
+    model: nn.Module  # of deployment and plain modules; left as it was, whatever mode each of its modules is in
 ) -> fx.GraphModule:
-    "A model as a graph of modules and functions, in evaluation mode; a graph stays what it is. MicronetError where it cannot be traced."
-    if isinstance(model, fx.GraphModule): return model
+    "A model as a graph of modules and functions, in evaluation mode; a graph in that mode stays what it is. MicronetError where it cannot be traced, or has hooks."
     modes = {m: m.training for m in model.modules()}
-    try: graph = fx.GraphModule(model.eval(), _Leaves().trace(model))
-    except (fx.proxy.TraceError, TypeError, RuntimeError, NameError) as e:
+    _check_hooks(model, type(model).__name__)
+    try: graph = model if isinstance(model, fx.GraphModule) and not any(modes.values()) else _evaluating(model.eval())
+    except Exception as e:  # a forward can fail in any way
         raise MicronetError(f'{type(model).__name__} cannot be traced by torch.fx: {(str(e).splitlines() or ["?"])[0]}') from e
     finally:
         for m, training in modes.items(): m.training = training
-    return graph.eval()
+    for n in graph.graph.nodes:
+        if n.op == 'call_module': _check_hooks(graph.get_submodule(n.target), n.target)
+    return graph
+
+# %% ../nbs/14_packing.ipynb #dae2ed10
+def _evaluating(model):
+    "A graph of a model's tensors in evaluation mode: its modules are copies, so that the model's keep their modes."
+    graph = fx.GraphModule(_twin(model, {}), model.graph if isinstance(model, fx.GraphModule) else _Leaves().trace(model)).eval()
+    graph.meta.update(getattr(model, 'meta', {}))
+    return graph
+
+def _twin(module, made):
+    "A copy of a module and of all below it, of the same tensors."
+    if module is None or module in made: return made.get(module)
+    twin = made[module] = object.__new__(type(module))  # copy.copy refuses parametrized modules
+    twin.__dict__.update(module.__dict__ | dict(_parameters=dict(module._parameters), _buffers=dict(module._buffers)))
+    twin.__dict__['_modules'] = {k: _twin(m, made) for k, m in module._modules.items()}
+    return twin
+
+def _check_hooks(module, name):
+    "A hook is code: no file and no graph holds it."
+    if module._forward_hooks or module._forward_pre_hooks: raise MicronetError(f'{name} has forward hooks, which no graph holds: remove them first')
 
 # %% ../nbs/14_packing.ipynb #eef3b43d
 def encode_argument(
@@ -307,8 +340,6 @@ def _number(i):
     return i
 
 # %% ../nbs/14_packing.ipynb #73d0ccf8
-def _tied(tensor): return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
-
 def describe(
     graph: fx.GraphModule,
     masks: str,        # see `form_of`
@@ -326,17 +357,32 @@ def describe(
 # %% ../nbs/14_packing.ipynb #989fbfa9
 def _kind(module, name, masks, out, paid):
     "Writes a module's tensors; returns its class, arguments and forms as JSON."
-    made_by = arguments(module, name)
+    made_by = {k: {'f': repr(v)} if isinstance(v, float) and not math.isfinite(v) else v for k, v in arguments(module, name).items()}
+    if any(isinstance(v, dict) for v in made_by.values()): out.version = FORMAT
+    keys = _check_made(module, name, _make(type(module).__name__, made_by))
     if hasattr(module, 'weight_bits'): _check_weight(module, f'{name}.weight')
-    forms = {k: _put(t, f'{name}.{k}', form_of(t, module, k, masks), out, paid) for k, t in module.state_dict(keep_vars=True).items()}
+    tensors = {k: operator.attrgetter(k)(module) for k in keys}
+    forms = {k: _put(t, f'{name}.{k}', form_of(t, module, k, masks), out, paid) for k, t in tensors.items()}
     return json.dumps([type(module).__name__, made_by, forms])
 
 def _put(tensor, name, form, out, paid):
     "Writes a tensor, or finds that it has been written."
     _check_finite(tensor, name)
-    if (first := paid.setdefault(_tied(tensor), name)) != name and tensor.numel(): return f'={first}'
+    others = paid.setdefault((tensor.data_ptr(), tensor.numel(), tensor.dtype), []) if tensor.numel() else []
+    for first, stored in others:
+        if (order := _order(stored, tensor)) is None: continue
+        if order or stored.shape != tensor.shape or first == name: out.version = FORMAT
+        return f'={first}{order}'
+    others.append((name, tensor))
     out.write(tensor.detach().cpu(), form)
     return form
+
+def _order(stored, tensor):
+    "How a tensor comes out of one with the same memory: '' as it is or in another shape, ' 10' with dimensions 1 and 0 (a transpose), None not at all."
+    steps = lambda t: [(n, s) for n, s in zip(t.shape, t.stride()) if n > 1]
+    if steps(stored) == steps(tensor) and stored.dim() == tensor.dim() or stored.is_contiguous() and tensor.is_contiguous(): return ''
+    orders = itertools.permutations(range(stored.dim())) if stored.dim() == tensor.dim() <= 4 else ()
+    return next((' ' + ''.join(map(str, o)) for o in orders if steps(stored.permute(o)) == steps(tensor) and stored.permute(o).shape == tensor.shape), None)
 
 def _check_weight(m, name):
     "Integers of the promised width; one bit is -1 and 1."
@@ -346,6 +392,28 @@ def _check_weight(m, name):
 
 def _check_finite(tensor, name):
     if not bool(torch.isfinite(tensor.detach()).all()): raise MicronetError(f'{name} holds NaN or infinity: a net that broke in training is not packed')
+
+# %% ../nbs/14_packing.ipynb #2c5f0815
+def _make(cls, made_by):
+    "A module of its class and arguments, without memory for its tensors."
+    value = lambda v: tuple(map(value, v)) if isinstance(v, list) else float(v['f']) if isinstance(v, dict) else v
+    with torch.device('meta'): return MODULES[cls](**{k: value(v) for k, v in made_by.items()})
+
+def _check_made(module, name, made):
+    "Names of the tensors by which a module differs from one that its arguments make; MicronetError where it differs by more."
+    wanted, cls = made.state_dict(keep_vars=True), type(module).__name__
+    held = {k: t for k, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
+    if more := {k for k, t in [*made.named_parameters(), *made.named_buffers()]} - {*wanted}: raise MicronetError(f'{name}.{min(more)} is no part of the state of {cls}, so a packed file would lose it')
+    if more := {*held} - {*wanted}: raise MicronetError(f'{name} holds {min(more)}, which a {cls} has not: take back what was done to it (weight_norm, prune, spectral_norm) before packing')
+    for k, t in wanted.items():
+        if (mine := operator.attrgetter(k)(module)) is None or mine.shape != t.shape: raise MicronetError(
+            f"{name}.{k} is {None if mine is None else 'x'.join(map(str, mine.shape))}, and the arguments of its {cls} ask for {'x'.join(map(str, t.shape))}")
+    for k, v in vars(module).items():
+        if k[0] == '_' or k == 'training' or not hasattr(made, k) or isinstance(getattr(made, k), (torch.Tensor, nn.Module)): continue
+        if _listed(v) != _listed(getattr(made, k)): raise MicronetError(f'{name}.{k} is {v!r}, and the arguments of its {cls} make it {getattr(made, k)!r}: set it where the module is made')
+    return [*wanted]
+
+def _listed(v): return [*map(_listed, v)] if isinstance(v, (tuple, list)) else v
 
 # %% ../nbs/14_packing.ipynb #7d1a7e3d
 def _constants(graph, nodes):
@@ -361,7 +429,7 @@ def _default_names(nodes):
     return all(probe.create_node(n.op, n.target).name == n.name for n in nodes)
 
 # %% ../nbs/14_packing.ipynb #2b658fd2
-FORMAT, _BLANK = 1, '0'*64
+FORMAT, _BLANK = 2, '0'*64  # 1: as 2, without weights that are tied in another order or shape, and infinite arguments
 
 def seal(
     tensors: dict,        # name to tensor
@@ -378,21 +446,6 @@ def compress(
     "JSON, compressed."
     text = json.dumps(structure, separators=(',', ':'), allow_nan=False).encode()
     return torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
-
-def pack(
-    graph,               # fx.GraphModule of deployment and plain modules, or a model that torch.fx can trace to one
-    path,                # file to make or replace, atomically
-    about: dict = None,  # input_size, accounting, dataset, pixels: what `micronet-score` and `micronet-eval` want to know; None: what `lower` or `unpack` knew
-    masks: str = 'always' # a bitmask for every layer ('always', RIAIR's accounting), or where it saves something ('paying', official rules)
-) -> Path:
-    "Writes a net as a safetensors file of bitmasks, few-bit values and FP16 scales (float32 where FP16 would lose something). MicronetError names what cannot be packed."
-    if masks not in ('always', 'paying'): raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
-    graph = as_graph(graph)
-    known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
-    structure, out = describe(graph, masks, known | check_about(graph.meta.get('about', {}) if about is None else about))
-    data = seal(out.joined() | {'graph': compress(structure)})
-    with atomic_path(path) as tmp: tmp.write_bytes(data)
-    return Path(path)
 
 # %% ../nbs/14_packing.ipynb #eefcac27
 def check_about(
@@ -453,31 +506,42 @@ def _module(name, kind, streams, made, rows):
     "A module with its tensors; a row each is added to `rows`."
     cls, args, forms = kind
     if cls not in MODULES: raise MicronetError(f'{check_name(name)} is a {cls!r}, which is no module that a packed file may name')
-    with torch.device('meta'): m = MODULES[cls](**{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
+    m = _make(cls, args)
     state = m.state_dict(keep_vars=True)
     if [*forms] != [*state]: raise MicronetError(f'{name} should store {", ".join(state) or "nothing"}, not {", ".join(forms) or "nothing"}')
     for k, t in state.items():
         like = made[f'{name}.weight'].numel() if f'{name}.weight' in made else 0
         value = _tensor(f'{name}.{k}', tuple(t.shape), forms[k], streams, made, rows, name, cls, like)
-        (m._parameters if k in m._parameters else m._buffers)[k] = nn.Parameter(value, False) if k in m._parameters else value
+        owner, _, k = k.rpartition('.')
+        part = m.get_submodule(owner)
+        (part._parameters if k in part._parameters else part._buffers)[k] = nn.Parameter(value, False) if k in part._parameters else value
     return m
 
 # %% ../nbs/14_packing.ipynb #82c53043
 def _tensor(name, shape, form, streams, made, rows, module='', cls='constant', like=0):
     "A tensor of the file: read, or found where another has it too."
-    if form[0] != '=': value, size = streams.read(form, shape, like)
-    elif (value := made.get(form[1:])) is None or tuple(value.shape) != shape: raise MicronetError(f'{name} is said to equal {form[1:]}, which has not its shape')
-    else: size = 0
+    value, size = _again(name, shape, form[1:], made) if form[0] == '=' else streams.read(form, shape, like)
     made[name] = value
     rows.append(dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel(), nonzero=int((value != 0).sum()), bytes=size))
     return value
+
+def _again(name, shape, said, made):
+    "A tensor that is in the file already, in its own order of dimensions or another; and the bytes that it takes, 0."
+    first, *order = said.split(' ')
+    value = made.get(first)
+    if value is not None and order: value = value.permute([int(d) for d in order[0]])
+    if value is None or value.numel() != math.prod(shape): raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
+    return value.view(shape), 0
 
 # %% ../nbs/14_packing.ipynb #95dcbdd6
 def _build(tensors):
     "The graph in a file's tensors, and a row for each of its tensors."
     structure, streams, made, rows, parts = _expand(tensors.pop('graph')), Streams(tensors), {}, [], {}
     for name, kind in structure['modules']: parts[check_name(name)] = _module(name, structure['kinds'][_number(kind)], streams, made, rows)
-    for name, shape, form in structure['constants']: parts[check_name(name)] = _tensor(name, tuple(map(_number, shape)), form, streams, made, rows)
+    owned = {f'{n}.{k}': t for n, m in parts.items() for k, t in m.state_dict(keep_vars=True).items()}
+    for name, shape, form in structure['constants']:
+        value = _tensor(check_name(name), tuple(map(_number, shape)), form, streams, made, rows)
+        parts[name] = owned.get(name, value)
     if left := {k: len(v) - streams.at[k] for k, v in tensors.items() if len(v) != streams.at[k]}: raise MicronetError(f'values are left over: {left}')
     net = fx.GraphModule(parts, _graph(structure)).eval()
     net.meta['about'] = about = check_about(structure['about'])
@@ -506,6 +570,74 @@ def unpack(
     "The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told. MicronetError for a file that is foreign, cut short, altered or of a newer format."
     return _open(path)[0]
 
+# %% ../nbs/14_packing.ipynb #70ed59da
+def pack(
+    graph,               # fx.GraphModule of deployment and plain modules, or a model that torch.fx can trace to one; left as it was
+    path,                # file to make or replace, atomically
+    about: dict = None,  # input_size, accounting, dataset, pixels: what `micronet-score` and `micronet-eval` want to know; None: what `lower` or `unpack` knew
+    masks: str = None    # a bitmask for every layer ('always', RIAIR's accountings), or where it saves something ('paying', official rules); None: as about's accounting charges, else official
+) -> Path:
+    "Writes a net as a safetensors file of bitmasks, few-bit values and FP16 scales (float32 where FP16 would lose something), and keeps it where it unpacks to the same net. MicronetError names what cannot be packed."
+    if masks not in ('always', 'paying', None): raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
+    given, graph = graph, as_graph(graph)
+    known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
+    told = known | check_about(graph.meta.get('about', {}) if about is None else about)
+    masks = masks or ('always' if ACCOUNTINGS[told.get('accounting', 'official')].riair else 'paying')
+    structure, out = describe(graph, masks, told)
+    data = seal(out.joined() | {'graph': compress(structure)}, out.version)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(data)
+        if why := _differs(graph, given, tmp, told): raise MicronetError(f'{path} is not written, for the file would not be the net: {why}')
+    return Path(path)
+
+# %% ../nbs/14_packing.ipynb #4e00e670
+def _differs(graph, given, path, about):
+    "What a file has in other than a graph and the model that it was traced from: nodes, arguments, tensors, answers; '' where nothing."
+    try: back = unpack(path)
+    except MicronetError as e: return str(e).replace(str(path), 'it')
+    if _nodes(back) != _nodes(graph) or json.dumps(back.meta['about']) != json.dumps(about): return 'its structure comes back changed'
+    for k, stored in back.state_dict().items():
+        mine = operator.attrgetter(k)(graph).detach().cpu()
+        if mine.dtype != stored.dtype or not torch.equal(mine, stored): return f'{k} comes back changed'
+    if (x := _example(graph, about)) is None: return ''
+    try: found = _answers(given, x)
+    except Exception as e: return f"it does not run on an input of {'x'.join(map(str, x.shape[1:]))}, which it is said to take ({(str(e).splitlines() or ['?'])[0]})"
+    same = _equal(found, unpacked := _answers(back, x)) or _equal(_answers(_contiguous(graph), x), unpacked)  # another order of memory is another order of sums
+    return '' if same else 'it answers otherwise'
+
+def _nodes(graph):
+    "Nodes as a file has them, with their names and their modules' classes and arguments."
+    nodes = list(graph.graph.nodes)
+    names = list(dict.fromkeys(n.target for n in nodes if n.op == 'call_module'))
+    index, numbers = ({n: i for i, n in enumerate(v)} for v in (nodes, names))
+    return [(n.name, encode_node(n, index, numbers)) for n in nodes], [(n, type(m := graph.get_submodule(n)), arguments(m, n)) for n in names]
+
+def _example(graph, about):
+    "One input of the size that a net is said to take, None where that is not known, or where the net is not on the CPU."
+    tensors = [*graph.parameters(), *graph.buffers()]
+    if 'input_size' not in about or any(t.device.type != 'cpu' for t in tensors): return None
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    return torch.randn(1, *about['input_size'], generator=torch.Generator().manual_seed(0)).to(dtype)
+
+@torch.no_grad()
+def _answers(model, x):
+    "A model's outputs in evaluation mode; it is left as it was, and so are torch's random numbers."
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return tree_leaves(model.eval()(x))
+    finally:
+        for m, training in modes.items(): m.training = training
+
+def _equal(a, b): return len(a) == len(b) and all(torch.equal(p, q) or bool(((p == q) | (p != p) & (q != q)).all()) if isinstance(p, torch.Tensor) else p == q for p, q in zip(a, b))
+
+def _contiguous(graph):
+    "A copy whose tensors lie in memory as a file's do."
+    graph = copy.deepcopy(graph)
+    for t in [*graph.parameters(), *graph.buffers()]: t.data = t.data.contiguous().clone()
+    return graph
+
 # %% ../nbs/14_packing.ipynb #afd039b2
 def contents(
     path  # a packed file
@@ -517,11 +649,11 @@ def contents(
 def bill(
     path,                    # a packed file
     input_size: tuple = None, # (channels, height, width); None: as the file says
-    accounting: str = None   # convention to charge by; None: as the file says, else riair-cifar100
+    accounting: str = None   # convention to charge by; None: as the file says, else official
 ) -> pd.DataFrame:           # a row per module with tensors: stored and charged bytes
     "Bytes in the file beside the bytes that the corrected score charges (4 a number), module by module; `why` explains a difference of a byte or more."
     net, rows = _open(path)
-    size, acc = input_size or net.meta['about'].get('input_size'), accounting or net.meta['about'].get('accounting', 'riair-cifar100')
+    size, acc = input_size or net.meta['about'].get('input_size'), accounting or net.meta['about'].get('accounting', 'official')
     if size is None: raise MicronetError(f'{path} does not say what its input is: give input_size=(channels, height, width)')
     table = pd.DataFrame(rows).groupby('module', sort=False).agg(kind=('kind', 'first'), form=('form', 'first'), stored=('bytes', 'sum'))
     charged = 4*score(net, tuple(size), accounting=acc, corrected=True).layers.groupby('name').storage.sum()
@@ -555,6 +687,81 @@ def half_scales(
             if bool(t.half().isinf().any()): raise MicronetError(f'{name}.{k} reaches {float(t.abs().max()):g}, and FP16 ends at 65504')
             t.data = t.half().to(t.dtype)
     return graph
+
+# %% ../nbs/14_packing.ipynb #f9688f6a
+def compare_charges(
+    model: nn.Module,      # as `lower` was given it
+    graph: fx.GraphModule, # what `lower` made of it
+    path=None,             # the file that `pack` made of that; None: one is made for the purpose
+    accounting: str = 'official' # convention to charge by
+) -> pd.DataFrame:         # a row per layer, scale and operation
+    "Operations and bytes (4 a number) that are charged for a net before and after it is lowered, and the bytes of its file; `why` explains each difference. The columns add up to the scores."
+    if path is None:
+        with tempfile.TemporaryDirectory() as folder: return compare_charges(model, graph, pack(graph, Path(folder)/'net', dict(accounting=accounting)), accounting)
+    before, after = (score(net, graph.meta['input_size'], accounting=accounting, corrected=True) for net in (model, graph))
+    stored = contents(path)
+    lines = [_line(a, b, graph, stored) for a, b in _paired(_lines(before, {}), _lines(after, _owners(graph)))]
+    return pd.DataFrame(lines, columns=['name', 'kind', 'shape', 'simulated', 'lowered', 'simulated bytes', 'lowered bytes', 'file bytes', 'why'])
+
+# %% ../nbs/14_packing.ipynb #0570d81f
+def _owners(graph):
+    "ScaleBias of a lowered graph to (what it is, the layer that it belongs to): the 'scale' of a layer, the same 'again', the step of a 'quantiser'."
+    made, owners = {}, {}
+    for n in graph.graph.nodes:
+        m = graph.get_submodule(n.target) if n.op == 'call_module' else None
+        sources = {made.get(i) for i in n.all_input_nodes}
+        source = sources.pop() if len(sources) == 1 else None  # the layer whose sums these still are
+        if isinstance(m, (nn.Conv2d, nn.Linear)): made[n] = n.target
+        elif isinstance(m, ScaleBias):
+            if source: owners.setdefault(n.target, ('again' if ('scale', source) in owners.values() else 'scale', source))
+            elif len(m.weight) == 1 and not m.has_bias: owners.setdefault(n.target, ('quantiser', re.sub(r'_input_scale(_\d+)?$', '', n.target)))
+        elif not isinstance(m, Quantise): made[n] = source
+    return owners
+
+def _lines(charged, owners):
+    "Charged rows with the keys that they are matched by, the strictest first."
+    rows, layer = [], ''
+    for r in charged.layers.itertuples():
+        if r.kind in ('conv', 'linear'): layer = r.name
+        kind, own = owners.get(r.name, ('scale' if r.kind == 'bias' else r.kind, r.name))
+        rows.append(r._asdict() | dict(what=kind, keys=[(kind, own), (kind, r.shape, layer), (kind, r.shape)] if own else [None, (kind, r.shape, layer), (kind, r.shape)]))
+    return rows
+
+def _paired(before, after):
+    "Pairs of rows that are the same thing; None stands where a row has no partner."
+    left, partner = list(range(len(before))), {}
+    for level in range(3):
+        for j, b in enumerate(after):
+            if j in partner or b['keys'][level] is None: continue
+            if (i := next((i for i in left if before[i]['keys'][level] == b['keys'][level]), None)) is not None: partner[j] = i; left.remove(i)
+    pairs = [(before[partner[j]] if j in partner else None, b) for j, b in enumerate(after)]
+    return sorted([*pairs, *((before[i], None) for i in left)], key=lambda p: (before.index(p[0]) if p[0] else math.inf))
+
+# %% ../nbs/14_packing.ipynb #ca2fd321
+def _line(a, b, graph, stored):
+    "One row of the comparison."
+    ops, size = ([x and f(x) or 0. for x in (a, b)] for f in (lambda x: x['multiplies'] + x['adds'], lambda x: 4*x['storage']))
+    rows = _stored_for(b, stored) if b else stored[:0]
+    reason = _changed(a, b, ops, size)
+    form = SimpleNamespace(difference=int(rows.bytes.sum()) - size[1], kind=rows.kind.iloc[0] if len(rows) else '', form=rows.form.iloc[0] if len(rows) else '-')
+    why = '; '.join(filter(None, (reason, _why(form) if len(rows) or size[1] else '')))
+    return ((a or b)['name'], (a or b)['kind'], (a or b)['shape'], *ops, *size, int(rows.bytes.sum()), why)
+
+def _stored_for(b, stored):
+    "Rows of the file that hold what a row of the lowered net is charged for."
+    mine = stored[stored.module == b['name']] if b['name'] else stored[:0]
+    if b['kind'] in ('conv', 'linear'): return mine[mine.tensor == f"{b['name']}.weight"]
+    return mine[mine.tensor == f"{b['name']}.bias"] if b['kind'] == 'bias' else mine if b['kind'] == 'scale' else stored[:0]
+
+def _changed(a, b, ops, size):
+    "Why a lowered net is charged otherwise than the net that was trained; '' where it is not."
+    if abs(ops[0] - ops[1]) < 1e-6 and abs(size[0] - size[1]) < 1e-6: return ''
+    if b is None: return 'done by the quantiser that reads it, which ends there' if a['kind'] in ('relu', 'hardtanh', 'clamp', 'clamp_min') else 'not explained'
+    if a is None:
+        return {'quantiser': 'a step: the rules charge no quantiser of the net that is trained', 'again': 'the same scale again, for another reader'}.get(b['what'], 'not explained')
+    if b['kind'] == 'scale' and a['shape'] != b['shape']: return 'one number for all channels' if b['shape'].startswith('1x') else 'behind a pool, so on other numbers'
+    if b['kind'] == 'scale' and size[1] == size[0]/2: return 'the bias is zero everywhere: neither added nor stored'
+    return 'not explained'
 
 # %% ../nbs/14_packing.ipynb #45e7d234
 def parts_of(
@@ -615,13 +822,65 @@ def _command(name, run, about, examples, arguments, argv):
         return 1
     return 0
 
+# %% ../nbs/14_packing.ipynb #898fdeff
+def _made(source):
+    "What the function of `module:function` returns: (net, about)."
+    import importlib
+    module, function = source.rsplit(':', 1)
+    sys.path.insert(0, os.getcwd())
+    try: made = getattr(importlib.import_module(module), function)()
+    except Exception as e: raise MicronetError(f'{source} cannot be called: {type(e).__name__}: {(str(e).splitlines() or ["?"])[0]}') from e
+    finally: sys.path.remove(os.getcwd())
+    net, about = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
+    if not isinstance(net, nn.Module): raise MicronetError(f'{source} returns {type(net).__name__}, not a module')
+    return net, check_about(about)
+
+def _load_weights(net, path):
+    "A state dict of safetensors' or of `torch.save`'s, read without running code; every tensor must fit."
+    try: state = safetensors.torch.load_file(path) if str(path).endswith('.safetensors') else torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e: raise MicronetError(f'{path} holds more than tensors, or is no checkpoint: save net.state_dict() with torch.save') from e
+    except Exception as e: raise MicronetError(f'{path} cannot be read as a state dict: {(str(e).splitlines() or [type(e).__name__])[0]}') from e
+    state = next((state[k] for k in ('state_dict', 'model') if isinstance(state, dict) and isinstance(state.get(k), dict)), state)
+    try: net.load_state_dict({k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()})
+    except (RuntimeError, AttributeError, TypeError) as e:
+        lines = ' '.join(line.strip() for line in str(e).splitlines()[:3])
+        raise MicronetError(f'{path} does not fit the net: {lines}' + (' (one that was pruned or quantised when it was saved is packed by module:function)' if 'Unexpected' in lines else '')) from e
+
+# %% ../nbs/14_packing.ipynb #5c08b50e
+def _own_net(args):
+    "A net of one's own, lowered, and what is known of it."
+    from micronet_nb.scoring import _size
+    size, about = _size(args.size) if args.size else None, {}
+    if ':' in args.source: net, about = _made(args.source)
+    else:
+        from micronet_nb.models import create_model
+        if not args.weights: raise MicronetError(f'{args.source} has random weights: give its trained ones with --weights')
+        net = create_model(args.source, args.classes, small=args.small)
+    if args.weights: _load_weights(net, args.weights)
+    size = size or about.get('input_size') or getattr(net, 'meta', {}).get('input_size')
+    if size is None: raise MicronetError(f'{args.source} does not say what its input is: give --size channels x height x width, like 3x32x32')
+    if args.data:
+        from micronet_nb.data import dataset_stats, load_dataset
+        mean, std = dataset_stats(load_dataset(args.data, 'train'))
+        about = about | dict(dataset=args.data, pixels=([*map(float, mean)], [*map(float, std)]))
+    if not isinstance(net, fx.GraphModule) and not any(isinstance(m, IntWeights) for m in net.modules()):
+        net = lower(net, torch.randn(2, *size, generator=torch.Generator().manual_seed(0)), torch.float16 if args.fp16 else torch.float32)
+    return net, about | dict(input_size=tuple(size))
+
 # %% ../nbs/14_packing.ipynb #2ead8ef6
+def _known_net(name):
+    "Is it module:function, or a name for `create_model`?"
+    if ':' in name or name.startswith(('densenet_bc_', 'wrn_')): return True
+    import timm
+    return timm.is_model(name)
+
 def _pack_run(args):
     if args.source == 'released':
         from micronet_nb.released import load_released
         net, about = load_released(), dict(input_size=(3, 32, 32), accounting='riair-cifar100', dataset='cifar100', pixels='released')
-    elif os.path.exists(args.source): net, about = unpack(args.source), None
-    else: raise MicronetError(f"{args.source!r} is neither 'released' nor a packed file")
+    elif os.path.isfile(args.source): net, about = unpack(args.source), None
+    elif _known_net(args.source): net, about = _own_net(args)
+    else: raise MicronetError(f"{args.source!r} is neither 'released' nor a packed file, nor module:function, nor a model's name")
     path = pack(half_scales(net) if args.fp16 else net, args.file, about, args.masks)
     p = parts_of(path)
     payload = p['weights'] + p['numbers']
@@ -635,11 +894,18 @@ def main_pack(
 ) -> int:
     "The command `micronet-pack`: 0, or 1 after one line that says what is wrong."
     return _command('micronet-pack', _pack_run, 'Packs a compressed net into one file: bitmasks, values of few bits, scales, structure, SHA-256.',
-                    ['released model.safetensors', 'released small.safetensors --fp16'], {
-        'source': dict(help="'released' (RIAIR's CIFAR-100 checkpoint), or a packed file to be packed anew"),
+                    ['released model.safetensors', 'released small.safetensors --fp16', 'train:compressed net.safetensors --size 3x32x32',
+                     'resnet18 net.safetensors --weights best.pt --size 3x32x32 --data cifar100'], {
+        'source': dict(help="'released' (RIAIR's CIFAR-100 checkpoint); a packed file to be packed anew; module:function, a function that returns a net of your own, "
+                            'or it and its about (see micronet_nb.packing.pack); or the name of a timm model, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>'),
         'file': dict(help='file to write'),
+        '--weights': dict(metavar='FILE', help="state dict of your own net: safetensors, or torch.save's"),
+        '--classes': dict(type=int, default=100, metavar='N', help='outputs of a named net (default: 100)'),
+        '--small': dict(action='store_true', help='a named net has a stem of stride 1, for small images'),
+        '--size': dict(metavar='CxHxW', help='input of your own net, such as 3x32x32'),
+        '--data': dict(choices=('cifar100', 'digits'), help='what it was trained on, normalised by the mean and deviation of the training images: lets micronet-eval measure it'),
         '--fp16': dict(action='store_true', help='round scales and biases to FP16, as the score charges them (changes some predictions)'),
-        '--masks': dict(choices=('always', 'paying'), default='always', help='a bitmask for every layer (default), or only where it saves something')}, argv)
+        '--masks': dict(choices=('always', 'paying'), help="a bitmask for every layer, or only where it saves something (default: as the file's accounting charges; always for RIAIR's)")}, argv)
 
 # %% ../nbs/14_packing.ipynb #449e5b01
 def _eval_run(args):
@@ -648,7 +914,7 @@ def _eval_run(args):
     about = net.meta['about']
     name, pixels = args.data or about.get('dataset'), about.get('pixels')
     if name is None: raise MicronetError(f'{args.file} does not say what it was trained on: give --data cifar100 or --data digits')
-    if pixels is None: raise MicronetError(f"{args.file} does not say how pixels are normalised: pack it with about=dict(pixels=(mean, std), ...)")
+    if pixels is None: raise MicronetError(f"{args.file} does not say how pixels are normalised: pack it with --data, or with about=dict(pixels=(mean, std), ...)")
     if args.n is not None and args.n < 1: raise MicronetError(f'-n {args.n}: at least one image')
     if args.batch < 1: raise MicronetError(f'--batch {args.batch}: at least one image')
     ds = load_dataset(name, 'test')

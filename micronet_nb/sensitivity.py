@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .activations import calibrate, solve_step
 from .data import dataset_stats
-from .pruning import layer_positions, magnitude_mask
+from .models import require_shapes
+from .pruning import computes_otherwise, dense_weight, layer_positions, magnitude_mask
 from .quantizers import fake_quantise, grid, solve_scales
 from .scoring import TRACKS, compressible, score, trace
-from .training import normalised
+from .training import as_logits, normalised
 
 # %% ../nbs/05_sensitivity.ipynb #8304d03a
 @torch.no_grad()
@@ -113,6 +114,9 @@ Replay._watch = _watch
 @torch.no_grad()
 def _working_copy(model):
     "The net in evaluation mode with plain weights. MicronetError where it cannot be copied."
+    require_shapes(model, 'a sensitivity')
+    for n, m in compressible(model).items():
+        if not parametrize.is_parametrized(m, 'weight'): dense_weight(m, n)   # a hook would undo every change
     try: net = copy.deepcopy(getattr(model, '_orig_mod', model)).eval()  # torch.compile keeps the net there
     except (RuntimeError, TypeError) as e: raise MicronetError(f'{type(model).__name__} cannot be copied ({str(e).splitlines()[0]}): detach the tensors that it keeps as attributes') from None
     for m in [m for m in net.modules() if parametrize.is_parametrized(m)]: _resolve(m)
@@ -134,7 +138,11 @@ def _with_change(layer, change, run):
         was, layer.weight.data = layer.weight.data, change
         try: return run()
         finally: layer.weight.data = was
-    hook = layer.register_forward_pre_hook(lambda module, args: (fake_quantise(args[0], *change), *args[1:]))
+    def quantised(module, args, kwargs):
+        if args: return (fake_quantise(args[0], *change), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: fake_quantise(kwargs[name], *change)}
+    hook = layer.register_forward_pre_hook(quantised, with_kwargs=True)
     try: return run()
     finally: hook.remove()
 
@@ -165,7 +173,7 @@ def _measure(net, layer, changes, images, stats, batch_size, reuse):
     replay, clean, found = Replay(net, weight_users), [], {c: [] for c in changes}
     for first in range(0, len(images), batch_size):
         x, y = _batch(net, images, first, batch_size, stats)
-        clean.append(_judge(replay.record(x) if reuse else net(x), y))
+        clean.append(_judge(as_logits(replay.record(x) if reuse else net(x), x, net), y))
         reuse = reuse and (first > 0 or _faithful(replay, layer, x))
         for c, change in changes.items(): found[c].append(_judge(_with_change(layer, change, partial(replay if reuse else net, x)), y))
     return torch.cat(clean, 1), {c: torch.cat(v, 1) for c, v in found.items()}
@@ -234,6 +242,12 @@ def _chosen(names, patterns):
 # %% ../nbs/05_sensitivity.ipynb #7f5af63d
 def _some(dataset, n): return dataset if n is None or n >= len(dataset) else dataset.subset(n)
 
+def _check_changeable(layer, name, levels):
+    "MicronetError where a layer's forward would make another weight of the changed one."
+    if not (levels['sparsity'] or levels['weight bits']) or not computes_otherwise(layer, name): return
+    raise MicronetError(f'{type(layer).__name__} {name!r} makes another weight of the one that is changed: '
+                        'name the other layers in layers=..., or measure its activation bits alone')
+
 @torch.no_grad()
 def sensitivity(
     model: nn.Module,    # any, also masked or quantised; left exactly as it is
@@ -243,7 +257,7 @@ def sensitivity(
     activation_bits=(8, 6, 4, 3, 2),           # bits of the layer's input
     n: int = None,       # validation images, spread evenly; None: all
     layers=None,         # names or patterns; None: every Conv2d and Linear
-    stats=None,          # (mean, std); None: of the training set
+    stats=None,          # (mean, std); None: those that `fit` left with the net, else of the training set
     per: str = 'kernel', # a step a 'kernel' or a 'layer' for weight bits
     n_train: int = 256,  # training images for the steps
     batch_size: int = None, # images at a time; None: see `_images_at_once`
@@ -253,11 +267,12 @@ def sensitivity(
 ) -> pd.DataFrame:       # layer, kind, level, top1 and drop in %, loss, increase and its standard error se
     "Accuracy and loss with one layer at a time degraded. Slide 'Robust Analysis'; MicronetError for levels or layers that make no sense."
     levels, (train, valid) = _levels(sparsities, weight_bits, activation_bits), data
-    net, images, shown, stats = _working_copy(model), _some(valid, n), _some(train, n_train), stats or dataset_stats(train)
+    net, images, shown, stats = _working_copy(model), _some(valid, n), _some(train, n_train), stats or getattr(model, 'input_stats', None) or dataset_stats(train)
     every = compressible(net)
     names, batch_size = _chosen(list(every), layers), batch_size or _images_at_once(net, _batch(net, images, 0, 1, stats)[0])
     place = folder and Path(folder)/config_key([_net_key(net), images.describe(), shown.describe(), stats, levels, per, batch_size])
     samples, rows = None, []
+    for name in names: _check_changeable(every[name], name, levels)
     for name in names if quiet else progress(names, 'sensitivity', unit='layer'):
         file = place and place/f"{list(every).index(name):04d}-{''.join(c if c.isalnum() else '_' for c in name)[-80:]}.json"
         if file and file.exists(): rows += read_json(file); continue

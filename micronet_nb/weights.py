@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMPRESSION', 'WeightQuantiser', 'plan_bits', 'quantiser_of', 'unquantised', 'quantise_weights',
            'remove_weight_quantisers', 'weight_bits', 'weight_integers', 'weight_table', 'specs_of', 'bit_table',
-           'choose_bits', 'size_bits', 'compressed_student']
+           'choose_bits', 'size_bits', 'compressed_student', 'compressed_config']
 
 # %% ../nbs/10_weights.ipynb #02060869
 import copy, math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 
 from .core import MicronetError, progress
@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .activations import quantise_activations
-from .pruning import plain_weight, prune
+from .models import require_shapes
+from .pruning import Reach, computes_otherwise, dense_weight, plain_weight, prune, tell_untouched, untouched
 from .quantizers import fake_quantise, grid, quantise, solve_scales
 from .scoring import LayerSpec, compressible, weight_storage
-from .training import STUDIES, fit_stage, normalised, student, study_data
+from .training import STUDIES, as_logits, fit_stage, normalised, student, student_config, study_data
 
 # %% ../nbs/10_weights.ipynb #7da63cf9
 class WeightQuantiser(nn.Module):
@@ -137,16 +138,18 @@ def quantise_weights(
     bits,                 # see `plan_bits`; 1 binary, 2 ternary, to 16; 32: the layer is left in (or returned to) floating point
     per: str = 'kernel',  # a step a 'kernel' (the slide), a 'layer', or 'auto': a kernel of depthwise layers, else a layer (the released nets)
     learn: bool = False   # learn the steps (LSQ) instead of keeping them
-) -> dict:                # layer name to bits
+) -> dict:                # layer name to bits; `untouched` is a table of the weights that it passes by
     "Puts a quantiser behind each layer's mask, its steps solved on the masked weights. One of another kind is replaced, one of the same kind stays, tuned as it may be. Slide 'Weight Quantization'."
+    require_shapes(model, 'quantising')
     plan, layers = plan_bits(model, bits), compressible(model)
     per = {n: _per(layers[n], per) for n in plan}
     todo = [n for n, m in layers.items() if not _is_so(m, plan[n], per[n], learn)]
+    for n in todo: _check_grid(layers[n], n, plan[n])
     for n in todo: _take_quantiser(layers[n])
     chosen = [n for n in todo if plan[n] != 32]
     steps = _steps([unquantised(layers[n]) for n in chosen], [plan[n] for n in chosen], [per[n] for n in chosen])
     for n, a in zip(chosen, steps): parametrize.register_parametrization(layers[n], 'weight', WeightQuantiser(plan[n], a, learn), unsafe=True)
-    return plan
+    return Reach(plan, tell_untouched(untouched(model, {n: '32 bits' for n in plan if plan[n] == 32}), 'quantise_weights'))
 
 # %% ../nbs/10_weights.ipynb #e9ee994e
 def _is_so(module, bits, per, learn):
@@ -160,6 +163,14 @@ def _take_quantiser(module):
     stack = module.parametrizations.weight
     if len(stack) == 1: plain_weight(module)
     else: del stack[list(stack).index(q)]
+
+def _check_grid(module, name, bits):
+    "MicronetError where a layer would not compute with the integers that it is given."
+    if bits == 32: return
+    dense_weight(module, name)
+    if computes_otherwise(module, name):
+        raise MicronetError(f'{type(module).__name__.removeprefix("Parametrized")} {name!r} makes another weight of the one that is quantised, off its grid: '
+                            'give it 32 bits, or replace it by a plain layer with the weight that it computes with')
 
 # %% ../nbs/10_weights.ipynb #26660d73
 @torch.no_grad()
@@ -241,7 +252,7 @@ def bit_table(
 def _answers(net, images):
     "Log-probabilities (n, classes), in batches."
     device = next(net.parameters()).device
-    return torch.cat([F.log_softmax(net(x.to(device)).float(), 1) for x in images.split(250)])
+    return torch.cat([F.log_softmax(as_logits(net(x.to(device)), x, net), 1) for x in images.split(250)])
 
 # %% ../nbs/10_weights.ipynb #d5ce7313
 def choose_bits(
@@ -296,3 +307,11 @@ def compressed_student(
     quantise_activations(net, sample, COMPRESSION['activation_bits'], COMPRESSION['first_bits'])
     tuned = fit_stage('deployed', net, data, replace(STUDIES[profile].tune, seed=seed), what=COMPRESSION, upstream=[start['key']], callbacks=[pruner], stats=stats)
     return net.eval(), tuned, sample
+
+def compressed_config(
+    profile: str,  # embedded, laptop or paper
+    seed: int = 0  # of weights, order and augmentation
+) -> dict:         # model, COMPRESSION, plan, tune, dense
+    "What `compressed_student` depends on, for the `config` of a record; nothing is trained."
+    tune = asdict(replace(STUDIES[profile].tune, seed=seed))
+    return dict(model=STUDIES[profile].model, **COMPRESSION, plan='uniform', tune=tune, dense=student_config(profile, seed))

@@ -1,4 +1,5 @@
 "What the tests share: scratch folders instead of the user's, toy notebooks, and one real run of all notebooks."
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = dict(os.environ)  # before the tests move its folders
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,8 +48,22 @@ def assert_one_line(done, *words):
 
 @pytest.fixture(scope="session")
 def real_run(tmp_path_factory):
-    "All notebooks of this checkout at `embedded`, once: the folder of their reports, and the finished command."
-    out = tmp_path_factory.mktemp("reports")
-    env = os.environ | ({"MICRONET_RUNS": runs} if (runs := os.environ.get("MICRONET_TEST_RUNS")) else {})  # nets that nbdev_test has trained in this `make test`
-    done = command("--out", out, env=env)
+    """All notebooks of this checkout at `embedded`: the folder of their reports, and the finished command.
+
+    `make test` runs them just before, into the folder that MICRONET_TEST_REPORTS names: the command then finds each of them done."""
+    before = OUTSIDE.get("MICRONET_TEST_REPORTS")
+    out = Path(before or tmp_path_factory.mktemp("reports"))
+    done = command("--out", out, env=OUTSIDE if before else os.environ)
     return out/"embedded", done
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What each notebook of this run took, and went without, among the durations of the tests."
+    status = Path(OUTSIDE.get("MICRONET_TEST_REPORTS", ""))/"embedded"/"status.json"
+    if not status.exists(): return
+    outcomes = json.loads(status.read_text())
+    terminalreporter.section("seconds of the notebooks", sep="-")
+    for stem, o in sorted(outcomes.items(), key=lambda item: -item[1].get("seconds", 0)):
+        missing = [name for name, size in o.get("files", {}).items() if size is None]
+        terminalreporter.write_line(f"{o.get('seconds', 0):6.1f} s {stem} {o['status']}{', without ' + ', '.join(missing) if missing else ''}")
+    terminalreporter.write_line(f"{sum(o.get('seconds', 0) for o in outcomes.values()):6.1f} s all together")

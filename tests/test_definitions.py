@@ -152,7 +152,7 @@ def pruned(method, **more):
     net = nn.Sequential(linear([1., .9]))
     pruner = prune(net, .5, method, **more)
     config, optimizer = SimpleNamespace(epochs=1), torch.optim.SGD(net.parameters(), 1.)
-    run = SimpleNamespace(model=net, optimizer=optimizer, step=1, steps_an_epoch=8, config=config)
+    run = SimpleNamespace(model=net, optimizer=optimizer, step=1, steps_an_epoch=8, total=8, config=config)
     return net[0], pruner, run
 
 

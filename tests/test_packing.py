@@ -19,7 +19,7 @@ from micronet_nb.activations import quantise_activations
 from micronet_nb.core import MicronetError, find_file, released_figures
 from micronet_nb.deployment import IntConv2d, IntLinear, Quantise, ScaleBias, lower, run_integer
 from micronet_nb.models import create_model
-from micronet_nb.packing import as_graph, bill, compress, contents, decode, encode, half_scales, load_packed, main_eval, main_pack, pack, parts_of, seal, unpack
+from micronet_nb.packing import FORMAT, as_graph, bill, compress, contents, decode, encode, half_scales, load_packed, main_eval, main_pack, pack, parts_of, seal, unpack
 from micronet_nb.pruning import prune
 from micronet_nb.scoring import score
 from micronet_nb.weights import quantise_weights
@@ -285,7 +285,7 @@ def test_foreign_files(tmp_path):
 
 
 def test_newer_format_is_named(small, tmp_path):
-    refused(tmp_path/'n', seal(load_file(small), version=2), 'has format 2', 'reads up to format 1')
+    refused(tmp_path/'n', seal(load_file(small), version=FORMAT + 1), f'has format {FORMAT + 1}', f'reads up to format {FORMAT}')
 
 
 @pytest.mark.parametrize('change', [

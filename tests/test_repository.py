@@ -1,5 +1,6 @@
 "What holds for the repository as a whole: its notebooks, its files, its installation."
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -72,10 +73,30 @@ def test_no_machine_path_and_no_large_file():
         assert not (found := here.search(text)), f"{path.relative_to(ROOT)} holds {found[0]!r}: a path of one machine"
 
 
-def test_ci_script_runs_the_tests():
-    script = ROOT/".ci"/"run"
-    assert script.stat().st_mode & 0o111 and "make test" in script.read_text()
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+STUB = """#!/usr/bin/env bash
+echo "$* data=${MICRONET_DATA-none} offline=${MICRONET_OFFLINE-} in $(pwd) among $(ls -A "$MICRONET_RUNS" "$MICRONET_CACHE" 2>/dev/null | wc -l) files"
+case "$1" in reproduce) exit $REPRODUCE ;; test) echo 'the last word of pytest'; exit $TEST ;; esac
+"""
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("codes", [(0, 0), (2, 0), (0, 2), (2, 2)])
+def test_ci_script_runs_both_commands_of_the_readme(tmp_path, data, codes):
+    "With a stand-in for make: first as a newcomer, then the tests with the data; both run, and either makes it fail."
+    (tmp_path/"bin").mkdir()
+    (tmp_path/"bin"/"make").write_text(STUB)
+    (tmp_path/"bin"/"make").chmod(0o755)
+    shutil.copytree(ROOT/".ci", tmp_path/"clone"/".ci")
+    if data: (tmp_path/"shared"/"data").mkdir(parents=True)
+    env = os.environ | dict(PATH=f"{tmp_path/'bin'}:{os.environ['PATH']}", MICRONET_DATA="elsewhere", MICRONET_OFFLINE="0", CI="true", REPRODUCE=str(codes[0]), TEST=str(codes[1]))
+    done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path/"clone", env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    first, second, last = done.stdout.splitlines()
+    assert re.fullmatch(f"reproduce OUT=(.*)/reports data=none offline=1 in {tmp_path/'clone'} among 0 files", first)
+    scratch = re.match("reproduce OUT=(.*)/reports", first)[1]
+    assert second == f"test SCRATCH={scratch} data={tmp_path/'shared'/'data' if data else 'elsewhere'} offline=1 in {tmp_path/'clone'} among 0 files"
+    assert last == "the last word of pytest"
+    assert bool(done.returncode) == any(codes)
+    assert not os.path.exists(scratch) and (ROOT/".ci"/"run").stat().st_mode & 0o111
 
 
 def make(folder, *args): return subprocess.run(["make", *args], cwd=folder, capture_output=True, text=True)
@@ -119,3 +140,22 @@ def test_interrupted_installation_is_done_again(bare):
 def test_make_hands_its_variables_on(bare):
     said = make(bare, "-n", "reproduce", "PROFILE=laptop", "ONLY=scoring,released", "SET=a=1 b=x", "FRESH=1").stdout
     assert "--profile 'laptop' --out 'reports' --only 'scoring,released' --set 'a=1' --set 'b=x' --fresh" in said
+
+
+@needs_make
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1)])
+def test_make_test_runs_the_notebooks_and_then_pytest(bare, codes):
+    "With a stand-in for Python: in sync, notebooks, pytest, in this order; what fails stops no other, and makes it fail."
+    (bare/".venv"/"bin").mkdir(parents=True)
+    (bare/".venv"/".installed").write_text(str(bare.resolve()))
+    python = bare/".venv"/"bin"/"python"
+    python.write_text(f'#!/bin/sh\necho "$*; runs=$MICRONET_RUNS reports=$MICRONET_TEST_REPORTS"\ncase "$*" in *check*) ;; *reproduce*) exit {codes[0]} ;; *pytest*) exit {codes[1]} ;; esac\n')
+    python.chmod(0o755)
+    done = make(bare, "-s", "test", "SCRATCH=kept")
+    told, kept = done.stdout.splitlines(), f"{bare.resolve()}/kept"
+    assert [line.split("; ")[0] for line in told[:2]] == ["-m micronet_nb.reproduce --check-sync --readme check", f"-m micronet_nb.reproduce --out {kept}/reports"]
+    assert told[2].startswith("-m pytest") and told[2].endswith(f"tests; runs={kept}/runs reports={kept}/reports") and len(told) == 3
+    for shown in ("-rs", "--no-fold-skipped", "--durations 15"): assert shown in told[2]
+    assert bool(done.returncode) == any(codes)
+    fresh = make(bare, "-s", "test").stdout.splitlines()[1]
+    assert not os.path.exists(fresh.split("runs=")[1].split("/runs")[0])  # its own folder, and not for long

@@ -37,7 +37,7 @@ def mixed(tmp_path_factory):
     toy(root/"nbs", "07_after", "import micronet_nb.wrong")
     toy(root/"nbs", "08_later", "from micronet_nb.after import x")
     toy(root/"nbs", "09_other", "from micronet_nb import core")
-    done = command("--nbs", root/"nbs", "--out", root/"reports")
+    done = command("--nbs", root/"nbs", "--out", root/"reports", "--jobs", 1)  # so that what needs a failed one is always behind it
     return root/"reports"/"embedded", done
 
 
@@ -100,29 +100,64 @@ def test_again_only_what_is_not_done_runs_and_fresh_runs_all(mixed, tmp_path):
     assert "before the sources or parameters changed" in (tmp_path/"out"/"embedded"/"index.html").read_text()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_killed_half_way_it_leaves_no_process_and_continues(tmp_path, how):
-    log, go = tmp_path/"log", tmp_path/"go"
-    toy(tmp_path/"nbs", "01_first", f"open({str(log)!r}, 'a').write(f'first {{os.getpid()}}\\n')")
-    toy(tmp_path/"nbs", "02_second", f"open({str(log)!r}, 'a').write(f'second {{os.getpid()}}\\n')", f"while not os.path.exists({str(go)!r}): time.sleep(0.05)")
-    args = ["--nbs", tmp_path/"nbs", "--out", tmp_path/"out"]
+@pytest.mark.parametrize("how, jobs", [(signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGKILL, 2)])
+def test_killed_half_way_it_leaves_no_process_and_continues(tmp_path, how, jobs):
+    log, go, waits = tmp_path/"log", tmp_path/"go", f"while not os.path.exists({str(tmp_path/'go')!r}): time.sleep(0.05)"
+    names = ["01_first", "02_second", "03_third"][:jobs + 1]
+    for name in names: toy(tmp_path/"nbs", name, f"open({str(log)!r}, 'a').write(f'{name} {{os.getpid()}}\\n')", waits if name != "01_first" else "0")
+    args = ["--nbs", tmp_path/"nbs", "--out", tmp_path/"out", "--jobs", jobs]
     runner = subprocess.Popen([sys.executable, "-m", "micronet_nb.reproduce", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job would ignore it
     try:
-        wait_for(lambda: log.exists() and "second" in log.read_text(), "the second notebook")
-        kernel = psutil.Process(int(log.read_text().split()[-1]))
+        wait_for(lambda: log.exists() and all(name in log.read_text() for name in names), "the last notebook")
+        wait_for(lambda: outcome(tmp_path/"out"/"embedded")["01_first"]["status"] == "done", "the first notebook to end")
+        kernels = [psutil.Process(int(line.split()[1])) for line in log.read_text().splitlines() if not line.startswith("01")]
         runner.send_signal(how)
         stderr = runner.communicate(timeout=60)[1]
     finally: runner.kill()
-    assert runner.returncode == (-how if how == signal.SIGKILL else 130)
+    assert len(kernels) == jobs and runner.returncode == (-how if how == signal.SIGKILL else 130)
     if how != signal.SIGKILL: assert "the same command continues" in stderr and "Traceback" not in stderr
-    wait_for(lambda: not alive(kernel), "the kernel to end")
-    assert not (tmp_path/"out"/"embedded"/"results"/"02_second.json").exists() and not (tmp_path/"out"/"embedded"/"02_second.ipynb").exists()
+    wait_for(lambda: not any(map(alive, kernels)), "the kernels to end")
+    for name in names[1:]: assert not (tmp_path/"out"/"embedded"/"results"/f"{name}.json").exists() and not (tmp_path/"out"/"embedded"/f"{name}.ipynb").exists()
     go.write_text("")
     again = command(*args)
     assert again.returncode == 0 and "01_first done before" in again.stdout
-    assert [line.split()[0] for line in log.read_text().splitlines()] == ["first", "second", "second"]
-    assert not list((tmp_path/"out"/"embedded").glob(".*.ipynb"))
+    assert sorted(line.split()[0] for line in log.read_text().splitlines()) == sorted([*names, *names[1:]])
+    assert not [f for f in (tmp_path/"out"/"embedded").iterdir() if f.name.startswith(".") and f.name != ".lock"]
+
+
+def test_two_at_a_time_share_the_cores(tmp_path):
+    "Each waits for the other to begin, so that one after the other would never end; the third finds the second's error."
+    meet = "open({here!r}, 'w').write(os.environ['OMP_NUM_THREADS'])\nfor _ in range(1200):\n    if os.path.exists({there!r}): break\n    time.sleep(0.05)\nelse: raise SystemExit"
+    here, there = str(tmp_path/"here"), str(tmp_path/"there")
+    toy(tmp_path/"nbs", "01_a", meet.format(here=here, there=there), f"while 'failed' not in open({str(tmp_path/'out'/'embedded'/'status.json')!r}).read(): time.sleep(0.05)")
+    toy(tmp_path/"nbs", "02_b", meet.format(here=there, there=here), "1/0")
+    toy(tmp_path/"nbs", "03_c", "import micronet_nb.b")
+    done = command("--nbs", tmp_path/"nbs", "--out", tmp_path/"out", "--jobs", 2, env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
+    told = outcome(tmp_path/"out"/"embedded")
+    assert {s: o["status"] for s, o in told.items()} == {"01_a": "done", "02_b": "failed", "03_c": "blocked"} and list(told) == sorted(told), done.stdout
+    assert [line.split()[1] for line in done.stdout.splitlines()[:3]] == ["02_b", "03_c", "01_a"]  # as they ended
+    assert (tmp_path/"here").read_text() == (tmp_path/"there").read_text() == str(max(1, len(os.sched_getaffinity(0))//2))
+
+
+def test_a_result_depends_on_the_files_that_were_looked_for(tmp_path):
+    "What was missing and is there now, or the other way round, runs the notebook again; and it is told what it went without."
+    data, log, end = tmp_path/"data", tmp_path/"log", "import subprocess\nsubprocess.run([sys.executable, '-c', 'from micronet_nb.core import find_file; find_file(\"sub/b.bin\")'], check=True)"
+    toy(tmp_path/"nbs", "01_a", f"open({str(log)!r}, 'a').write('a')")
+    toy(tmp_path/"nbs", "02_b", f"open({str(log)!r}, 'a').write('b')", "from micronet_nb.core import find_file\nfind_file('sub/a.bin')", end)
+    (data/"sub").mkdir(parents=True)
+    (data/"sub"/"b.bin").write_bytes(b"12")
+    def run(): return command("--nbs", tmp_path/"nbs", "--out", tmp_path/"out", env=os.environ | dict(MICRONET_DATA=str(data))).stdout
+    said = run()
+    assert sorted(log.read_text()) == ["a", "b"] and re.search(r"02_b done in .*, without sub/a.bin\n", said)
+    assert outcome(tmp_path/"out"/"embedded")["02_b"]["files"] == {"sub/a.bin": None, "sub/b.bin": 2}
+    assert "without sub/a.bin" in (tmp_path/"out"/"embedded"/"index.html").read_text()
+    assert "02_b done before" in run() and len(log.read_text()) == 2
+    (data/"sub"/"a.bin").write_bytes(b"123")
+    said = run()
+    assert log.read_text()[2:] == "b" and "without" not in said and "01_a done before" in said
+    (data/"sub"/"b.bin").unlink()
+    assert "without sub/b.bin" in run() and log.read_text()[2:] == "bb"
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
@@ -141,6 +176,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     (["-p", "b=1", "--only", "01"], ["parameter 'b'"]),
     (["--set", "profile=laptop"], ["--profile"]),
     (["--set", "n"], ["name=value", "'n'"]),
+    (["--jobs", "0"], ["--jobs 0"]),
     (["--frsh"], ["--frsh", "--help"])])
 def test_wrong_arguments(tmp_path, args, words):
     toy(tmp_path/"nbs", "01_a")
@@ -225,3 +261,26 @@ def test_no_notebook_leaves_files_where_it_runs(real_run):
     "Whatever a notebook writes belongs to its results, its stages or the cache, never to the folder that it happens to run in."
     stems = {nb.stem for nb in reproduce.find_notebooks()}
     assert {p.name for p in real_run[0].iterdir()} == {"index.html", "status.json", "results", ".lock"} | {f"{s}{x}" for s in stems for x in (".ipynb", ".html")}
+
+
+def papermill(tmp_path, path, *given):
+    "Plain papermill; the finished command, and the result file if there is one."
+    done = command(path, tmp_path/"out.ipynb", *given, module="papermill", cwd=tmp_path, env=os.environ | {"MICRONET_OUT": str(tmp_path/"results")})
+    return done, tmp_path/"results"/f"{path.stem}.json"
+
+
+def test_plain_papermill_under_a_misspelt_parameter_gives_no_result(tmp_path):
+    done, result = papermill(tmp_path, toy(tmp_path/"nbs", "01_a", "n += 1"), "-p", "profile", "embedded", "-p", "nn", "8")
+    assert done.returncode == 1 and not result.exists()
+    assert "this notebook has no parameter 'nn'" in done.stderr and "'profile'" not in done.stderr.split("no parameter")[1]
+
+
+@pytest.mark.parametrize("parameters, middle", [
+    ("profile = 'embedded'\nn = 7", "n"),                                            # as all notebooks here
+    ("# Parameters\nprofile: str = 'embedded'\nn = 7  # a number", "# Parameters\nm = 2"),  # someone's own, whose cells begin as papermill's does
+    ("# Parameters\nprofile = 'embedded'\nn, m = 7, [\n    1]", "import os\nk = 1")])
+def test_plain_papermill_under_known_parameters_does(tmp_path, parameters, middle):
+    path = toy(tmp_path/"nbs", "01_a", middle, "assert n == 8", parameters=parameters)
+    done, result = papermill(tmp_path, path, "-p", "n", "8")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(result.read_text())["status"] == "done"
