@@ -13,12 +13,13 @@ DONE = .venv/.installed
 ARGS = --profile '$(PROFILE)' --out '$(OUT)' $(if $(strip $(ONLY)),--only '$(ONLY)') $(foreach s,$(SET),--set '$(s)') $(if $(filter-out 0 no,$(FRESH)),--fresh)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test check lab readme export record clean .venv
+.PHONY: help reproduce test mutants check lab readme export record clean .venv
 
 help:
 	@echo 'make reproduce   run every notebook and make $(OUT)/$(PROFILE)/index.html; killed, the same command continues'
 	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="seed=1 n_images=50"  FRESH=1  OUT=folder'
 	@echo 'make test        all checks: generated files in sync, every notebook at embedded, pytest; SCRATCH=folder keeps and reuses what ran'
+	@echo 'make mutants     break the library on purpose, some 140 times, in memory: the tests must notice each time  ONLY="tree dynamic"'
 	@echo 'make lab         open JupyterLab on nbs/'
 	@echo 'make export      after editing a notebook: write micronet_nb/*.py and clean the notebooks'
 	@echo 'make readme      after editing nbs/index.ipynb: write README.md'
@@ -79,6 +80,10 @@ test: check
 	 $(BIN)/python -m micronet_nb.reproduce --out "$$scratch/reports"; ran=$$?; \
 	 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations 15 -rs --no-fold-skipped tests; tested=$$?; \
 	 exit $$((ran | tested))
+
+# Not a part of `test`: it asks whether the tests would notice.
+mutants: $(DONE)
+	$(BIN)/python tests/mutants.py $(ONLY)
 
 clean:
 	rm -rf .venv reports build *.egg-info .pytest_cache .hypothesis

@@ -114,7 +114,7 @@ def bare(tmp_path):
 def test_make_alone_tells_what_there_is(bare):
     done = make(bare)
     assert done.returncode == 0
-    for target in ("reproduce", "test", "lab", "export", "readme", "record", "clean"): assert f"make {target}" in done.stdout
+    for target in ("reproduce", "test", "mutants", "lab", "export", "readme", "record", "clean"): assert f"make {target}" in done.stdout
 
 
 @needs_make
