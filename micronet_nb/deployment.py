@@ -33,16 +33,23 @@ class Quantise(nn.Module):
     counts_as = 'quantise'
     def __init__(self,
         bits: int,           # bits of the result
-        signed: bool = False # symmetric around 0?
+        signed: bool = False, # symmetric around 0?
+        low: int = 0         # unsigned: the smallest integer, 1 - 2^bits to 0; the largest is low + 2^bits - 1
     ):
         super().__init__()
         if not 1 <= bits <= 16: raise MicronetError(f'a quantiser has 1 to 16 bits, not {bits}')
-        self.bits, self.signed = bits, signed
-        self.top = max(2**(bits - signed) - 1, 1)
+        if not (isinstance(low, int) and 1 - 2**bits <= low <= 0) or signed and low:
+            raise MicronetError(f'the lower end of {bits} unsigned bits is a whole number from {1 - 2**bits} to 0, not {low!r}; a signed quantiser has none')
+        self.bits, self.signed, self.low = bits, signed, low
+        self.top = max(2**(bits - signed) - 1, 1) + low
+
+    @property
+    def bottom(self): return -self.top if self.signed else self.low
+
     def forward(self, x):
         if self.signed and self.bits == 1: return x.sign()
-        return x.round().clamp(-self.top if self.signed else 0, self.top)
-    def extra_repr(self): return f"{'int' if self.signed else 'uint'}{self.bits}"
+        return x.round().clamp(self.bottom, self.top)
+    def extra_repr(self): return f"{'int' if self.signed else 'uint'}{self.bits}{f', {self.low} to {self.top}' if self.low else ''}"
 
 # %% ../nbs/11_deployment.ipynb #c422c25a
 class ScaleBias(nn.Module):
@@ -423,12 +430,12 @@ def _leaf(low, node):
         low.modules.setdefault(name or 'net', m)
         return Value(low.graph.call_module(name or 'net', (low.plain(x),)))
     if (step := _step_of(node)) is None: _refuse(node, f'a module that counts as {m.counts_as!r}, but is no quantiser with one step')
-    if (key := (step, m.bits, bool(m.signed))) not in x.quantised:
+    if (key := (step, m.bits, bool(m.signed), bottom := getattr(m, 'low', 0))) not in x.quantised:
         if not x.single and _summed(node.args[0]): low.plain(x)  # the sum needs it, and what is left is one number
         name, v = name.replace('.input_quantiser', '_input'), x if x.plain is None else Value(x.plain)
         v = Value(v.node, v.scale/step, v.bias/step)
         u = v.node if v.trivial else low.scaled(v.node, v.scale, v.bias, name)
-        x.quantised[key] = Value(low.call(f'{name}_quantise', Quantise(m.bits, m.signed), u), torch.tensor([step]))
+        x.quantised[key] = Value(low.call(f'{name}_quantise', Quantise(m.bits, m.signed, bottom), u), torch.tensor([step]))
     return x.quantised[key]
 
 def _summed(node):
@@ -460,7 +467,7 @@ def absorbed(
 ) -> bool:
     "Do unsigned quantisers alone read it?"
     readers = list(_readers(node, SELECT))
-    return bool(readers) and all((_step_of(r) is not None or isinstance(r.meta.get('module'), Quantise)) and not r.meta['module'].signed for r in readers)
+    return bool(readers) and all((_step_of(r) is not None or isinstance(r.meta.get('module'), Quantise)) and not (r.meta['module'].signed or getattr(r.meta['module'], 'low', 0)) for r in readers)
 
 def capped(
     node: fx.Node,  # a recorded relu6 or hardtanh
@@ -678,9 +685,9 @@ CARRIES = {operator.getitem, torch.cat, torch.flatten, torch.reshape, torch.perm
 def grid_of(
     graph: fx.GraphModule,  # from `lower`
     node: fx.Node           # of it
-):                          # (bits, signed), None where its values are not whole
+):                          # (bits, signed), and the lower end where that is not 0; None where its values are not whole
     "The grid that a node's values lie on: that of the quantiser they come from."
-    if node.op == 'call_module': m = graph.get_submodule(node.target); return (m.bits, m.signed) if isinstance(m, Quantise) else None
+    if node.op == 'call_module': m = graph.get_submodule(node.target); return (m.bits, m.signed, *[m.low]*bool(m.low)) if isinstance(m, Quantise) else None
     if node.op != 'call_function' or node.target not in CARRIES: return None
     if node.target is F.pad and bound(node, 'input pad mode value')['value']: return None
     grids = {grid_of(graph, i) for i in node.all_input_nodes}
@@ -689,12 +696,13 @@ def grid_of(
 def kernel_ranges(
     layer: nn.Module,  # IntConv2d or IntLinear
     bits: int,         # of its input
-    signed: bool       # has it a sign?
+    signed: bool,      # has it a sign?
+    low: int = 0       # lower end of an unsigned one
 ) -> tuple:            # low and high, each (out,) int64
     "Bounds of every partial sum of each kernel, in whatever order it is added up."
-    w, top = layer.weight.detach().flatten(1).long(), Quantise(bits, signed).top
-    pos, neg = w.clamp(min=0).sum(1)*top, w.clamp(max=0).sum(1)*top
-    return (neg - pos, pos - neg) if signed else (neg, pos)
+    w, q = layer.weight.detach().flatten(1).long(), Quantise(bits, signed, low)
+    pos, neg = w.clamp(min=0).sum(1), w.clamp(max=0).sum(1)
+    return neg*q.top + pos*q.bottom, pos*q.top + neg*q.bottom
 
 def exact_sums(layer, grid):
     "Does float32 hold every sum of this layer, in whatever order?"
@@ -1116,7 +1124,7 @@ class ToBytes:
         fma: bool = False,      # multiply and add with one rounding instead of two, as many processors and compilers do
         compiled: bool = False  # one compiled loop instead of five; needs a C++ compiler
     ):
-        if quantise.signed or quantise.bits > 8: raise MicronetError(f'ToBytes makes unsigned numbers of at most 8 bits, not {quantise.extra_repr()}')
+        if quantise.signed or quantise.low or quantise.bits > 8: raise MicronetError(f'ToBytes makes unsigned numbers of at most 8 bits, not {quantise.extra_repr()}')
         self.scale, self.bias = (torch.ones(1), torch.zeros(1)) if scale is None else (scale.weight.detach().clone(), scale.bias.detach().clone())
         self.top, self.work, self.fma, self.compiled = quantise.top, work or Workspace(), fma, compiled
 
@@ -1147,7 +1155,7 @@ def module_of(graph, node):
 def makes_bytes(graph, node):
     "Does this node call a quantiser whose values fit an unsigned byte?"
     m = module_of(graph, node)
-    return isinstance(m, Quantise) and not m.signed and m.bits <= 8
+    return isinstance(m, Quantise) and not (m.signed or m.low) and m.bits <= 8
 
 # %% ../nbs/11_deployment.ipynb #42a2b7e6
 def takes_bytes(graph, node):
@@ -1155,7 +1163,7 @@ def takes_bytes(graph, node):
     m = module_of(graph, node)
     if not isinstance(m, IntConv2d) or m.weight_bits > 8 or m.padding_mode != 'zeros' or isinstance(m.padding, str): return False
     grid = grid_of(graph, node.args[0])
-    return grid is not None and not grid[1] and grid[0] <= 8 and exact_sums(m, grid)
+    return grid is not None and not any(grid[1:]) and grid[0] <= 8 and exact_sums(m, grid)
 
 # %% ../nbs/11_deployment.ipynb #40649bec
 def pieces(
