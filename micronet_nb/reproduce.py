@@ -160,7 +160,7 @@ def library_key() -> str:
     "Stands for the library's source, the published data and the versions that results depend on."
     import micronet_nb
     files = [f for f in Path(micronet_nb.__file__).parent.glob('*.py') if f.name not in ('_modidx.py', 'reproduce.py')]
-    return digest(files + [*(project_root()/'data'/'published').glob('*.json')]) + json.dumps([sys.version_info[:2], {p: _version(p) for p in _PACKAGES}])
+    return digest(files + [*published_dir().glob('*.json')]) + json.dumps([sys.version_info[:2], {p: _version(p) for p in _PACKAGES}])
 
 # %% ../nbs/95_reproduce.ipynb #9d0a4117
 def run_key(
@@ -302,7 +302,7 @@ def _end(child):
     child.stdout.close()
 
 # %% ../nbs/95_reproduce.ipynb #a52658ef
-from .core import SWIFT
+from .core import SWIFT, published_dir
 
 # %% ../nbs/95_reproduce.ipynb #73d7ac3c
 def run_notebook(
