@@ -76,7 +76,7 @@ test: check
 	@if [ -n '$(SCRATCH)' ]; then mkdir -p '$(SCRATCH)' && scratch=$$(cd '$(SCRATCH)' && pwd); else scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; fi && \
 	 export MICRONET_RUNS="$$scratch/runs" MICRONET_TEST_REPORTS="$$scratch/reports" && set -x; \
 	 $(BIN)/python -m micronet_nb.reproduce --out "$$scratch/reports"; ran=$$?; \
-	 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations 15 -rs --no-fold-skipped tests; tested=$$?; \
+	 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 -rs --no-fold-skipped tests; tested=$$?; \
 	 exit $$((ran | tested))
 
 clean:
