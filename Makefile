@@ -76,9 +76,11 @@ test: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 test: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 test: check
 	@if [ -n '$(SCRATCH)' ]; then mkdir -p '$(SCRATCH)' && scratch=$$(cd '$(SCRATCH)' && pwd); else scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; fi && \
-	 export MICRONET_RUNS="$$scratch/runs" MICRONET_TEST_REPORTS="$$scratch/reports" && set -x; \
+	 export MICRONET_RUNS="$$scratch/runs" MICRONET_TEST_REPORTS="$$scratch/reports"; \
+	 echo 'every notebook at embedded (python -m micronet_nb.reproduce):'; \
 	 $(BIN)/python -m micronet_nb.reproduce --out "$$scratch/reports"; ran=$$?; \
-	 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations 15 -rs --no-fold-skipped tests; tested=$$?; \
+	 echo 'the tests (pytest):'; \
+	 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 -rs --no-fold-skipped tests; tested=$$?; \
 	 exit $$((ran | tested))
 
 # Not a part of `test`: it asks whether the tests would notice.

@@ -35,7 +35,7 @@ class Profile:
 
 # %% ../nbs/00_core.ipynb #f279d81e
 PROFILES = {p.name: p for p in (
-    Profile('embedded', 'digits', 'a first look, tests, CI; no data set to download', '10 minutes on 2 cores'),
+    Profile('embedded', 'digits', 'a first look, tests, CI; no data set to download', '6 minutes on 2 cores'),
     Profile('laptop', 'cifar100', "the study's trends without a GPU", '2 hours on 2 cores'),
     Profile('paper', 'cifar100', "the study's own models and data: the tables of the slides", 'GPU hours, in pieces of 9 minutes'))}
 

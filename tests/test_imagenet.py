@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, command
 from PIL import Image
 
+from micronet_nb import imagenet
 from micronet_nb.core import MicronetError
 from micronet_nb.imagenet import BAR, ROWS, STAGES, Stream, check_images, open_images, passes, pretrained, rgb, slide_rows, transforms, validate, windowed
 
@@ -39,6 +40,16 @@ def folder(tmp_path_factory):
 def run(folder, tmp_path, *args, **more):
     env = os.environ | dict(MICRONET_RUNS=str(tmp_path/"runs"), MICRONET_OUT=str(tmp_path/"out"), MICRONET_OFFLINE="1", OMP_NUM_THREADS="1")
     return command("--data", folder, *SMALL, *args, module="micronet_nb.imagenet", env=env, **more)
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch, capsys):
+    "The command in this process, for what ends before anything is trained: (exit code, stdout, stderr)."
+    for name, value in dict(MICRONET_RUNS=tmp_path/"runs", MICRONET_OUT=tmp_path/"out", MICRONET_OFFLINE=1).items(): monkeypatch.setenv(name, str(value))
+    def run(*args):
+        capsys.readouterr()
+        return imagenet.main([str(a) for a in ("--data", folder, *args)]), *capsys.readouterr()
+    return run
 
 
 def rows_of(tmp_path, record="21_imagenet.imagenet.untrained"): return {r["row"]: r for r in json.loads((tmp_path/"out"/f"{record}.json").read_text())["rows"]}
@@ -149,21 +160,20 @@ def test_unreadable_images_are_named(data, folder, tmp_path):
     assert len(bad) == 1 and bad.image[0].endswith("strange.jpg")
 
 
-def test_command_names_the_broken_image(folder, tmp_path):
+def test_command_names_the_broken_image(folder, tmp_path, here):
     import shutil
     shutil.copytree(folder, tmp_path/"data")
     (tmp_path/"data"/"train"/"class1"/"7.jpg").write_bytes(b"no image")
-    checked = run(tmp_path/"data", tmp_path, "--stage", "check")
-    assert checked.returncode == 1 and "7.jpg is not a readable image" in checked.stdout and "0.jpg" not in checked.stdout
+    code, told, _ = here(*SMALL, "--stage", "check", "--data", tmp_path/"data")
+    assert code == 1 and "7.jpg is not a readable image" in told and "0.jpg" not in told
     trained = run(tmp_path/"data", tmp_path, "--stage", "prune", "--workers", "2")
     assert trained.returncode == 1 and len(trained.stderr.strip().splitlines()) == 1 and "7.jpg is not a readable image" in trained.stderr
 
 
-def test_without_weights_it_says_what_is_missing(folder, tmp_path):
-    env = os.environ | dict(MICRONET_RUNS=str(tmp_path), MICRONET_OFFLINE="1")
-    done = command("--data", folder, "--stage", "sweep", "--workers", 0, module="micronet_nb.imagenet", env=env)
-    for name in ("mixnet_s", "mixnet_m", "mixnet_l", "legacy_senet154"): assert f"Put {name}.safetensors" in done.stdout
-    assert done.returncode == 1 and "there is no student" in done.stderr and "Traceback" not in done.stderr
+def test_without_weights_it_says_what_is_missing(here):
+    code, told, wrong = here("--stage", "sweep", "--workers", 0)
+    for name in ("mixnet_s", "mixnet_m", "mixnet_l", "legacy_senet154"): assert f"Put {name}.safetensors" in told
+    assert code == 1 and "there is no student" in wrong and len(wrong.strip().splitlines()) == 1
 
 
 def test_goes_on_with_the_teachers_that_are_there(folder, tmp_path):
@@ -185,9 +195,9 @@ def test_goes_on_with_the_teachers_that_are_there(folder, tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [(["--data", "nowhere"], "nowhere is not a folder"), (["--epochs", "0"], "epochs"), (["--batch", "100000"], "do not fill a batch")])
-def test_mistakes_are_one_line(folder, tmp_path, args, words):
-    done = run(folder, tmp_path, "--stage", "prune", "--teacher", "none", *args)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and words in done.stderr
+def test_mistakes_are_one_line(here, args, words):
+    code, _, wrong = here(*SMALL, "--stage", "prune", "--teacher", "none", *args)
+    assert code == 1 and len(wrong.strip().splitlines()) == 1 and words in wrong
 
 
 def test_validation_counts_every_image_once(folder):

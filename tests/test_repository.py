@@ -152,10 +152,11 @@ def test_make_test_runs_the_notebooks_and_then_pytest(bare, codes):
     python.write_text(f'#!/bin/sh\necho "$*; runs=$MICRONET_RUNS reports=$MICRONET_TEST_REPORTS"\ncase "$*" in *check*) ;; *reproduce*) exit {codes[0]} ;; *pytest*) exit {codes[1]} ;; esac\n')
     python.chmod(0o755)
     done = make(bare, "-s", "test", "SCRATCH=kept")
-    told, kept = done.stdout.splitlines(), f"{bare.resolve()}/kept"
+    told, kept = [line for line in done.stdout.splitlines() if line.startswith("-m")], f"{bare.resolve()}/kept"
+    assert done.stdout.splitlines()[-1] == told[-1]  # pytest has the last word
     assert [line.split("; ")[0] for line in told[:2]] == ["-m micronet_nb.reproduce --check-sync --readme check", f"-m micronet_nb.reproduce --out {kept}/reports"]
     assert told[2].startswith("-m pytest") and told[2].endswith(f"tests; runs={kept}/runs reports={kept}/reports") and len(told) == 3
     for shown in ("-rs", "--no-fold-skipped", "--durations 15"): assert shown in told[2]
     assert bool(done.returncode) == any(codes)
-    fresh = make(bare, "-s", "test").stdout.splitlines()[1]
+    fresh = next(line for line in make(bare, "-s", "test").stdout.splitlines() if "--out" in line)
     assert not os.path.exists(fresh.split("runs=")[1].split("/runs")[0])  # its own folder, and not for long

@@ -178,10 +178,16 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     (["--set", "n"], ["name=value", "'n'"]),
     (["--jobs", "0"], ["--jobs 0"]),
     (["--frsh"], ["--frsh", "--help"])])
-def test_wrong_arguments(tmp_path, args, words):
+def test_wrong_arguments(tmp_path, monkeypatch, capsys, args, words):
+    "In this process: nothing is run."
     toy(tmp_path/"nbs", "01_a")
     toy(tmp_path/"nbs", "02_b", parameters="profile = 'embedded'\nb = 2")
-    assert_one_line(command("--nbs", tmp_path/"nbs", "--out", tmp_path/"out", *args), *words)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+    try: code = reproduce.main(["--nbs", str(tmp_path/"nbs"), "--out", str(tmp_path/"out"), *args])
+    except SystemExit as e: code = e.code
+    told = capsys.readouterr().err
+    assert code == 2 and len(told.strip().splitlines()) == 1, told
+    for word in words: assert word in told
     assert not (tmp_path/"out").exists()
 
 

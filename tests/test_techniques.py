@@ -7,6 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+from timm.models import resnet
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -26,11 +29,13 @@ from micronet_nb.training import FitConfig, fit
 from micronet_nb.weights import quantise_weights, quantiser_of, remove_weight_quantisers, specs_of
 
 CLASSES = 10
+MIX = [["ds_r1_k3_s1_e1_c16"], ["ir_r1_k3_a1.1_p1.1_s2_e6_c24"], ["ir_r2_k3.5.7_s2_e6_c40_se0.5_nsw"]]
 NETS = {
     "densenet_bc": (lambda: densenet_bc(10, 4, CLASSES), 8),
-    "mixnet_s": (lambda: create_model("mixnet_s", CLASSES, small=True), 16),
-    "resnet18": (lambda: create_model("resnet18", CLASSES, small=True), 8),
+    "mixnet": (lambda: EfficientNet(decode_arch_def(MIX), CLASSES, num_features=64, stem_size=16), 16),  # MixNet-S's kinds of blocks
+    "resnet": (lambda: resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), CLASSES, channels=(8, 16, 32, 64)), 16),
     "mlp": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, CLASSES)), 8)}
+WHOLE = {"mixnet_s": (lambda: create_model("mixnet_s", CLASSES, small=True), 16)}  # full size: with all techniques at once
 
 
 @dataclass
@@ -59,13 +64,13 @@ def none_of(m):
 TECHNIQUES = {"static": pruned("static"), "dynamic": pruned("dynamic"), "progressive": pruned("progressive"), "gradual": pruned("gradual"),
               "activations": activations(False), "activations, learned": activations(True), "weights": weights(False), "weights, learned": weights(True),
               "all": Technique(all_of, none_of)}
-each = pytest.mark.parametrize("name", TECHNIQUES)
+each = pytest.mark.parametrize("net, name", [*((n, t) for n in NETS for t in TECHNIQUES), *((n, "all") for n in WHOLE)], indirect=["net"])
 
 
-@pytest.fixture(params=NETS)
+@pytest.fixture
 def net(request):
     "A net with used batch norms, and images for it."
-    make, side = NETS[request.param]
+    make, side = (NETS | WHOLE)[request.param]
     torch.manual_seed(0)
     model, x = make(), torch.randn(16, 3, side, side)
     with torch.no_grad():
@@ -145,6 +150,7 @@ def test_trains(net, name):
     assert torch.isfinite(answers(model.eval(), x)).all()
 
 
+@pytest.mark.parametrize("net", NETS, indirect=True)
 def test_sensitivity_takes_any_net_and_leaves_it(net):
     model, x = net
     side = x.shape[-1]
