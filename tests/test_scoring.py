@@ -353,7 +353,7 @@ def test_products_of_two_activations(name):
 
 
 def test_attention_with_a_mask():
-    net = Do(lambda m, x: F.scaled_dot_product_attention(x[:, :2], x[:, 1:, :5], x[:, 1:, :5], attn_mask=m.mask), mask=some(16, 5))
+    net = Do(lambda m, x: F.scaled_dot_product_attention(x[:, :2].contiguous(), x[:, 1:, :5].contiguous(), x[:, 1:, :5].contiguous(), attn_mask=m.mask.detach()), mask=some(16, 5))
     s, dots = score(net, (3, 16, 16)), 2*16*5
     assert s.storage == 80 and s.layers.multiplies.sum() == dots*16 + dots*3 + 2*16*16*5
     assert s.layers['adds'].sum() == dots*15 + 2*dots + 2*16*16*4
