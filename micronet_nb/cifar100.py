@@ -129,7 +129,8 @@ def _sizes(profile):
 RECIPES = {p: _sizes(p) for p in STUDIES}
 
 # %% ../nbs/20_cifar100.ipynb #72633a83
-STAGES = {'bits': 1, 'rates': 1, 'norms': 1, 'figures': 1, 'top1-test': 1}  # versions: raised when the code measures otherwise
+# versions: raised when the code measures otherwise
+STAGES = {'bits': 1, 'rates': 1, 'norms': 1, 'figures': 1, 'top1-test': 1}
 
 def _stage(kind, config, run, key, net, root):
     "What is measured on a net whose stage has this key, computed once."
@@ -211,14 +212,17 @@ def build(
     device = next(net.parameters()).device
     images = normalised(train.images[:250].to(device).float()/255, stats)
     for part, rate in step.prune: cut_part(net, part, rate)
-    if step.lower: quantise_weights(net, _stage('bits', dict(lower=step.lower), lambda folder: bits_for(net, step.lower, images, quiet), key, net, root), learn=step.learn)
+    if step.lower:
+        bits = _stage('bits', dict(lower=step.lower), lambda folder: bits_for(net, step.lower, images, quiet), key, net, root)
+        quantise_weights(net, bits, learn=step.learn)
     if step.activations: quantise_activations(net, images, dict(step.activations), step.first_bits, step.learn)
     if step.weights: quantise_weights(net, dict(step.weights), learn=step.learn)
     pruner = Pruner()
     if step.share:
         what = dict(share=step.share, **{k: v for k, v in asdict(step).items() if k in ('activations', 'first_bits', 'weights', 'lower', 'learn')})
         budget = step.share*study_score(plain or net, tuple(train.images.shape[1:]))
-        rates = _stage('rates', what, lambda folder: rates_for(net, budget, train, stats, folder=folder, quiet=quiet), key, net, root)
+        def measured(folder): return rates_for(net, budget, train, stats, folder=folder, quiet=quiet)
+        rates = _stage('rates', what, measured, key, net, root)
         pruner = prune(net, rates, 'gradual', _masked(net), ramp=.6)
     for n, p in net.named_parameters(): p.requires_grad_(not step.only or n.startswith(f'{step.only}.'))
     return [pruner, Still()] if step.only else [pruner]
@@ -377,7 +381,8 @@ def recipe_config(
     train         # training set
 ) -> dict:        # recipe, steps, trained_on, accounting
     "What the figures of a recipe's rows depend on, for the `config` of a record."
-    return dict(recipe=recipe, steps=[asdict(r.step) for r in rows], trained_on=train.describe(), accounting='riair-cifar100')
+    return dict(recipe=recipe, steps=[asdict(r.step) for r in rows], trained_on=train.describe(),
+                accounting='riair-cifar100')
 
 def write_rows(
     rows: list,            # of `Row`
@@ -391,8 +396,8 @@ def write_rows(
     made = [dict(model=r.step.row, **r.figures, top1=(test or {}).get(r.step.row)) for r in rows]
     device = str(next(rows[-1].net.parameters()).device)
     config = recipe_config(rows, recipe, train) | dict(seed_of_all_but_the_last=seed, last_seed=last_seed)
-    return record(name, made, profile, config, seed=seed if last_seed is None else last_seed, dataset=judged.describe(), n=len(judged),
-                  device=device, folder=folder)
+    return record(name, made, profile, config, seed=seed if last_seed is None else last_seed, dataset=judged.describe(),
+                  n=len(judged), device=device, folder=folder)
 
 # %% ../nbs/20_cifar100.ipynb #cf550995
 def fold(
@@ -428,7 +433,8 @@ def on_test(
 ) -> dict:           # row name to top-1 in %
     "The rows' nets on the test split, each judged once and kept."
     config = dict(data=test.describe(), n=n or 0)
-    return {r.step.row: _stage('top1-test', config, lambda folder: evaluate(r.net, test, stats, n=n), r.key, r.net, root)['top1'] for r in rows}
+    def judged(r): return _stage('top1-test', config, lambda folder: evaluate(r.net, test, stats, n=n), r.key, r.net, root)
+    return {r.step.row: judged(r)['top1'] for r in rows}
 
 # %% ../nbs/20_cifar100.ipynb #0075e68e
 def leaderboard() -> list:
@@ -514,7 +520,8 @@ def speed(
                 if rows and time.monotonic() > end: continue
                 r = trained_a_second(name, b, mode, seconds, train.images.shape[-1], len(train.classes), device)
                 rows.append(dict(net=name, mode=mode, batch=b, **r, epoch_seconds=len(train)/r['images_s'], bandwidth_share=r['images_s']*r['bytes_image']/bandwidth if cuda else None))
-                config = dict(seconds=seconds, bandwidth=bandwidth, n_train=len(train), batch_sizes=list(batch_sizes), images='random')
+                config = dict(seconds=seconds, bandwidth=bandwidth, n_train=len(train), batch_sizes=list(batch_sizes),
+                              images='random')
                 record('20_cifar100.speed', rows, profile, config, device=device, folder=folder, stages=[])
     return rows
 
@@ -525,7 +532,8 @@ ENTRY = re.compile(r'([\w-]+)/(?:checkpoints/(step-\d+)/)?(\w[\w.]*)')  # stage,
 def _files(folder):
     "A stage's files by their names in the archive: of what is finished, or of the newest checkpoint; those of a checkpoint that goes away meanwhile are not."
     kept = checkpoints(folder/'checkpoints')
-    if (folder/'done.json').exists(): found = [f for f in (folder/'done.json', folder/'model.safetensors') if f.exists()]
+    whole = [f for f in (folder/'done.json', folder/'model.safetensors') if f.exists()]
+    if (folder/'done.json') in whole: found = whole
     else: found = [*sorted(kept[-1].iterdir()), *folder.glob('pieces.json')] if kept else []
     return {f.relative_to(folder.parent).as_posix(): f.read_bytes() for f in found}
 
@@ -620,7 +628,8 @@ def _unpack(files, folder):
     shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
     for path, value in files.items(): (part/Path(path).name).write_bytes(value)
     if step != 'whole':
-        if (part/'pieces.json').exists(): (part/'pieces.json').replace(folder/'pieces.json')  # how it was made until then
+        # how it was made until then
+        if (part/'pieces.json').exists(): (part/'pieces.json').replace(folder/'pieces.json')
         part.rename(folder/'checkpoints'/step)
         return
     for f in sorted(part.iterdir(), key=lambda f: f.name == 'done.json'): f.replace(folder/f.name)

@@ -268,7 +268,7 @@ def stage(
     version: int = 1,  # of the code of this kind of stage: raised when the same configuration gives another result
     device='cpu'     # torch device that it is computed on, for its provenance
 ):
-    "`run(folder)`, computed once per configuration; its answer is stored atomically when it is complete, with the commit, versions, device and time of its making."
+    "`run(folder)`, computed once per configuration; the answer and how it was made are stored, atomically, at the end."
     folder = Path(root or runs_dir()/'stages')/f'{name}-{config_key(config, upstream, version)}'
     done = folder/'done.json'
     if fresh: done.unlink(missing_ok=True)
@@ -278,7 +278,8 @@ def stage(
     with FileLock(folder/'.lock'):  # whoever comes second waits, and finds it done
         if not done.exists():
             with _piece(folder, device) as made: result = run(folder)
-            write_json(done, dict(config=config, upstream=list(upstream), version=version, result=result, made=_whole(made)))
+            write_json(done, dict(config=config, upstream=list(upstream), version=version, result=result,
+                                  made=_whole(made)))
             (folder/'pieces.json').unlink(missing_ok=True)
         return _found(done)
 
@@ -323,7 +324,8 @@ def environment(
             'device': torch.cuda.get_device_name(device) if cuda else f'cpu ({platform.machine()})', 'threads': torch.get_num_threads()}
 
 # %% ../nbs/00_core.ipynb #25edce8a
-_UNKNOWN = dict(commit='unknown', device='unknown', versions={}, finished=None, seconds=None)  # of before stages kept it
+# of before stages kept it
+_UNKNOWN = dict(commit='unknown', device='unknown', versions={}, finished=None, seconds=None)
 
 def _made(keys):
     "How the stages with these keys were made, and all that they build on; None: all that this process has read."
@@ -381,14 +383,16 @@ def amend(
     folder=None,    # default: the committed results of that profile
     **fields        # other fields and their new values; not the rows, nor what was there when they were measured
 ) -> dict:
-    "Completes a record, whose rows stay; returns it. MicronetError where that would change its config or its circumstances."
+    "Completes a record, whose rows stay; returns it. MicronetError where that would change what it has said before."
     value = load_record(name, profile, folder)
     if value is None: raise MicronetError(f'there is no record {name!r} of {profile}: amend one that there is')
-    if fixed := {*fields} - {'seed', 'dataset', 'n', 'stages'}: raise MicronetError(f'{min(fixed)!r} of {name} was measured, not said: measure again')
-    if changed := [k for k, v in (config or {}).items() if k in value['config'] and value['config'][k] != json.loads(json.dumps(v))]:
+    if fixed := {*fields} - {'seed', 'dataset', 'n', 'stages'}:
+        raise MicronetError(f'{min(fixed)!r} of {name} was measured, not said: measure again')
+    config, there = json.loads(json.dumps(config or {})), value['config']
+    if changed := [k for k in config if there.get(k, config[k]) != config[k]]:
         raise MicronetError(f'{name} has {changed[0]!r} in its config already, with another value: give what it lacks')
     rows = value.pop('rows')
-    value |= fields | dict(config=value['config'] | (config or {}), amended=[*value.get('amended', []), why], rows=rows)
+    value |= fields | dict(config=there | config, amended=[*value.get('amended', []), why], rows=rows)
     write_json(Path(folder or committed_dir()/get_profile(profile).name)/f'{name}.json', value)
     return value
 

@@ -546,7 +546,8 @@ def paired_differences(
         test = ttest_rel(wide[a], wide[b]) if apart.std() else None  # all alike: no variance to test with
         low, high = test.confidence_interval(.95) if test else (apart.mean(), apart.mean())
         p = float(test.pvalue) if test else float(apart.mean() == 0)
-        rows.append({'difference': f'{a} - {b}', 'points': float(apart.mean()), 'half-width': float(high - low)/2, 'p': p})
+        rows.append({'difference': f'{a} - {b}', 'points': float(apart.mean()), 'half-width': float(high - low)/2,
+                     'p': p})
     for r, p in zip(rows, holm([r['p'] for r in rows])):
         r.update(p=p, verdict='no difference seen' if p >= level else 'higher' if r['points'] > 0 else 'lower')
     return pd.DataFrame(rows).set_index('difference')
@@ -559,8 +560,10 @@ def method_verdict(
     static, progressive, alike = differences.verdict.iloc[:3]
     if 'lower' in (static, progressive):
         poorer = [m for m, v in (('static', static), ('progressive', progressive)) if v == 'lower']
-        return f"contradicts the slide: dynamic is not the poorest, {' and '.join(poorer)} lie{'s' if len(poorer) == 1 else ''} below it"
+        lie = 'lies' if len(poorer) == 1 else 'lie'
+        return f"contradicts the slide: dynamic is not the poorest, {' and '.join(poorer)} {lie} below it"
     if {static, progressive} == {'higher'}:
-        return 'agrees with the slide' if alike == 'no difference seen' else f'agrees that dynamic is the poorest, but static is {alike} than progressive'
+        if alike == 'no difference seen': return 'agrees with the slide'
+        return f'agrees that dynamic is the poorest, but static is {alike} than progressive'
     if {static, progressive, alike} == {'no difference seen'}: return 'cannot tell the three methods apart'
     return 'cannot confirm the slide: not every difference to dynamic stands clear of chance'

@@ -621,7 +621,8 @@ def fit_stage(
     last = result['history'][-1]
     if valid is not None and (half or result.get('valid', valid.describe()) != valid.describe()):  # measured before rounding, or on other images
         last = {f'valid_{k}': v for k, v in evaluate(model, valid).items()}
-    return result | dict(key=config_key(key_config, upstream, version), top1=last.get('valid_top1'), loss=last.get('valid_loss'))
+    return result | dict(key=config_key(key_config, upstream, version), top1=last.get('valid_top1'),
+                         loss=last.get('valid_loss'))
 
 # %% ../nbs/03_training.ipynb #3ae8730e
 def _work(folder, model, data, config, half, kwargs):

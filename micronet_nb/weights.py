@@ -314,4 +314,5 @@ def compressed_config(
 ) -> dict:         # model, COMPRESSION, plan, tune, dense
     "What `compressed_student` depends on, for the `config` of a record; nothing is trained."
     tune = asdict(replace(STUDIES[profile].tune, seed=seed))
-    return dict(model=STUDIES[profile].model, **COMPRESSION, plan='uniform', tune=tune, dense=student_config(profile, seed))
+    return dict(model=STUDIES[profile].model, **COMPRESSION, plan='uniform', tune=tune,
+                dense=student_config(profile, seed))
