@@ -699,22 +699,23 @@ def compare_charges(
         with tempfile.TemporaryDirectory() as folder: return compare_charges(model, graph, pack(graph, Path(folder)/'net', dict(accounting=accounting)), accounting)
     before, after = (score(net, graph.meta['input_size'], accounting=accounting, corrected=True) for net in (model, graph))
     stored = contents(path)
-    lines = [_line(a, b, graph, stored) for a, b in _paired(_lines(before, {}), _lines(after, _owners(graph)))]
+    owners = _owners(graph)
+    lines = [_line(a, b, owners, stored) for a, b in _paired(_lines(before, {}), _lines(after, owners))]
     return pd.DataFrame(lines, columns=['name', 'kind', 'shape', 'simulated', 'lowered', 'simulated bytes', 'lowered bytes', 'file bytes', 'why'])
 
 # %% ../nbs/14_packing.ipynb #0570d81f
 def _owners(graph):
-    "ScaleBias of a lowered graph to (what it is, the layer that it belongs to): the 'scale' of a layer, the same 'again', the step of a 'quantiser'."
+    "ScaleBias of a lowered graph to (what it is, whose): the 'scale' of a layer, the same 'again', the scale of layers that are 'joined' before it, the step of a 'quantiser'."
     made, owners = {}, {}
     for n in graph.graph.nodes:
         m = graph.get_submodule(n.target) if n.op == 'call_module' else None
-        sources = {made.get(i) for i in n.all_input_nodes}
-        source = sources.pop() if len(sources) == 1 else None  # the layer whose sums these still are
-        if isinstance(m, (nn.Conv2d, nn.Linear)): made[n] = n.target
+        layers = frozenset().union(*(made.get(i, ()) for i in n.all_input_nodes))  # whose sums these still are
+        if isinstance(m, (nn.Conv2d, nn.Linear)): made[n] = {n.target}
         elif isinstance(m, ScaleBias):
-            if source: owners.setdefault(n.target, ('again' if ('scale', source) in owners.values() else 'scale', source))
+            if len(layers) == 1: owners.setdefault(n.target, ('again' if ('scale', *layers) in owners.values() else 'scale', *layers))
+            elif layers: owners.setdefault(n.target, ('joined', layers))
             elif len(m.weight) == 1 and not m.has_bias: owners.setdefault(n.target, ('quantiser', re.sub(r'_input_scale(_\d+)?$', '', n.target)))
-        elif not isinstance(m, Quantise): made[n] = source
+        elif not isinstance(m, Quantise): made[n] = layers
     return owners
 
 def _lines(charged, owners):
@@ -722,8 +723,9 @@ def _lines(charged, owners):
     rows, layer = [], ''
     for r in charged.layers.itertuples():
         if r.kind in ('conv', 'linear'): layer = r.name
-        kind, own = owners.get(r.name, ('scale' if r.kind == 'bias' else r.kind, r.name))
-        rows.append(r._asdict() | dict(what=kind, keys=[(kind, own), (kind, r.shape, layer), (kind, r.shape)] if own else [None, (kind, r.shape, layer), (kind, r.shape)]))
+        what, own = owners.get(r.name, ('scale' if r.kind == 'bias' else r.kind, r.name))
+        kind = 'scale' if what == 'joined' else what
+        rows.append(r._asdict() | dict(what=what, keys=[(what, own) if own else None, (kind, r.shape, layer), (kind, r.shape)]))
     return rows
 
 def _paired(before, after):
@@ -733,15 +735,15 @@ def _paired(before, after):
         for j, b in enumerate(after):
             if j in partner or b['keys'][level] is None: continue
             if (i := next((i for i in left if before[i]['keys'][level] == b['keys'][level]), None)) is not None: partner[j] = i; left.remove(i)
-    pairs = [(before[partner[j]] if j in partner else None, b) for j, b in enumerate(after)]
-    return sorted([*pairs, *((before[i], None) for i in left)], key=lambda p: (before.index(p[0]) if p[0] else math.inf))
+    pairs = [(partner.get(j, math.inf), before[partner[j]] if j in partner else None, b) for j, b in enumerate(after)]
+    return [p[1:] for p in sorted([*pairs, *((i, before[i], None) for i in left)], key=lambda p: p[0])]
 
 # %% ../nbs/14_packing.ipynb #ca2fd321
-def _line(a, b, graph, stored):
+def _line(a, b, owners, stored):
     "One row of the comparison."
     ops, size = ([x and f(x) or 0. for x in (a, b)] for f in (lambda x: x['multiplies'] + x['adds'], lambda x: 4*x['storage']))
     rows = _stored_for(b, stored) if b else stored[:0]
-    reason = _changed(a, b, ops, size)
+    reason = _changed(a, b, ops, size, owners)
     form = SimpleNamespace(difference=int(rows.bytes.sum()) - size[1], kind=rows.kind.iloc[0] if len(rows) else '', form=rows.form.iloc[0] if len(rows) else '-')
     why = '; '.join(filter(None, (reason, _why(form) if len(rows) or size[1] else '')))
     return ((a or b)['name'], (a or b)['kind'], (a or b)['shape'], *ops, *size, int(rows.bytes.sum()), why)
@@ -752,14 +754,18 @@ def _stored_for(b, stored):
     if b['kind'] in ('conv', 'linear'): return mine[mine.tensor == f"{b['name']}.weight"]
     return mine[mine.tensor == f"{b['name']}.bias"] if b['kind'] == 'bias' else mine if b['kind'] == 'scale' else stored[:0]
 
-def _changed(a, b, ops, size):
+def _changed(a, b, ops, size, owners):
     "Why a lowered net is charged otherwise than the net that was trained; '' where it is not."
     if abs(ops[0] - ops[1]) < 1e-6 and abs(size[0] - size[1]) < 1e-6: return ''
+    joined = {layer for what, layers in owners.values() if what == 'joined' for layer in layers}
+    if b is None and a['kind'] == 'scale' and a['name'] in joined or a is None and b['what'] == 'joined': return 'the scales of layers that are concatenated: applied once, behind'
+    if b is None and a['kind'] == 'scale' and a['name'] != a['keys'][1][2]: return 'a norm: in the scale that is applied before it'  # no layer of that name
     if b is None: return 'done by the quantiser that reads it, which ends there' if a['kind'] in ('relu', 'hardtanh', 'clamp', 'clamp_min') else 'not explained'
     if a is None:
         return {'quantiser': 'a step: the rules charge no quantiser of the net that is trained', 'again': 'the same scale again, for another reader'}.get(b['what'], 'not explained')
-    if b['kind'] == 'scale' and a['shape'] != b['shape']: return 'one number for all channels' if b['shape'].startswith('1x') else 'behind a pool, so on other numbers'
+    if b['kind'] == 'scale' and a['shape'] != b['shape']: return 'one number for all channels' if b['shape'].startswith('1x') else 'behind a pool, so on other numbers' + ', with the bias of a norm'*(size[1] == 2*size[0])
     if b['kind'] == 'scale' and size[1] == size[0]/2: return 'the bias is zero everywhere: neither added nor stored'
+    if b['kind'] == 'scale' and size[1] == 2*size[0]: return 'with the bias of the norm behind it'
     return 'not explained'
 
 # %% ../nbs/14_packing.ipynb #45e7d234
