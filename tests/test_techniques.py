@@ -460,3 +460,19 @@ def test_a_pruner_without_its_run_says_so():
     with pytest.raises(MicronetError, match=r"call pruner.attach\(model, optimizer, steps\) before the loop"): prune(model, .5, "gradual").step()
     with pytest.raises(MicronetError, match="gradual pruning needs steps, a whole number from 1 on, not None"): prune(model, .5, "gradual").attach(model, optimizer, None)
     with pytest.raises(MicronetError, match="progressive pruning needs steps_an_epoch"): prune(model, .5, "progressive").attach(model, optimizer, 10)
+
+
+def test_a_weight_that_comes_back_is_at_rest():
+    "Where the mask is renewed, the optimiser forgets what weight decay has told it of the masked weights."
+    model = tiny().train()
+    pruner, optimizer = prune(model, .8, "progressive"), torch.optim.SGD(model.parameters(), .05, .9, weight_decay=1e-2)
+    pruner.attach(model, optimizer, steps=6, steps_an_epoch=3)
+    for s in range(6):
+        model(torch.randn(32, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        was = {n: k.mask.clone() for n, (_, k) in masks(model).items()}
+        pruner.step()
+        for n, (m, _) in masks(model).items():
+            hidden = optimizer.state[dense_weight(m)]["momentum_buffer"][~was[n]]
+            assert (hidden == 0).all() if s == 2 else (hidden != 0).any()
