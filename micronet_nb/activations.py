@@ -54,9 +54,9 @@ class ActivationQuantiser(nn.Module):
         low: int = 0           # unsigned: the smallest integer, 1 - 2^bits to 0; the largest is low + 2^bits - 1
     ):
         super().__init__()
-        top = grid(bits, signed)[1]
-        if not (isinstance(low, int) and -top <= low <= 0) or signed and low:
-            raise MicronetError(f'the lower end of {bits} unsigned bits is a whole number from {-top} to 0, not {low!r}; a signed grid has none')
+        grid(bits, signed)
+        if not (isinstance(low, int) and 1 - 2**bits <= low <= 0) or signed and low:
+            raise MicronetError(f'the lower end of {bits} unsigned bits is a whole number from {1 - 2**bits} to 0, not {low!r}; a signed grid has none')
         scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone().reshape(())
         if not 0 < float(scale) < float('inf'): raise MicronetError(f'the step of a quantiser must be positive and finite, not {float(scale)}')
         self.bits, self.signed, self.learn, self.low = bits, bool(signed), learn, low
@@ -80,9 +80,15 @@ class ActivationQuantiser(nn.Module):
         if self.scale.dtype != torch.float32: self.scale.data = exact.to(self.scale.device)
         return self
 
-    def get_extra_state(self): return torch.tensor([self.bits, int(self.signed)])
-    def set_extra_state(self, state): self.bits, self.signed = int(state[0]), bool(state[1])
-    def extra_repr(self): return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, step {self.scale.item():.4g}{', learned' if self.learn else ''}"
+    def get_extra_state(self): return torch.tensor([self.bits, int(self.signed)] + [self.low]*bool(self.low))
+
+    def set_extra_state(self, state):
+        self.bits, self.signed = int(state[0]), bool(state[1])
+        self.low = int(state[2]) if len(state) > 2 else 0
+
+    def extra_repr(self):
+        kind = 'signed' if self.signed else f'{self.ends[0]} to {self.ends[1]}' if self.low else 'unsigned'
+        return f"{self.bits} bits, {kind}, step {self.scale.item():.4g}{', learned' if self.learn else ''}"
 
 # %% ../nbs/09_activations.ipynb #42e75295
 def input_of(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import MicronetError
-from .deployment import IntConv2d, IntLinear
+from .deployment import IntConv2d, IntLinear, padded
 
 # %% ../nbs/12_adders.ipynb #4fe470fe
 WAYS = ('exact', 'wrap', 'saturate', 'fp16', 'fp16 tree')
@@ -46,8 +46,10 @@ def _pairs(x):
 # %% ../nbs/12_adders.ipynb #672d1c85
 def _apply(layer, x, weight):
     "The layer's sums for another weight, in float64 where float32 could round."
+    most = float(x.abs().max())*float(weight.abs().flatten(1).sum(1).max()) if x.numel() else 0.
+    if x.dtype == torch.float32 and most > 2**24: return _apply(layer, x.double(), weight.double()).float()
     if isinstance(layer, nn.Linear): return F.linear(x, weight)
-    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return F.conv2d(padded(layer, x), weight, None, layer.stride, 0, layer.dilation, layer.groups)
 
 def partial_bounds(
     layer: nn.Module,  # IntConv2d or IntLinear
@@ -73,9 +75,11 @@ def int_layers(
 def _watched(net, hook):
     "`hook(name, layer, x, y)` after every integer layer; what it returns takes the place of y."
     handles = [m.register_forward_hook(lambda m, args, y, n=n: hook(n, m, args[0], y)) for n, m in int_layers(net).items()]
-    try: yield net
+    modes = {m: m.training for m in net.modules()}
+    try: yield net.eval()
     finally:
         for h in handles: h.remove()
+        for m, training in modes.items(): m.training = training
 
 # %% ../nbs/12_adders.ipynb #9fcece05
 def bits_for(
@@ -121,7 +125,7 @@ def _range_row(name, layer, ranges, whole, top):
 def _columns(layer, x):
     "Input of every sum: (n, groups, K, positions)."
     if isinstance(layer, nn.Linear): return x.reshape(-1, 1, x.shape[-1], 1)
-    c = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    c = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
     return c.view(len(x), layer.groups, c.shape[1]//layer.groups, -1)
 
 def _one_by_one(layer, x, y, rows, way, bits, chunk=2**22):

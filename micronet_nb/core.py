@@ -6,8 +6,9 @@
 __all__ = ['PROFILES', 'SWIFT', 'MicronetError', 'Profile', 'get_profile', 'check_parameters', 'project_root', 'published_dir',
            'cache_dir', 'runs_dir', 'committed_dir', 'results_dir', 'find_file', 'atomic_path', 'write_json',
            'read_json', 'sha256', 'offline', 'fetch', 'config_key', 'stage', 'commit', 'environment', 'record',
-           'load_record', 'published', 'released_schedule', 'released_figures', 'compare', 'unknown_parameters',
-           'finish', 'progress', 'swiftly', 'micronet_score', 'micronet_pack', 'micronet_eval', 'settle']
+           'load_record', 'amend', 'published', 'released_schedule', 'released_figures', 'compare',
+           'unknown_parameters', 'finish', 'progress', 'swiftly', 'micronet_score', 'micronet_pack', 'micronet_eval',
+           'settle']
 
 # %% ../nbs/00_core.ipynb #929a8d51
 import ast, contextlib, hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, re, subprocess, sys, threading, time, warnings
@@ -370,6 +371,26 @@ def load_record(
     "A stored record, None where there is none."
     path = Path(folder or committed_dir()/get_profile(profile).name)/f'{name}.json'
     return read_json(path) if path.exists() else None
+
+# %% ../nbs/00_core.ipynb #865b9329
+def amend(
+    name: str,      # of a stored record
+    profile: str,   # embedded, laptop or paper
+    why: str,       # what is mended, and from which source
+    config=None,    # what its config lacks; None: nothing
+    folder=None,    # default: the committed results of that profile
+    **fields        # other fields and their new values; not the rows, nor what was there when they were measured
+) -> dict:
+    "Completes a record, whose rows stay; returns it. MicronetError where that would change its config or its circumstances."
+    value = load_record(name, profile, folder)
+    if value is None: raise MicronetError(f'there is no record {name!r} of {profile}: amend one that there is')
+    if fixed := {*fields} - {'seed', 'dataset', 'n', 'stages'}: raise MicronetError(f'{min(fixed)!r} of {name} was measured, not said: measure again')
+    if changed := [k for k, v in (config or {}).items() if k in value['config'] and value['config'][k] != json.loads(json.dumps(v))]:
+        raise MicronetError(f'{name} has {changed[0]!r} in its config already, with another value: give what it lacks')
+    rows = value.pop('rows')
+    value |= fields | dict(config=value['config'] | (config or {}), amended=[*value.get('amended', []), why], rows=rows)
+    write_json(Path(folder or committed_dir()/get_profile(profile).name)/f'{name}.json', value)
+    return value
 
 # %% ../nbs/00_core.ipynb #2d8b1f04
 def published() -> dict:

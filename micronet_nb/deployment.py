@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['READS', 'OPS', 'RULES', 'SELECT', 'AVERAGES', 'GATES', 'FUNCTIONS', 'CARRIES', 'ANY_ORDER', 'NEW_MEMORY', 'Quantise',
-           'ScaleBias', 'check_integers', 'IntWeights', 'IntConv2d', 'IntLinear', 'Recorder', 'capture', 'Value',
-           'Lowering', 'rule', 'bound', 'weight_quantiser', 'integers_of', 'absorbed', 'common_step', 'lower',
-           'int_sums', 'IntegerRun', 'run_integer', 'grid_of', 'register_bits', 'kernel_ranges', 'sum_widths',
-           'has_int8', 'Int8Conv', 'Workspace', 'ToBytes', 'only_reader', 'module_of', 'makes_bytes', 'takes_bytes',
-           'exact_sums', 'pieces', 'homes', 'Home', 'Step', 'as_floats', 'as_bytes', 'plain_step', 'quantiser_behind',
-           'conv_step', 'bytes_step', 'make_steps', 'settle', 'last_readers', 'share_memory', 'Runner', 'shapes_of']
+           'ScaleBias', 'check_integers', 'IntWeights', 'IntConv2d', 'IntLinear', 'Recorder', 'check_plain', 'capture',
+           'Value', 'Lowering', 'rule', 'bound', 'weight_quantiser', 'integers_of', 'steps_of', 'absorbed', 'capped',
+           'common_step', 'grid_of', 'kernel_ranges', 'exact_sums', 'Largest', 'holds', 'powers', 'SideBySide', 'lower',
+           'check_finite', 'in_evaluation', 'padded', 'dilated', 'int_sums', 'IntegerRun', 'run_integer',
+           'register_bits', 'sum_widths', 'has_int8', 'Int8Conv', 'Workspace', 'ToBytes', 'only_reader', 'module_of',
+           'makes_bytes', 'takes_bytes', 'pieces', 'homes', 'Home', 'Step', 'as_floats', 'as_bytes', 'plain_step',
+           'quantiser_behind', 'conv_step', 'bytes_step', 'make_steps', 'settle', 'last_readers', 'share_memory',
+           'Runner', 'shapes_of']
 
 # %% ../nbs/11_deployment.ipynb #185e11a1
 import copy, functools, math, operator, pickle
@@ -31,16 +33,23 @@ class Quantise(nn.Module):
     counts_as = 'quantise'
     def __init__(self,
         bits: int,           # bits of the result
-        signed: bool = False # symmetric around 0?
+        signed: bool = False, # symmetric around 0?
+        low: int = 0         # unsigned: the smallest integer, 1 - 2^bits to 0; the largest is low + 2^bits - 1
     ):
         super().__init__()
         if not 1 <= bits <= 16: raise MicronetError(f'a quantiser has 1 to 16 bits, not {bits}')
-        self.bits, self.signed = bits, signed
-        self.top = max(2**(bits - signed) - 1, 1)
+        if not (isinstance(low, int) and 1 - 2**bits <= low <= 0) or signed and low:
+            raise MicronetError(f'the lower end of {bits} unsigned bits is a whole number from {1 - 2**bits} to 0, not {low!r}; a signed quantiser has none')
+        self.bits, self.signed, self.low = bits, signed, low
+        self.top = max(2**(bits - signed) - 1, 1) + low
+
+    @property
+    def bottom(self): return -self.top if self.signed else self.low
+
     def forward(self, x):
         if self.signed and self.bits == 1: return x.sign()
-        return x.round().clamp(-self.top if self.signed else 0, self.top)
-    def extra_repr(self): return f"{'int' if self.signed else 'uint'}{self.bits}"
+        return x.round().clamp(self.bottom, self.top)
+    def extra_repr(self): return f"{'int' if self.signed else 'uint'}{self.bits}{f', {self.low} to {self.top}' if self.low else ''}"
 
 # %% ../nbs/11_deployment.ipynb #c422c25a
 class ScaleBias(nn.Module):
@@ -73,14 +82,31 @@ def check_integers(
 class IntWeights:
     "What an integer layer adds to an ordinary one: no bias, no gradient, and the bits of its weights."
     explicit_scale = True  # a `ScaleBias` does what a scale and a bias of its own would do
-    def __init__(self, *args, weight_bits: int = 4, **kwargs):
+    wide = False
+    def __init__(self,
+        *args,                # of the ordinary layer
+        weight_bits: int = 4, # bits of a weight
+        wide: bool = False,   # can a sum pass 2^24, where float32 ends to hold whole numbers? It is then made in float64
+        **kwargs              # of the ordinary layer
+    ):
         super().__init__(*args, bias=False, **kwargs)
         self.weight_bits = weight_bits
+        if wide: self.wide = True
         self.weight.requires_grad_(False)
-    def extra_repr(self): return f'{super().extra_repr()}, {self.weight_bits}-bit'
 
-class IntConv2d(IntWeights, nn.Conv2d): "A convolution whose weights are `weight_bits`-bit integers; a `ScaleBias` follows sooner or later."
-class IntLinear(IntWeights, nn.Linear): "A linear layer whose weights are `weight_bits`-bit integers; a `ScaleBias` follows."
+    def forward(self, x):
+        if not self.wide or x.dtype != torch.float32: return super().forward(x)
+        return self.sums(x.double(), self.weight.double()).to(x.dtype)
+
+    def extra_repr(self): return f"{super().extra_repr()}, {self.weight_bits}-bit{', wide sums' if self.wide else ''}"
+
+class IntConv2d(IntWeights, nn.Conv2d):
+    "A convolution whose weights are `weight_bits`-bit integers; a `ScaleBias` follows sooner or later."
+    def sums(self, x, weight): return self._conv_forward(x, weight, None)
+
+class IntLinear(IntWeights, nn.Linear):
+    "A linear layer whose weights are `weight_bits`-bit integers; a `ScaleBias` follows."
+    def sums(self, x, weight): return F.linear(x, weight)
 
 # %% ../nbs/11_deployment.ipynb #06e5b915
 class Recorder(TorchFunctionMode):
@@ -88,6 +114,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, model, x):
         super().__init__()
         self.graph, self.batch, self.stack, self.muted = fx.Graph(), len(x), [('', model)], 0
+        self.weights = {}                   # memory of a weight that a parametrization makes, to its module and the weight
         self.made, self.alive = {}, []      # id of a tensor to its node; tensors are kept, so that no id is used twice
         self.known = {id(t): t for t in [*model.parameters(), *model.buffers()]}  # stored, or made of what is stored
         self.mark(x, self.graph.placeholder('x'))
@@ -130,14 +157,20 @@ def _note(self, kind, target, op, args, kwargs, out):
             raise MicronetError(f'{self.where()} reads a tensor of unknown origin in {op!r}: of a scripted function or numpy, perhaps; '
                                 'if it is a constant, register it as a buffer')
         return self.made.get(id(v), v)
-    args, kwargs = tree_map(node_of, (tuple(args), dict(kwargs)))
+    args, kwargs = _in_front(*tree_map(node_of, (tuple(args), dict(kwargs))))
     def add(target, op, args, kwargs, tensor):
         node = self.graph.create_node(kind, target, args, kwargs)
-        node.meta.update(op=op, layer=self.stack[-1][0], module=self.stack[-1][1], batch=self.batch)
+        node.meta.update(op=op, layer=self.stack[-1][0], module=self.stack[-1][1], batch=self.batch, weights=self.weights)
         self.mark(tensor, node)
     if isinstance(out, torch.Tensor): add(target, op, args, kwargs, out)
     elif op in ('split', 'chunk', 'split_with_sizes'): _pieces(add, args, kwargs, out)
     else: raise MicronetError(f'{self.where()} calls {op!r}, which returns several tensors: it cannot be lowered')
+
+def _in_front(args, kwargs):
+    "Arguments with the first one in its place, where it came by its name."
+    if args or not kwargs: return args, kwargs
+    first = next((k for k in ('input', 'tensors') if k in kwargs), next(iter(kwargs)))
+    return (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
 
 Recorder.note = _note
 Recorder.where = lambda self: _place(*self.stack[-1])
@@ -161,38 +194,68 @@ def _enter(recorder, name):
     return hook
 
 def _leave(recorder):
-    def hook(module, args, out):
+    def hook(module, args, kwargs, out):
         if _is_leaf(module):
             recorder.muted -= 1
-            if not recorder.muted: recorder.note('call_module', recorder.stack[-1][0], 'leaf', args, {}, out)
+            if not recorder.muted: recorder.note('call_module', recorder.stack[-1][0], 'leaf', args, kwargs, out)
         recorder.stack.pop()
     return hook
 
 def _is_leaf(module): return hasattr(module, 'counts_as') or isinstance(module, IntWeights)
 
-# %% ../nbs/11_deployment.ipynb #8304d03a
-@torch.no_grad()
-def capture(
-    model: nn.Module,  # in evaluation mode; left as it was
-    x: torch.Tensor    # (n, ...) example, n > 1
-) -> tuple:            # (fx.Graph, output of the model)
-    "All that a net does with an example, as a graph. MicronetError where it does not run, or is not one tensor to one tensor."
-    recorder, hooks = Recorder(model, x), []
+# %% ../nbs/11_deployment.ipynb #900fcfa2
+_HOOKS = {f'torch.nn.utils.{k}': v for k, v in dict(weight_norm=('weight_norm', 'remove_weight_norm'), spectral_norm=('spectral_norm', 'remove_spectral_norm'),
+                                                     prune=("torch's pruning", 'prune.remove')).items()}  # module of a hook's class to what made it and what takes it away
+
+def check_plain(
+    model: nn.Module  # any model
+):
+    "MicronetError where a module cannot be copied and recorded, with what to do about it."
     for n, m in model.named_modules():
         if isinstance(m, torch.jit.ScriptModule):
             raise MicronetError(f'module {n!r} is scripted, which hides what it does: lower the model that it was scripted from')
-        hooks += [m.register_forward_pre_hook(_enter(recorder, n)), m.register_forward_hook(_leave(recorder))]
+        if any(nn.parameter.is_lazy(t) for t in (*m._parameters.values(), *m._buffers.values())):
+            raise MicronetError(f'{_place(n, m)} is lazy and has no weights yet: run the model on one batch first')
+        for hook in m._forward_pre_hooks.values():
+            what, remedy = next((_HOOKS[c.__module__] for c in type(hook).__mro__ if c.__module__ in _HOOKS), (None, None))
+            if what: raise MicronetError(f'the weight of {_place(n, m)} is made in a hook by {what}: call torch.nn.utils.{remedy} on it first')
+
+# %% ../nbs/11_deployment.ipynb #8304d03a
+@torch.no_grad()
+def capture(
+    model: nn.Module,  # left as it was; runs in evaluation mode
+    x: torch.Tensor    # (n, ...) example, n > 1
+) -> tuple:            # (fx.Graph, output of the model)
+    "All that a net does with an example, as a graph. MicronetError where it does not run, or is not one tensor to one tensor."
+    check_plain(model)
+    recorder, hooks, modes = Recorder(model, x), [], {m: m.training for m in model.modules()}
     try:
-        with parametrize.cached(), recorder: out = model(x)
-    except (RuntimeError, IndexError, AssertionError, TypeError, NotImplementedError) as e:
-        raise MicronetError(f"{recorder.where()} does not run on an example of {'x'.join(map(str, x.shape))}: {(str(e).splitlines() or ['?'])[0]}") from e
+        for n, m in model.named_modules():
+            hooks += [m.register_forward_pre_hook(_enter(recorder, n)), m.register_forward_hook(_leave(recorder), with_kwargs=True)]
+        model.eval()
+        with parametrize.cached():
+            recorder.keep_weights(model)
+            with recorder: out = model(x)
+    except MicronetError: raise
+    except Exception as e:  # a model of one's own may raise anything
+        raise MicronetError(f"{recorder.where()} does not run on an example of {'x'.join(map(str, x.shape))}: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     finally:
         for h in hooks: h.remove()
+        for m, training in modes.items(): m.training = training
     name = type(model).__name__
-    if not isinstance(out, torch.Tensor): raise MicronetError(f'{name} returns a {type(out).__name__}: only nets that return one tensor can be lowered')
+    if not isinstance(out, torch.Tensor): raise MicronetError(f'{name} returns a {type(out).__name__}: only nets that return one tensor can be lowered; wrap it in a module that picks one')
     if id(out) not in recorder.made: raise MicronetError(f'what {name} returns was not seen to come from its input: of a scripted function, perhaps')
     recorder.graph.output(recorder.made[id(out)])
     return recorder.graph, out
+
+def _keep_weights(self, model):
+    "Remembers the weights that parametrizations make, so that a slice of one is known for what it is."
+    for m in model.modules():
+        if not parametrize.is_parametrized(m, 'weight'): continue
+        self.weights[m.weight.untyped_storage().data_ptr()] = m, m.weight
+        self.known[id(m.weight)] = m.weight
+
+Recorder.keep_weights = _keep_weights
 
 # %% ../nbs/11_deployment.ipynb #4ebebd97
 @dataclass(eq=False)
@@ -221,6 +284,12 @@ class Lowering:
     "A lowered graph in the making: its modules, and the `Value` of every recorded node."
     def __init__(self): self.graph, self.modules, self.values, self.layers = fx.Graph(), {}, {}, {}
 
+    def known(self, module, origin):
+        "A layer made before from the weight stored at `origin` and equal in all to this one; else this one."
+        made = self.layers.setdefault(origin, [])
+        if (same := next((m for m in made if _equal(m, module)), None)) is None: made.append(same := module)
+        return same
+
     def call(self, name, module, x):
         "A node that calls a new module."
         name, n = name or 'net', 0
@@ -238,6 +307,11 @@ class Lowering:
         "The node of a value as it is; made once."
         if v.plain is None: v.plain = v.node if v.trivial else self.scaled(v.node, v.scale, v.bias, v.name)
         return v.plain
+
+def _equal(a, b):
+    "Are two layers of the same class, arguments and numbers?"
+    pairs = [(a.weight, b.weight)] + ([(a.bias, b.bias)] if a.bias is not None else [])
+    return repr(a) == repr(b) and all(torch.equal(s, t) for s, t in pairs)
 
 # %% ../nbs/11_deployment.ipynb #1fa5988a
 RULES = {}  # name of a function to its rule: function of (Lowering, recorded node) that returns a Value
@@ -279,6 +353,21 @@ def integers_of(
         raise MicronetError(f'the weights of {name!r} are no multiples of their steps: something changes them after the quantiser')
     return q
 
+# %% ../nbs/11_deployment.ipynb #bfdb5c57
+def steps_of(
+    node: fx.Node,        # a recorded layer
+    weight: torch.Tensor  # that it used: all of a stored or made weight, or a view of it
+) -> tuple:               # (quantiser, its steps for this weight, (out,) or (1,)); None, None where there is none
+    "The quantiser behind a weight. A view that mixes kernels of different steps has none: it is a float weight."
+    owner = node.meta['module']
+    like = owner if isinstance(owner, (nn.Conv2d, nn.Linear)) and owner.weight.shape == weight.shape else None   # changed behind the quantiser: `integers_of` will say so
+    module, whole = node.meta['weights'].get(weight.untyped_storage().data_ptr(), (like, weight))
+    if module is None or (q := weight_quantiser(module)) is None: return None, None
+    steps = q.scale.detach()
+    if weight.shape == whole.shape and weight.stride() == whole.stride(): return q, steps.flatten()
+    each = torch.empty_like(whole).copy_(steps.expand_as(whole)).as_strided(weight.shape, weight.stride(), weight.storage_offset() - whole.storage_offset()).flatten(1)
+    return (q, each[:, 0]) if bool((each == each[:, :1]).all()) else (None, None)
+
 # %% ../nbs/11_deployment.ipynb #9949abd2
 def _new_layer(op, weight, a, **kwargs):
     "An empty layer for such a weight."
@@ -292,21 +381,19 @@ def _layer(low, node):
     "An integer layer whose steps travel on, or a float layer that takes the input's step into its weights."
     a = bound(node, 'input weight bias stride padding dilation groups', stride=1, padding=0, dilation=1, groups=1)
     op, name, owner = node.meta['op'], node.meta['layer'], node.meta['module']
-    if isinstance(a['weight'], fx.Node): _refuse(node, 'it multiplies two activations')
+    if isinstance(a['weight'], fx.Node) or isinstance(a['bias'], fx.Node): _refuse(node, 'it multiplies or adds two activations')
     if op == 'linear' and len(node.meta['shape']) != 2: _refuse(node, f"a linear layer works on (n, features), not on {len(node.meta['shape'])} dimensions")
     if not isinstance(owner, (nn.Conv2d, nn.Linear)): name = f'{name}_{op}'.lstrip('_')
     x = low.values[a['input']]
     u, step = (x.node, x.scale) if x.single else (low.plain(x), torch.ones(1, dtype=torch.float64))
-    q = weight_quantiser(owner)
-    key = name, None if q is not None else float(step)
-    if key not in low.layers: low.layers[key] = _make_layer(op, a, q, step, name)
-    module = low.layers[key]
+    q, steps = steps_of(node, a['weight'])
+    module = low.known(_make_layer(op, a, q, steps, step, name), _origin(node, a['weight']))
     target = next((t for t, m in low.modules.items() if m is module), None)
     y = low.graph.call_module(target, (u,)) if target else low.call(name, module, u)
-    return Value(y) if q is None else Value(y, step*q.scale.detach().flatten(), a['bias'], name)
+    return Value(y) if q is None else Value(y, step*steps, a['bias'], name)
 
 # %% ../nbs/11_deployment.ipynb #535f5c3b
-def _make_layer(op, a, quantiser, step, name):
+def _make_layer(op, a, quantiser, steps, step, name):
     "The module of a layer."
     w = a['weight'].detach()
     if quantiser is None:
@@ -315,9 +402,15 @@ def _make_layer(op, a, quantiser, step, name):
         if a['bias'] is not None: m.bias.data = a['bias'].detach().clone()
         return m.requires_grad_(False)
     m = _new_layer(op, w, a, weight_bits=quantiser.bits)
-    m.weight.data = integers_of(w, quantiser.scale.detach(), name)
+    m.weight.data = integers_of(w, steps.view(-1, *[1]*(w.dim() - 1)), name)
     check_integers(m.weight, quantiser.bits, f'{name}.weight')
     return m
+
+def _origin(node, weight):
+    "Where a weight is stored in the end."
+    place = weight.untyped_storage().data_ptr()
+    module, _ = node.meta['weights'].get(place, (None, None))
+    return place if module is None else next(module.parametrizations.weight.parameters()).untyped_storage().data_ptr()
 
 # %% ../nbs/11_deployment.ipynb #1037dc2c
 @rule('batch_norm')
@@ -337,12 +430,12 @@ def _leaf(low, node):
         low.modules.setdefault(name or 'net', m)
         return Value(low.graph.call_module(name or 'net', (low.plain(x),)))
     if (step := _step_of(node)) is None: _refuse(node, f'a module that counts as {m.counts_as!r}, but is no quantiser with one step')
-    if (key := (step, m.bits, bool(m.signed))) not in x.quantised:
+    if (key := (step, m.bits, bool(m.signed), bottom := getattr(m, 'low', 0))) not in x.quantised:
         if not x.single and _summed(node.args[0]): low.plain(x)  # the sum needs it, and what is left is one number
         name, v = name.replace('.input_quantiser', '_input'), x if x.plain is None else Value(x.plain)
         v = Value(v.node, v.scale/step, v.bias/step)
         u = v.node if v.trivial else low.scaled(v.node, v.scale, v.bias, name)
-        x.quantised[key] = Value(low.call(f'{name}_quantise', Quantise(m.bits, m.signed), u), torch.tensor([step]))
+        x.quantised[key] = Value(low.call(f'{name}_quantise', Quantise(m.bits, m.signed, bottom), u), torch.tensor([step]))
     return x.quantised[key]
 
 def _summed(node):
@@ -374,7 +467,16 @@ def absorbed(
 ) -> bool:
     "Do unsigned quantisers alone read it?"
     readers = list(_readers(node, SELECT))
-    return bool(readers) and all((_step_of(r) is not None or isinstance(r.meta.get('module'), Quantise)) and not r.meta['module'].signed for r in readers)
+    return bool(readers) and all((_step_of(r) is not None or isinstance(r.meta.get('module'), Quantise)) and not (r.meta['module'].signed or getattr(r.meta['module'], 'low', 0)) for r in readers)
+
+def capped(
+    node: fx.Node,  # a recorded relu6 or hardtanh
+    low: float,     # its smallest value
+    high: float     # its largest
+) -> bool:
+    "Do unsigned quantisers alone read it, which end before it does?"
+    ends = {(_step_of(r) or 1.)*(r.meta['module'].top if isinstance(r.meta['module'], Quantise) else 2**r.meta['module'].bits - 1) for r in _readers(node, SELECT)} if absorbed(node) else {math.inf}
+    return low <= 0 and max(ends) <= high
 
 def common_step(
     node: fx.Node  # recorded
@@ -388,16 +490,28 @@ def _emit(low, function, *args, scale=None, bias=None, name='', **kwargs):
     "A node that calls a function, as a Value."
     return Value(low.graph.call_function(function, args, kwargs), scale, bias, name)
 
-def _scaled_on(low, node, x, function, *args):
-    "A function f with f(a v) = a f(v) for a > 0: on v/a where that spares a scale, else on v."
+def _scaled_on(low, node, x, function, *args, ends=()):
+    "A function f with f(a v) = a f(v) for a > 0, its ends scaled likewise: on v/a where that spares a scale, else on v."
     step = None if x.trivial or x.plain is not None else common_step(node)
-    if step is None: return _emit(low, function, low.plain(x), *args)
-    return _emit(low, function, low.scaled(x.node, x.scale/step, x.bias/step, x.name), *args, scale=torch.tensor([step]))
+    if step is None: return _emit(low, function, low.plain(x), *args, *ends)
+    return _emit(low, function, low.scaled(x.node, x.scale/step, x.bias/step, x.name), *args, *[e/step for e in ends], scale=torch.tensor([step], dtype=torch.float64))
 
 @rule('relu')
 def _relu(low, node):
     x = low.values[node.args[0]]
     return x if absorbed(node) else _scaled_on(low, node, x, F.relu)
+
+@rule('relu6', 'hardtanh')
+def _hardtanh(low, node):
+    a = bound(node, 'input min_val max_val inplace', **dict(min_val=-1., max_val=1.) if node.meta['op'] == 'hardtanh' else dict(min_val=0., max_val=6.))
+    if node.meta['op'] == 'relu6': a.update(min_val=0., max_val=6.)   # its second argument is inplace
+    x = low.values[a['input']]
+    return x if capped(node, a['min_val'], a['max_val']) else _scaled_on(low, node, x, F.hardtanh, ends=(float(a['min_val']), float(a['max_val'])))
+
+@rule('leaky_relu')
+def _leaky_relu(low, node):
+    a = bound(node, 'input negative_slope inplace', negative_slope=.01)
+    return _scaled_on(low, node, low.values[a['input']], F.leaky_relu, a['negative_slope'])
 
 @rule('max_pool2d')
 def _max_pool2d(low, node):
@@ -466,9 +580,11 @@ def _reshape(low, node):
 @rule('permute', 'transpose')
 def _permute(low, node):
     "All dimensions in a new order."
-    k = len(node.meta['shape'])
-    dims = node.args[1:] if node.meta['op'] == 'permute' else list(range(k))
-    if node.meta['op'] == 'transpose': i, j = (d % k for d in node.args[1:3]); dims[i], dims[j] = j, i
+    k, dims = len(node.meta['shape']), node.kwargs.get('dims', node.args[1:])
+    if node.meta['op'] == 'transpose':
+        a, dims = bound(node, 'input dim0 dim1'), list(range(k))
+        i, j = (a.get(f'axis{n}', a[f'dim{n}']) % k for n in (0, 1))
+        dims[i], dims[j] = j, i
     elif len(dims) == 1: dims = dims[0]
     dims, x = tuple(d % k for d in dims), low.values[node.args[0]]
     if dims[0]: _refuse(node, 'the batch must stay in front')
@@ -503,6 +619,13 @@ def _constant(node, v):
     if v.numel() > 1 and v.numel() != shape[1]: _refuse(node, f"a stored tensor of {'x'.join(map(str, v.shape))} is not one number a channel")
     return v.detach().double().flatten()
 
+def _widened(low, node, source):
+    "The value of `source`, its one channel repeated where a constant has more."
+    x, old, new = low.values[source], source.meta['shape'], node.meta['shape']
+    if old == new: return x
+    if len(old) != len(new) or old[:1] + (new[1],) + old[2:] != new or old[1] != 1: _refuse(node, f"a constant makes {'x'.join(map(str, new))} of {'x'.join(map(str, old))}")
+    return _emit(low, torch.cat, [x.node]*new[1], 1, scale=x.scale, bias=x.bias, name=x.name)
+
 @rule('add', 'sub')
 def _add(low, node):
     a = bound(node, 'input other alpha', alpha=1)
@@ -511,16 +634,17 @@ def _add(low, node):
     if isinstance(x, Value) and isinstance(y, Value):
         if sign == 1: return _emit(low, torch.add, low.plain(x), low.plain(y))
         return _emit(low, torch.sub, low.plain(x), low.plain(y if sign == -1 else y.then(-sign, 0.)))
-    if isinstance(x, Value): return x.then(1., sign*_constant(node, y), node.meta['layer'])
-    return y.then(sign, _constant(node, x), node.meta['layer'])
+    if isinstance(x, Value): return _widened(low, node, a['input']).then(1., sign*_constant(node, y), node.meta['layer'])
+    return _widened(low, node, a['other']).then(sign, _constant(node, x), node.meta['layer'])
 
 # %% ../nbs/11_deployment.ipynb #3dd91aa5
 @rule('mul')
 def _mul(low, node):
     a = bound(node, 'input other')
     x, y = (low.values.get(v) if isinstance(v, fx.Node) else v for v in (a['input'], a['other']))
-    if not isinstance(x, Value): x, y = y, x
-    if not isinstance(y, Value): return x.then(_constant(node, y), 0., node.meta['layer'])
+    if not (isinstance(x, Value) and isinstance(y, Value)):
+        source, factor = (a['input'], y) if isinstance(x, Value) else (a['other'], x)
+        return _widened(low, node, source).then(_constant(node, factor), 0., node.meta['layer'])
     step, small = common_step(node), min((a['input'], a['other']), key=lambda n: math.prod(n.meta['shape']))
     z = low.values[small]
     spared = step is not None and x is not y and z.plain is None and math.prod(small.meta['shape']) < math.prod(node.meta['shape'])
@@ -532,19 +656,22 @@ def _mul(low, node):
 def _div(low, node):
     a = bound(node, 'input other rounding_mode')
     if isinstance(a['other'], fx.Node) or a['rounding_mode']: _refuse(node, 'it divides by an activation, or rounds')
-    return low.values[a['input']].then(1/_constant(node, a['other']), 0., node.meta['layer'])
+    return _widened(low, node, a['input']).then(1/_constant(node, a['other']), 0., node.meta['layer'])
 
 @rule('neg')
 def _neg(low, node): return low.values[node.args[0]].then(-1., 0., node.meta['layer'])
 
 @rule('rsub')
-def _rsub(low, node): return low.values[node.args[0]].then(-1., _constant(node, node.args[1]), node.meta['layer'])
+def _rsub(low, node):
+    a = bound(node, 'input other alpha', alpha=1)
+    if isinstance(a['other'], fx.Node): return _emit(low, torch.sub, low.plain(low.values[a['other']]), low.plain(low.values[a['input']].then(a['alpha'], 0.)))
+    return _widened(low, node, a['input']).then(-a['alpha'], _constant(node, a['other']), node.meta['layer'])
 
 # %% ../nbs/11_deployment.ipynb #480f810c
 GATES = dict(sigmoid=torch.sigmoid, tanh=torch.tanh, silu=F.silu, hardswish=F.hardswish, hardsigmoid=F.hardsigmoid, gelu=F.gelu,
              hardtanh=F.hardtanh, relu6=F.relu6, leaky_relu=F.leaky_relu)
 
-@rule(*GATES)
+@rule(*(g for g in GATES if g not in RULES))
 def _gate(low, node):
     "An elementwise function of the value as it is."
     kwargs = {k: v for k, v in node.kwargs.items() if k != 'inplace'}
@@ -552,6 +679,81 @@ def _gate(low, node):
 
 FUNCTIONS = {f.__name__: f for f in (operator.getitem, torch.cat, torch.add, torch.sub, torch.mul, torch.mean, torch.flatten, torch.reshape, torch.permute,
                                      F.pad, F.relu, F.avg_pool2d, F.adaptive_avg_pool2d, *GATES.values())} | dict(max_pool2d=F.max_pool2d)
+CARRIES = {operator.getitem, torch.cat, torch.flatten, torch.reshape, torch.permute, F.pad, F.max_pool2d}  # leave values as they are
+
+# %% ../nbs/11_deployment.ipynb #4265a3b1
+def grid_of(
+    graph: fx.GraphModule,  # from `lower`
+    node: fx.Node           # of it
+):                          # (bits, signed), and the lower end where that is not 0; None where its values are not whole
+    "The grid that a node's values lie on: that of the quantiser they come from."
+    if node.op == 'call_module': m = graph.get_submodule(node.target); return (m.bits, m.signed, *[m.low]*bool(m.low)) if isinstance(m, Quantise) else None
+    if node.op != 'call_function' or node.target not in CARRIES: return None
+    if node.target is F.pad and bound(node, 'input pad mode value')['value']: return None
+    grids = {grid_of(graph, i) for i in node.all_input_nodes}
+    return grids.pop() if len(grids) == 1 else None
+
+def kernel_ranges(
+    layer: nn.Module,  # IntConv2d or IntLinear
+    bits: int,         # of its input
+    signed: bool,      # has it a sign?
+    low: int = 0       # lower end of an unsigned one
+) -> tuple:            # low and high, each (out,) int64
+    "Bounds of every partial sum of each kernel, in whatever order it is added up."
+    w, q = layer.weight.detach().flatten(1).long(), Quantise(bits, signed, low)
+    pos, neg = w.clamp(min=0).sum(1), w.clamp(max=0).sum(1)
+    return neg*q.top + pos*q.bottom, pos*q.top + neg*q.bottom
+
+def exact_sums(layer, grid):
+    "Does float32 hold every sum of this layer, in whatever order?"
+    return max(int(t.abs().max()) for t in kernel_ranges(layer, *grid)) <= 2**24
+
+def _widen(graph):
+    "Marks the layers whose sums float32 may not hold."
+    for node in graph.graph.nodes:
+        m = graph.get_submodule(node.target) if node.op == 'call_module' else None
+        if isinstance(m, IntWeights) and (grid := grid_of(graph, node.args[0])) and not exact_sums(m, grid): m.wide = True
+
+# %% ../nbs/11_deployment.ipynb #ae599333
+class Largest(fx.Interpreter):
+    "Runs a graph and keeps how large the inputs of each `ScaleBias` get, a channel at a time."
+    def __init__(self,
+        graph: fx.GraphModule  # of deployment modules
+    ):
+        super().__init__(graph)
+        self.top, self.extra_traceback = {}, False
+
+    def call_module(self, target, args, kwargs):
+        m = self.fetch_attr(target)
+        if isinstance(m, ScaleBias):
+            top = args[0].abs().transpose(0, 1).flatten(1).amax(1)
+            top = top if len(m.weight) > 1 else top.amax().view(1)
+            self.top[target] = torch.maximum(top, self.top.get(target, top))
+        return super().call_module(target, args, kwargs)
+
+def holds(
+    scale: torch.Tensor, # (C,) or (1,) float64
+    bias: torch.Tensor,  # likewise
+    top: torch.Tensor,   # likewise: the largest inputs
+    dtype: torch.dtype   # that scale and bias are to be rounded to
+) -> bool:
+    "Does rounding move scale*x + bias by no more than the last digit of dtype, in every channel (of a 64th of the largest at least)?"
+    top = torch.maximum(top, top.max()/64)   # a channel that is quiet on the example may be loud elsewhere
+    size = top*scale.abs() + bias.abs()
+    off = top*(scale.to(dtype).double() - scale).abs() + (bias.to(dtype).double() - bias).abs()
+    return bool((off <= torch.finfo(dtype).eps*torch.maximum(size, size.max()/64)).all())
+
+def powers(
+    scale: torch.Tensor, # as `holds`
+    bias: torch.Tensor,
+    top: torch.Tensor,
+    dtype: torch.dtype
+):                       # (i, j), or None where none is good enough
+    "Exponents with which dtype holds scale/2^(i+j) and bias/2^j: (0, 0) wherever that will do."
+    exponent = lambda t, down=0: min(max(math.frexp(float(t.abs().max()))[1] - down, -72), 45)   # three of FP16's powers of two
+    after = dict.fromkeys([0, exponent(bias), exponent(bias, 15), -24, 15])
+    tries = [(0, 0)] + [(exponent(scale*2.**-j, down), j) for j in after for down in (0, 15)]
+    return next(((i, j) for i, j in tries if holds(scale*2.**-(i + j), bias*2.**-j, top*2.**i, dtype)), None)
 
 # %% ../nbs/11_deployment.ipynb #76ba8e69
 def _build(recorded):
@@ -577,22 +779,87 @@ def _into_floats(graph):
         before = node.args[0]
         layer = graph.get_submodule(before.target) if before.op == 'call_module' else None
         if type(layer) not in (nn.Conv2d, nn.Linear) or len(before.users) > 1 or called.count(before.target) > 1: continue
-        layer.bias = nn.Parameter(s.bias.data + (0 if layer.bias is None else s.weight.data*layer.bias.data), False)
-        layer.weight.data *= s.weight.data.view(-1, *[1]*(layer.weight.dim() - 1))
+        scale, bias = (t.data.expand(len(layer.weight)) for t in (s.weight, s.bias))   # one number, or one a kernel
+        layer.bias = nn.Parameter(bias + (0 if layer.bias is None else scale*layer.bias.data), False)
+        layer.weight.data *= scale.view(-1, *[1]*(layer.weight.dim() - 1))
         node.replace_all_uses_with(before)
         graph.graph.erase_node(node)
     graph.delete_all_unused_submodules(); graph.recompile()
 
 # %% ../nbs/11_deployment.ipynb #f3f7df61
-def _round(graph, scales):
-    "Scales and biases to their dtype; the arithmetic is float32, or float64 where they are."
-    for n, m in graph.named_modules():
-        for p in m.parameters() if isinstance(m, ScaleBias) else ():
-            rounded = p.data.to(scales)
-            if not bool(torch.isfinite(rounded).all()):
-                raise MicronetError(f'{n} holds {float(p.abs().max()):g}, more than {scales} can: lower with scales=torch.float32')
-            p.data = rounded.double()
-    return graph.to(torch.float64 if scales == torch.float64 else torch.float32)
+def _rescale(graph, top, dtype):
+    "Puts powers of two beside the scales that dtype cannot hold by itself."
+    scales = {n.target: m for n in graph.graph.nodes if n.op == 'call_module' and isinstance(m := graph.get_submodule(n.target), ScaleBias)}
+    for target, m in scales.items():
+        if (found := powers(m.weight, m.bias, top[target], dtype)) is None:
+            raise MicronetError(f'{target} holds {float(m.weight.abs().max()):g}, which {dtype} cannot, not even with a power of two beside it: lower with scales=torch.float{64 if dtype == torch.float32 else 32}')
+        i, j = found
+        m.weight.data, m.bias.data = m.weight*2.**-(i + j), m.bias*2.**-j
+        for node in [n for n in graph.graph.nodes if n.op == 'call_module' and n.target == target]:
+            if i: node.replace_input_with(node.args[0], _power(graph, f'{target}_before', i, node.args[0]))
+            if j:
+                readers = list(node.users)
+                behind = _power(graph, f'{target}_behind', j, node)
+                for r in readers: r.replace_input_with(node, behind)
+    graph.recompile()
+
+def _power(graph, target, exponent, before):
+    "Nodes right behind another that multiply by a power of two, as many as it takes."
+    for k in range(n := math.ceil(exponent/15 if exponent > 0 else exponent/-24)):
+        step = exponent*(k + 1)//n - exponent*k//n
+        graph.add_submodule(name := f"{target}{f'_{k}' if k else ''}", m := ScaleBias(1).double())
+        m.weight.data.fill_(2.**step)
+        with graph.graph.inserting_after(before): before = graph.graph.call_module(name, (before,))
+    return before
+
+def _round(graph, x, top, scales):
+    "Scales and biases to their dtype, and checked; the arithmetic is float32, or float64 where they are."
+    if scales == torch.float64: return graph
+    _rescale(graph, top, scales)
+    exact = copy.deepcopy(graph)
+    for m in graph.modules():
+        for p in m.parameters() if isinstance(m, ScaleBias) else (): p.data = p.data.to(scales).double()
+    SideBySide(exact, graph.float(), torch.finfo(scales).eps).run(x)
+    return graph
+
+# %% ../nbs/11_deployment.ipynb #3fc82698
+class SideBySide(fx.Interpreter):
+    "Runs every node of an exact graph and of a rounded one on the exact inputs. MicronetError names the first that differs by more than rounding explains."
+    def __init__(self,
+        exact: fx.GraphModule,    # in float64
+        rounded: fx.GraphModule,  # the same nodes, in float32
+        eps: float                # the last digit of a scale
+    ):
+        super().__init__(exact)
+        self.rounded, self.eps, self.extra_traceback = rounded, eps, False
+
+    def run_node(self, n):
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        want = super().run_node(n)
+        if n.op not in ('call_module', 'call_function'): return want
+        call = self.rounded.get_submodule(n.target) if n.op == 'call_module' else n.target
+        single = lambda v: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v
+        got = call(*tree_map(single, args), **tree_map(single, kwargs))
+        off, limit = float((got.double() - want).abs().max()), self.limit(n, args, want)
+        if not off <= limit:
+            raise MicronetError(f'{n.target if n.op == "call_module" else n.name} is off by {off:.3g} on the example, {limit:.3g} at most: '
+                                'its numbers are lost in rounding, lower with scales=torch.float64')
+        return want
+
+    def limit(self, node, args, want):
+        "How far a rounded value may be from the exact one."
+        m = self.module.get_submodule(node.target) if node.op == 'call_module' else None
+        size = max(float(t.abs().max()) for t in [*_tensors(args), want])
+        if isinstance(m, Quantise): return 1.
+        if isinstance(m, ScaleBias): return self.eps*float((ScaleBias.forward(_absolute(m), args[0].abs())).max())
+        if isinstance(m, IntWeights) and grid_of(self.module, node.args[0]): return float(want.abs().max())*2**-24 if m.wide else 0.   # float32 rounds once, or not at all
+        return 1e-4*size
+
+def _absolute(scale):
+    "A scale layer with the magnitudes of another."
+    m = copy.deepcopy(scale)
+    m.weight.data.abs_(), m.bias.data.abs_()
+    return m
 
 # %% ../nbs/11_deployment.ipynb #26660d73
 @torch.no_grad()
@@ -601,45 +868,104 @@ def lower(
     example: torch.Tensor,  # (n, ...) input of the net, normalised
     scales: torch.dtype = torch.float16  # of scales and biases: torch.float16, float32 or float64
 ) -> fx.GraphModule:        # on the CPU; meta['input_size'] is the shape of one input
-    "The net as a graph of deployment modules, and FUNCTIONS. MicronetError names what cannot be lowered; in float64 its output on the example is the model's."
+    "The net as a graph of deployment modules, and FUNCTIONS. MicronetError names what cannot be lowered or rounded; in float64 its output on the example is the model's."
     if scales not in (torch.float16, torch.float32, torch.float64): raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
     if not (isinstance(example, torch.Tensor) and example.is_floating_point() and example.dim() > 1 and len(example)):
         raise MicronetError('the example must be a batch of normalised inputs, floating point')
+    check_finite(example, 'the example')
     copied = _copy(getattr(model, '_orig_mod', model)).cpu().to(torch.float64, memory_format=torch.contiguous_format).eval()  # one order of memory, one order of sums
     x = example.detach().cpu().double()
     recorded, expected = capture(copied, torch.cat([x, x]) if len(x) == 1 else x)
     graph = _build(recorded)
     _into_floats(graph)
-    _verify(graph.double(), x, expected[:len(x)])
+    _widen(graph)
+    run = Largest(graph.double())
+    _verify(run.run(x), expected[:len(x)])
     graph.meta['input_size'] = tuple(x.shape[1:])
-    return _round(graph, scales)
+    return _round(graph, x, run.top, scales)
 
 # %% ../nbs/11_deployment.ipynb #671aeeb4
+def check_finite(
+    x: torch.Tensor,  # any
+    what: str         # for the error
+):
+    "MicronetError for NaN and infinity: a quantiser that works on integers would make ordinary numbers of them."
+    if not bool(torch.isfinite(x).all()): raise MicronetError(f'{what} has {int((~torch.isfinite(x)).sum()):,} values that are NaN or infinite: find what makes them')
+
 def _copy(model):
+    check_plain(model)
     try: return copy.deepcopy(model)
     except (TypeError, RuntimeError, pickle.PickleError) as e: raise MicronetError(f'{type(model).__name__} cannot be copied ({e}), and so not be lowered') from e
 
-def _verify(graph, x, expected):
+def _verify(out, expected):
     "MicronetError where the graph computes something else."
-    off = float((graph(x) - expected).abs().max())
-    if not off <= 1e-6*max(float(expected.abs().max()), 1.):
+    if out.shape != expected.shape: raise MicronetError(f'the lowered graph gives {tuple(out.shape)} and the model {tuple(expected.shape)}')
+    off = float((out - expected).abs().max())
+    if not off <= 1e-6*float(expected.abs().max()) + 1e-12:
         raise MicronetError(f'the lowered graph is off by {off:.3g} on the example: a value lies on a rounding boundary (try another example), '
                             'or a module does what tensors do not show, such as writing into a view')
 
+# %% ../nbs/11_deployment.ipynb #94d99086
+def in_evaluation(
+    graph: fx.GraphModule  # left as it was
+) -> fx.GraphModule:
+    "A twin of a graph in evaluation mode, which shares its tensors and nothing else. Arguments that modules get by name have their place."
+    nodes, held = fx.Graph(), {}
+    out = nodes.graph_copy(graph.graph, {})
+    nodes.output(out)
+    for n in nodes.nodes:
+        if n.op == 'call_module': n.args, n.kwargs = _in_front(n.args, n.kwargs)
+        if n.op in ('call_module', 'get_attr'): held.setdefault(n.target, operator.attrgetter(n.target)(graph))
+    twins = {}
+    twin = fx.GraphModule({k: _twin(v, twins) if isinstance(v, nn.Module) else v for k, v in held.items()}, nodes, type(graph).__name__)
+    twin.meta.update(graph.meta)
+    return twin.eval()
+
+def _twin(module, made):
+    "A module of the same tensors, with a mode of its own."
+    if module not in made:
+        made[module] = t = type(module).__new__(type(module))   # a copy.copy that parametrized modules allow, too
+        t.__dict__.update(module.__dict__)
+        t._modules = {k: m and _twin(m, made) for k, m in module._modules.items()}
+        t.training = False
+    return made[module]
+
 # %% ../nbs/11_deployment.ipynb #4b202494
+def padded(
+    layer: nn.Conv2d,  # any padding and padding_mode
+    x: torch.Tensor    # (n, C, h, w), of any dtype
+) -> torch.Tensor:
+    "What the kernels of a layer see, edges included, so that the rest is a convolution without padding."
+    sides = layer._reversed_padding_repeated_twice   # left, right, top, bottom
+    if layer.padding_mode == 'zeros' or not any(sides): return F.pad(x, sides)
+    mode = layer.padding_mode
+    for dim, ends in ((-1, sides[:2]), (-2, sides[2:])):
+        places = F.pad(torch.arange(x.shape[dim], dtype=torch.float64)[None, None], ends, mode)   # not every mode knows integers
+        x = x.index_select(dim, places.flatten().long().to(x.device))
+    return x
+
+def dilated(
+    layer: nn.Conv2d,    # of any dilation
+    weight: torch.Tensor # (out, in, h, w)
+) -> torch.Tensor:
+    "The kernels with zeros between their weights, so that the rest is a convolution without dilation."
+    if set(layer.dilation) == {1}: return weight
+    (h, w), (i, j) = weight.shape[2:], layer.dilation
+    spread = weight.new_zeros(*weight.shape[:2], (h - 1)*i + 1, (w - 1)*j + 1)
+    spread[..., ::i, ::j] = weight
+    return spread
+
 def int_sums(
     layer: nn.Module,  # IntConv2d or IntLinear
     x: torch.Tensor    # (n, ...) int32, on the CPU
 ) -> torch.Tensor:     # int32, or int64 where a sum could leave int32
     "The layer's sums, without any floating point."
-    most = int(x.abs().max())*int(layer.weight.abs().flatten(1).sum(1).max())
+    most = int(x.long().abs().max() if x.numel() else 0)*int(layer.weight.double().abs().flatten(1).sum(1).max())
     dtype = torch.int32 if most < 2**31 else torch.int64
     w, x = layer.weight.to(dtype), x.to(dtype)
-    return F.linear(x, w) if isinstance(layer, nn.Linear) else F.conv2d(x, w, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return F.linear(x, w) if isinstance(layer, nn.Linear) else F.conv2d(padded(layer, x), dilated(layer, w), None, layer.stride, 0, 1, layer.groups)
 
 # %% ../nbs/11_deployment.ipynb #3b3bdeb4
-CARRIES = {operator.getitem, torch.cat, torch.flatten, torch.reshape, torch.permute, F.pad, F.max_pool2d}  # leave values as they are
-
 class IntegerRun(fx.Interpreter):
     "Runs a lowered graph node by node, with whole numbers as integers from each quantiser to the sums behind it."
     def __init__(self,
@@ -647,8 +973,8 @@ class IntegerRun(fx.Interpreter):
         half: bool = False,     # round what is not whole to FP16 after every step?
         watch=None              # function of (node, value), called for every node
     ):
-        super().__init__(graph)
-        self.half, self.watch = half, watch
+        super().__init__(in_evaluation(graph))
+        self.half, self.watch, self.extra_traceback = half, watch, False
         self.dtype = next((p.dtype for p in graph.parameters()), torch.float32)
 
     def floats(self, x): return x if not isinstance(x, torch.Tensor) or x.is_floating_point() else x.to(self.dtype)
@@ -676,40 +1002,29 @@ IntegerRun.call_module, IntegerRun.call_function, IntegerRun.run_node = _call_mo
 @torch.inference_mode()
 def run_integer(
     graph: fx.GraphModule,  # from `lower`
-    x: torch.Tensor,        # (n, ...) normalised inputs, on the CPU
+    x: torch.Tensor,        # (n, ...) normalised inputs, on the CPU, finite
     half: bool = False      # see `IntegerRun`
 ) -> torch.Tensor:          # (n, classes)
     "The graph's output, the sums of its quantised layers added up as integers."
-    return IntegerRun(graph, half).run(x.to(next(graph.parameters()).dtype))
+    return _run_whole(IntegerRun(graph, half), x)
+
+def _run_whole(run, x):
+    "An integer run's output. MicronetError where the input is not finite, or does not fit."
+    check_finite(x, 'the input of an integer run')
+    try: return run.run(x.to(run.dtype))
+    except MicronetError: raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as e:
+        raise MicronetError(f"the graph does not run on {_told(x)}: {(str(e).splitlines() or ['?'])[0]}") from e
+
+def _told(x): return f"{x.dtype} {'x'.join(map(str, x.shape))}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 # %% ../nbs/11_deployment.ipynb #4f9d7a76
-def grid_of(
-    graph: fx.GraphModule,  # from `lower`
-    node: fx.Node           # of it
-):                          # (bits, signed), None where its values are not whole
-    "The grid that a node's values lie on: that of the quantiser they come from."
-    if node.op == 'call_module': m = graph.get_submodule(node.target); return (m.bits, m.signed) if isinstance(m, Quantise) else None
-    if node.op != 'call_function' or node.target not in CARRIES: return None
-    grids = {grid_of(graph, i) for i in node.all_input_nodes}
-    return grids.pop() if len(grids) == 1 else None
-
 def register_bits(
     low: int,  # smallest value
     high: int  # largest value
 ) -> int:
     "Bits of the two's complement register that holds low to high."
     return 1 + max(int(high).bit_length() if high > 0 else 0, (-int(low) - 1).bit_length() if low < 0 else 0)
-
-# %% ../nbs/11_deployment.ipynb #0fad1f18
-def kernel_ranges(
-    layer: nn.Module,  # IntConv2d or IntLinear
-    bits: int,         # of its input
-    signed: bool       # has it a sign?
-) -> tuple:            # low and high, each (out,) int64
-    "Bounds of every partial sum of each kernel, in whatever order it is added up."
-    w, top = layer.weight.detach().flatten(1).long(), Quantise(bits, signed).top
-    pos, neg = w.clamp(min=0).sum(1)*top, w.clamp(max=0).sum(1)*top
-    return (neg - pos, pos - neg) if signed else (neg, pos)
 
 # %% ../nbs/11_deployment.ipynb #915559df
 @torch.inference_mode()
@@ -718,16 +1033,19 @@ def sum_widths(
     x: torch.Tensor         # (n, ...) inputs to measure on
 ) -> pd.DataFrame:          # a row a quantised layer: bits
     "The tree's width L, what the widest kernel could need, and the widest sum seen; `holds`: every kernel has room. Slide 'Scoring'."
-    layers, rows = {n: m for n in graph.graph.nodes if n.op == 'call_module' and isinstance(m := graph.get_submodule(n.target), IntWeights)}, {}
+    rows = {}
     def watch(node, sums):
-        if node not in layers or (grid := grid_of(graph, node.args[0])) is None: return
-        m, l = layers[node], layers[node].weight_bits + grid[0] - grid[1]
+        m = graph.get_submodule(node.target) if node.op == 'call_module' else None
+        if not isinstance(m, IntWeights) or (grid := grid_of(graph, node.args[0])) is None: return
+        l = m.weight_bits + grid[0] - grid[1]
         low, high = kernel_ranges(m, *grid)
         tree = [l + math.ceil(math.log2(max(int(n), 1))) for n in (m.weight != 0).flatten(1).sum(1)]
         need = [register_bits(a, b) for a, b in zip(low.tolist(), high.tolist())]
-        rows[node.target] = dict(weights=m.weight_bits, inputs=grid[0], product=l, tree=max(tree), worst=max(need),
-                                 seen=register_bits(int(sums.min()), int(sums.max())), holds=all(a <= b for a, b in zip(need, tree)))
-    IntegerRun(graph, watch=watch).run(x.to(next(graph.parameters()).dtype))
+        row = dict(weights=m.weight_bits, inputs=grid[0], product=l, tree=max(tree), worst=max(need),
+                   seen=register_bits(int(sums.min()), int(sums.max())), holds=all(a <= b for a, b in zip(need, tree)))
+        last = rows.get(node.target, row)   # of a layer that is called more than once, the widest
+        rows[node.target] = {k: min(row[k], last[k]) if k == 'holds' else max(row[k], last[k]) for k in row}
+    _run_whole(IntegerRun(graph, watch=watch), x)
     return pd.DataFrame(rows).T.rename_axis('layer')
 
 # %% ../nbs/11_deployment.ipynb #4c5c5f26
@@ -806,7 +1124,7 @@ class ToBytes:
         fma: bool = False,      # multiply and add with one rounding instead of two, as many processors and compilers do
         compiled: bool = False  # one compiled loop instead of five; needs a C++ compiler
     ):
-        if quantise.signed or quantise.bits > 8: raise MicronetError(f'ToBytes makes unsigned numbers of at most 8 bits, not {quantise.extra_repr()}')
+        if quantise.signed or quantise.low or quantise.bits > 8: raise MicronetError(f'ToBytes makes unsigned numbers of at most 8 bits, not {quantise.extra_repr()}')
         self.scale, self.bias = (torch.ones(1), torch.zeros(1)) if scale is None else (scale.weight.detach().clone(), scale.bias.detach().clone())
         self.top, self.work, self.fma, self.compiled = quantise.top, work or Workspace(), fma, compiled
 
@@ -837,7 +1155,7 @@ def module_of(graph, node):
 def makes_bytes(graph, node):
     "Does this node call a quantiser whose values fit an unsigned byte?"
     m = module_of(graph, node)
-    return isinstance(m, Quantise) and not m.signed and m.bits <= 8
+    return isinstance(m, Quantise) and not (m.signed or m.low) and m.bits <= 8
 
 # %% ../nbs/11_deployment.ipynb #42a2b7e6
 def takes_bytes(graph, node):
@@ -845,11 +1163,7 @@ def takes_bytes(graph, node):
     m = module_of(graph, node)
     if not isinstance(m, IntConv2d) or m.weight_bits > 8 or m.padding_mode != 'zeros' or isinstance(m.padding, str): return False
     grid = grid_of(graph, node.args[0])
-    return grid is not None and not grid[1] and grid[0] <= 8 and exact_sums(m, grid)
-
-def exact_sums(layer, grid):
-    "Does float32 hold every sum of this layer, in whatever order?"
-    return max(int(t.abs().max()) for t in kernel_ranges(layer, *grid)) <= 2**24
+    return grid is not None and not any(grid[1:]) and grid[0] <= 8 and exact_sums(m, grid)
 
 # %% ../nbs/11_deployment.ipynb #40649bec
 def pieces(
@@ -1015,7 +1329,7 @@ def share_memory(
 class Runner:
     "A lowered graph on integer units, in memory that is used again. Gives the graph's bits; where gates or layers work on floats, whose last digit depends on the batch, those at the same batch size."
     def __init__(self,
-        graph: nn.Module,       # from `lower` or `unpack`, or a net of deployment modules that torch.fx can trace; float32, on the CPU
+        graph: nn.Module,       # from `lower` or `unpack`, or a net of deployment modules that torch.fx can trace; float32, on the CPU; keeps its mode
         int8: bool = None,      # see `Int8Conv`
         fma: bool = False,      # see `ToBytes`; the graph itself does not
         compiled: bool = False, # see `ToBytes`
@@ -1026,18 +1340,20 @@ class Runner:
             graph = as_graph(graph)
         other = next((f'{n} is {t.dtype} on {t.device}' for n, t in graph.state_dict().items() if t.is_floating_point() and (t.dtype, t.device.type) != (torch.float32, 'cpu')), None)
         if other: raise MicronetError(f'a Runner takes a float32 graph on the CPU, but {other}: lower with scales=torch.float16 or float32, or call .float().cpu()')
-        self.graph, self.int8, self.options, self.batch, self.steps = graph.eval(), int8, dict(fma=fma, compiled=compiled), batch, None
+        bad = next((n for n, t in graph.state_dict().items() if not bool(torch.isfinite(t).all())), None)
+        if bad: raise MicronetError(f'{bad} holds NaN or infinity: a net that broke in training is not run')
         inputs, outputs = ([n for n in graph.graph.nodes if n.op == op] for op in ('placeholder', 'output'))
         if len(inputs) != 1 or not isinstance(outputs[0].args[0], fx.Node): raise MicronetError('a Runner takes a graph of one tensor to one tensor')
-        self.input, self.output = inputs[0], outputs[0].args[0]
+        self.graph, self.int8, self.options, self.batch, self.steps = in_evaluation(graph), int8, dict(fma=fma, compiled=compiled), batch, None
+        self.input, self.output = (next(n for n in self.graph.graph.nodes if n.op == op) for op in ('placeholder', 'output'))
+        self.output = self.output.args[0]
 
     @torch.inference_mode()
-    def __call__(self, x):  # (n, ...) float32
+    def __call__(self, x):  # (n, ...) float32, finite
         if not (isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.dim() > 1 and len(x)): raise MicronetError(f'a Runner takes float32 (n, ...), n > 0, not {_told(x)}')
+        check_finite(x, 'the input of a Runner')
         if self.steps is None: self.plan(x[:1])
         return torch.cat([self.once(part) for part in x.split(self.batch)])
-
-def _told(x): return f"{x.dtype} {'x'.join(map(str, x.shape))}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 # %% ../nbs/11_deployment.ipynb #e8105e0c
 class _Shapes(fx.Interpreter):

@@ -110,13 +110,13 @@ def _safe(graph, node):
 @exports(Quantise)
 def _quantise(e, m, x):
     "The range where the type has another, QuantizeLinear, DequantizeLinear; one signed bit is the sign. Round and Clip in the form 'float', and where QDQ is not safe."
-    sign, kind, low, high = m.signed and m.bits == 1, carrier(m.bits, m.signed), float(-m.top if m.signed else 0), float(m.top)
+    sign, kind, low, high = m.signed and m.bits == 1, carrier(m.bits, m.signed), float(m.bottom), float(m.top)
     if sign: x = e('Sign', x)
     if e.form == 'float' or not _safe(e.graph, e.node): return x if sign else e('Clip', e('Round', x), low, high)
-    if '8' in kind or '16' in kind: x = x if kind == f'UINT{m.bits}' else e('Clip', x, low, high)
+    if m.low and kind != f'UINT{m.bits}' or '8' in kind or '16' in kind: x = x if kind == f'UINT{m.bits}' else e('Clip', x, low, high)
     elif m.signed and not sign: x = e('Max', x, low)          # the type's own end does the rest
     elif m.bits == 1 and not sign: x = e('Min', x, high)
-    zero = e.constant(0, kind)
+    zero = e.constant(-m.low, kind)
     return e('DequantizeLinear', e('QuantizeLinear', x, 1., zero), 1., zero)
 
 @exports(ScaleBias)

@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from .deployment import IntConv2d, IntLinear, IntWeights, Quantise, Runner, ScaleBias, check_integers, lower
+from .deployment import IntConv2d, IntLinear, IntWeights, Quantise, Runner, ScaleBias, check_integers, in_evaluation, lower
 from .scoring import ACCOUNTINGS, score
 
 # %% ../nbs/14_packing.ipynb #b93f382e
@@ -115,8 +115,9 @@ def arguments(
     wanted = {k: p.default for k, p in inspect.signature(plain).parameters.items() if k not in ('device', 'dtype', 'args', 'kwargs')}
     found = {k: _plain(known[k]() if k in known else getattr(module, k, d), k, name) for k, d in wanted.items()}
     if isinstance(module, nn.Conv2d): found = {k: v[0] if isinstance(v, tuple) and len({*v}) == 1 else v for k, v in found.items()}
-    if isinstance(module, (IntConv2d, IntLinear)): found, wanted = found | {'bias': None, 'weight_bits': module.weight_bits}, wanted | {'bias': None, 'weight_bits': 4}
-    if getattr(module, 'wide', False): found, wanted = found | {'wide': True}, wanted | {'wide': False}
+    if isinstance(module, (IntConv2d, IntLinear)):
+        found |= {'bias': None, 'weight_bits': module.weight_bits, 'wide': module.wide}
+        wanted |= {'bias': None, 'weight_bits': 4, 'wide': False}
     return {k: v for k, v in found.items() if v is not wanted[k] and v != wanted[k]}
 
 def _plain(value, argument, name):
@@ -207,36 +208,30 @@ class _Leaves(fx.Tracer):
 def as_graph(
     model: nn.Module  # of deployment and plain modules; left as it was, whatever mode each of its modules is in
 ) -> fx.GraphModule:
-    "A model as a graph of modules and functions, in evaluation mode; a graph in that mode stays what it is. MicronetError where it cannot be traced, or has hooks."
+    "A model as a graph of modules and functions, in evaluation mode. MicronetError where it cannot be traced, or has hooks."
     modes = {m: m.training for m in model.modules()}
     _check_hooks(model, type(model).__name__)
-    try: graph = model if isinstance(model, fx.GraphModule) and not any(modes.values()) else _evaluating(model.eval())
+    try: graph = model if isinstance(model, fx.GraphModule) else _traced(model.eval())
     except Exception as e:  # a forward can fail in any way
         raise MicronetError(f'{type(model).__name__} cannot be traced by torch.fx: {(str(e).splitlines() or ["?"])[0]}') from e
     finally:
         for m, training in modes.items(): m.training = training
     for n in graph.graph.nodes:
         if n.op == 'call_module': _check_hooks(graph.get_submodule(n.target), n.target)
-    return graph
+    return in_evaluation(graph)
 
 # %% ../nbs/14_packing.ipynb #dae2ed10
-def _evaluating(model):
-    "A graph of a model's tensors in evaluation mode: its modules are copies, so that the model's keep their modes."
-    graph = fx.GraphModule(_twin(model, {}), model.graph if isinstance(model, fx.GraphModule) else _Leaves().trace(model)).eval()
+def _traced(model):
+    "A model, in evaluation mode, as a graph of its own modules."
+    graph = fx.GraphModule(model, _Leaves().trace(model))
     graph.meta.update(getattr(model, 'meta', {}))
     return graph
 
-def _twin(module, made):
-    "A copy of a module and of all below it, of the same tensors."
-    if module is None or module in made: return made.get(module)
-    twin = made[module] = object.__new__(type(module))  # copy.copy refuses parametrized modules
-    twin.__dict__.update(module.__dict__ | dict(_parameters=dict(module._parameters), _buffers=dict(module._buffers)))
-    twin.__dict__['_modules'] = {k: _twin(m, made) for k, m in module._modules.items()}
-    return twin
-
 def _check_hooks(module, name):
-    "A hook is code: no file and no graph holds it."
-    if module._forward_hooks or module._forward_pre_hooks: raise MicronetError(f'{name} has forward hooks, which no graph holds: remove them first')
+    "A hook is code: no file and no graph holds it. Lazy modules have hooks, too."
+    if any(nn.parameter.is_lazy(t) for t in [*module._parameters.values(), *module._buffers.values()]): raise MicronetError(f'{name} is a {type(module).__name__}, which has no weights yet: run the net on one batch first')
+    if hook := next(iter([*module._forward_pre_hooks.values(), *module._forward_hooks.values()]), None): raise MicronetError(
+        f"{name} has a forward hook ({getattr(hook, '__name__', type(hook).__name__)}), which no graph holds: remove it first; where it makes the weight, with remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils")
 
 # %% ../nbs/14_packing.ipynb #eef3b43d
 def encode_argument(
@@ -379,10 +374,16 @@ def _put(tensor, name, form, out, paid):
 
 def _order(stored, tensor):
     "How a tensor comes out of one with the same memory: '' as it is or in another shape, ' 10' with dimensions 1 and 0 (a transpose), None not at all."
-    steps = lambda t: [(n, s) for n, s in zip(t.shape, t.stride()) if n > 1]
-    if steps(stored) == steps(tensor) and stored.dim() == tensor.dim() or stored.is_contiguous() and tensor.is_contiguous(): return ''
-    orders = itertools.permutations(range(stored.dim())) if stored.dim() == tensor.dim() <= 4 else ()
-    return next((' ' + ''.join(map(str, o)) for o in orders if steps(stored.permute(o)) == steps(tensor) and stored.permute(o).shape == tensor.shape), None)
+    steps = lambda t: [s for n, s in zip(t.shape, t.stride()) if n > 1]
+    for order in itertools.permutations(range(tensor.dim())) if tensor.dim() < 5 else [range(tensor.dim())]:
+        try: view = _viewed(stored, tensor.shape, order)
+        except RuntimeError: continue  # there is no such view
+        if steps(view) == steps(tensor): return '' if [*order] == sorted(order) else ' ' + ''.join(map(str, order))
+    return None
+
+def _viewed(stored, shape, order):
+    "A view of that shape, its dimensions taken in that order."
+    return stored.view([n for _, n in sorted(zip(order, shape))]).permute(*order)
 
 def _check_weight(m, name):
     "Integers of the promised width; one bit is -1 and 1."
@@ -520,18 +521,16 @@ def _module(name, kind, streams, made, rows):
 # %% ../nbs/14_packing.ipynb #82c53043
 def _tensor(name, shape, form, streams, made, rows, module='', cls='constant', like=0):
     "A tensor of the file: read, or found where another has it too."
-    value, size = _again(name, shape, form[1:], made) if form[0] == '=' else streams.read(form, shape, like)
+    value, size = (_again(name, shape, form[1:], made), 0) if form[0] == '=' else streams.read(form, shape, like)
     made[name] = value
     rows.append(dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel(), nonzero=int((value != 0).sum()), bytes=size))
     return value
 
 def _again(name, shape, said, made):
-    "A tensor that is in the file already, in its own order of dimensions or another; and the bytes that it takes, 0."
-    first, *order = said.split(' ')
-    value = made.get(first)
-    if value is not None and order: value = value.permute([int(d) for d in order[0]])
-    if value is None or value.numel() != math.prod(shape): raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
-    return value.view(shape), 0
+    "A tensor that is in the file already, in its own order of dimensions or another."
+    first, _, order = said.partition(' ')
+    if (value := made.get(first)) is None or value.numel() != math.prod(shape): raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
+    return _viewed(value, shape, [int(d) for d in order] or range(len(shape)))
 
 # %% ../nbs/14_packing.ipynb #95dcbdd6
 def _build(tensors):

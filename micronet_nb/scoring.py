@@ -752,17 +752,18 @@ def count_elementwise(c, node, wide):
 def count_product(c, node, wide, known=()):
     "A product of two activations, such as attention: its multiplies and adds at the inputs' width; sums of products of quantised values in the adder."
     a, factors, products, sums, bias = _factors(node)
+    values = [known.get(node.reads[k], Value(32, True)) for k in factors if k in node.reads] if known else []
+    exact = len(values) == 2 and all(v.step is not None and v.bits < 16 for v in values)
+    wide = max(v.bits for v in values) if exact else wide
     multiplied = 16 if c.freebie else wide
     if node.op in ATTENTION:
         masked = a.get('attn_mask', a.get('attn_bias')) is not None
         c.row(node, 'softmax', sums*3, sums + sums*masked, bits='32')   # scale, exponential, division; sum, and a mask's
         v, out = a['value'], a['query'].numel()//a['query'].shape[-1]*a['value'].shape[-1]
         c.row(node, 'product', out*v.shape[-2]*multiplied/32, out*(v.shape[-2] - 1)*wide/32, bits=str(wide))
-    values = [known.get(node.reads[k], Value(32, True)) for k in factors if k in node.reads] if known else []
-    exact = len(values) == 2 and all(v.step is not None and v.bits < 16 for v in values)
     bits = values[0].bits + values[1].bits - (values[0].signed and values[1].signed) if exact else 32
     adds = sums*kernel_adds(torch.tensor([products//sums]), bits, c.adder) if exact else (products - sums)*wide/32
-    c.row(node, 'product', products*multiplied/32, adds + bias*sums*wide/32, bits=str(wide))
+    c.row(node, 'product', products*multiplied/32, adds + bias*sums*(32 if exact else wide)/32, bits=str(wide))
     count_beta(c, node)
 
 def _factors(node):
@@ -791,17 +792,18 @@ class Value(NamedTuple):
     bits: int
     signed: bool
     step: object = None   # of its quantiser (a number, or the quantiser itself where it has several); None: a float
+    low: int = 0          # smallest integer of an unsigned grid
 
     @property
-    def top(self): return max(2**(self.bits - self.signed) - 1, 1)
+    def top(self): return max(2**(self.bits - self.signed) - 1, 1) + self.low
     @property
     def float_bits(self): return self.bits if self.step is None else 32
 
 def _merged(values):
     "The grid that holds several values, None where they have none in common."
-    if not values or any(v.step is None for v in values) or len({v.step for v in values}) > 1: return None
+    if not values or any(v.step is None for v in values) or len({(v.step, v.low) for v in values}) > 1: return None
     signed = any(v.signed for v in values)
-    return Value(max(v.bits + (signed and not v.signed) for v in values), signed, values[0].step)
+    return Value(max(v.bits + (signed and not v.signed) for v in values), signed, values[0].step, values[0].low)
 
 # %% ../nbs/04_scoring.ipynb #7ecc7855
 def _stays(node, v): return v
@@ -812,20 +814,20 @@ def _clamped(node, v):
     for end, sign in ((a.get('min', a.get('min_val')), -1), (a.get('max', a.get('max_val')), 1)):
         if end is None: continue
         if isinstance(end, torch.Tensor) or not isinstance(v.step, float): return None
-        places, low = end/v.step, -v.top if v.signed else 0
+        places, low = end/v.step, -v.top if v.signed else v.low
         if (places >= v.top if sign > 0 else places <= low): continue   # cuts nothing off
         if not low <= places <= v.top or abs(places - round(places)) > 1e-6: return None
     return v
 
 def _summed(node, v):
     "The sum of two values has a bit more; a difference has a sign, too."
-    if len(node.inputs) != 2 or node.bound.get('alpha', 1) != 1: return None
+    if len(node.inputs) != 2 or node.bound.get('alpha', 1) != 1 or v.low: return None
     return Value(max(v.bits, 1 + v.signed) + 1, v.signed or node.op == 'sub', v.step)   # one signed bit is -1 to 1, as two are
 
 ON_GRID = {  # operations whose results lie on the grid of their inputs: rule from (node, the inputs' grid) to the result's, or None
     **dict.fromkeys(FREE, _stays), **dict.fromkeys(MAXIMA - {'argmax', 'argmin'}, _stays), **dict.fromkeys(('relu', 'maximum', 'minimum'), _stays),
     **dict.fromkeys(('clamp', 'clamp_min', 'clamp_max', 'hardtanh'), _clamped), **dict.fromkeys(('add', 'sub'), _summed),
-    'neg': lambda node, v: v if v.signed else None, 'abs': _stays,
+    'neg': lambda node, v: v if v.signed else None, 'abs': lambda node, v: None if v.low else v,
     'pad': lambda node, v: v if node.bound.get('mode', 'constant') != 'constant' or not node.bound.get('value') else None,
     'constant_pad_nd': lambda node, v: v if not node.bound['value'] else None}
 
@@ -836,7 +838,7 @@ def value_bits(
     layer=None   # (weight bits, activation bits, signed, spec) where it is a layer
 ) -> Value:
     "Width and sign of the value that an operation makes, and the step of its grid, if it lies on one."
-    if node.op == 'quantise': return Value(node.module.bits, bool(node.module.signed), quantiser_step(node) or node.module)
+    if node.op == 'quantise': return Value(node.module.bits, bool(node.module.signed), quantiser_step(node) or node.module, getattr(node.module, 'low', 0))
     if node.op == 'scale' or (layer and min(layer[:2]) < 32): return Value(16, True)
     if layer: return Value(32, True)
     values = [known.get(i, Value(32, True)) for i in node.inputs]
@@ -887,7 +889,7 @@ def quantiser_step(node):
 def absorbed(c, node, readers):
     "Is this relu done by the unsigned quantisers that read it?"
     def unsigned(r):
-        if r.op == 'quantise': return r.module.bits < 32 and not r.module.signed
+        if r.op == 'quantise': return r.module.bits < 32 and not (r.module.signed or getattr(r.module, 'low', 0))
         spec = c.specs.get(r.name) if r.weight is not None else None
         return bool(spec) and spec.activation_bits < 32 and not spec.activation_signed
     return c.cifar and node.op == 'relu' and node in readers and all(map(unsigned, readers[node]))

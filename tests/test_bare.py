@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, toy
 from test_repository import NOTEBOOKS, each_notebook, settings
 
 from micronet_nb import core, reproduce, scoring
@@ -198,7 +198,6 @@ def test_an_opened_notebook_is_saved_unchanged(told):
 
 def test_git_merges_notebooks_cell_by_cell(told):
     "Two sides that changed one cell each at neighbouring places, outputs included: without the driver a conflict."
-    from conftest import toy
     _, checkout, done = told
     assert "merge.nbdev-merge.driver" in done
     git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=checkout, capture_output=True, text=True)
@@ -217,6 +216,13 @@ def test_git_merges_notebooks_cell_by_cell(told):
     assert merged.returncode and {"theirs = 1", "ours = 1"} <= {"".join(c["source"]) for c in nb["cells"]}
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_installation_tells_them(tmp_path):
+    for name in ("Makefile", "settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT/name, tmp_path)
+    said = subprocess.run(["make", "-n", "lab"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert said.index("pip install") < said.index(".venv/bin/python -m micronet_nb.core") < said.index("jupyterlab nbs")
+
+
 # --- parameters
 
 @each_notebook
@@ -228,11 +234,14 @@ def test_parameters_are_compared_before_anything_runs(path):
     for name, default in reproduce.parameters_of(nb).items(): ast.literal_eval(default)  # a default that is no literal has no kind
 
 
-@pytest.mark.parametrize("given, words", [(("-p", "n_images", "many"), "n_images = 'many': a whole number belongs there"), (("-p", "seed", "1.5"), "seed = 1.5: a whole number")])
-def test_papermill_with_a_word_for_a_number_ends_in_a_clear_error(given, words, tmp_path):
-    done = command(ROOT/"nbs"/"12_adders.ipynb", tmp_path/"out.ipynb", *given, module="papermill", cwd=tmp_path)
-    assert done.returncode and f"MicronetError: {words}" in done.stderr
-    assert not [c for c in json.loads((tmp_path/"out.ipynb").read_text())["cells"][7:] if c.get("execution_count")]
+def test_papermill_with_a_word_for_a_number_ends_in_a_clear_error(tmp_path):
+    check = "from micronet_nb.core import check_parameters\ncheck_parameters()"
+    path = toy(tmp_path, "01_toy", check, "n_images = n_images or 5", parameters="profile = 'embedded'\nseed = 0\nn_images: int = None  # images")
+    done = command(path, tmp_path/"out.ipynb", "-p", "n_images", "many", "-p", "seed", "3", module="papermill", cwd=tmp_path)
+    assert done.returncode and "MicronetError: n_images = 'many': a whole number belongs there (the default is None)" in done.stderr
+    cells = json.loads((tmp_path/"out.ipynb").read_text())["cells"]
+    at = next(i for i, c in enumerate(cells) if "check_parameters" in "".join(c["source"]))
+    assert len(cells) > at + 2 and not [c for c in cells[at + 1:] if c.get("execution_count")]
 
 
 # --- documented examples

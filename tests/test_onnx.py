@@ -164,3 +164,93 @@ def test_ones_own_rule(tmp_path):
         x = torch.randn(2, 3)
         assert torch.allclose(onnx_session(to_onnx(Doubles(), tmp_path/'x.onnx', size=(3,)))(x), x.sigmoid())
     finally: RULES.pop(torch.special.expit, None)
+
+
+class Pools(nn.Module):
+    "Many pools of one input, their outputs in a row."
+    def __init__(self, pools): super().__init__(); self.pools = nn.ModuleList(pools)
+    def forward(self, x): return torch.cat([p(x).flatten(1) for p in self.pools], 1)
+
+
+GRID = [(k, s, p, ceil) for k in (1, 2, 3, (2, 3), (4, 1)) for s in (1, 2, 3, (3, 1)) for p in (0, 1, (0, 1)) for ceil in (False, True) if all(2*a <= b for a, b in zip(*((v, v) if isinstance(v, int) else v for v in (p, k))))]
+@pytest.mark.parametrize('size', [(7, 8), (5, 9), (4, 6)])
+@pytest.mark.parametrize('kind', ['max', 'max, dilated', 'average', 'average without the padding'])
+def test_every_pool(kind, size, tmp_path):
+    "Kernel, stride, padding and ceil_mode in all combinations: as torch answers, whatever onnxruntime and the standard make of ceil_mode."
+    made = {'max': lambda k, s, p, c: nn.MaxPool2d(k, s, p, 1, ceil_mode=c), 'max, dilated': lambda k, s, p, c: nn.MaxPool2d(k, s, p, 2, ceil_mode=c),
+            'average': lambda k, s, p, c: nn.AvgPool2d(k, s, p, c), 'average without the padding': lambda k, s, p, c: nn.AvgPool2d(k, s, p, c, False)}[kind]
+    torch.manual_seed(0)
+    x, pools, sizes = torch.randn(2, 2, *size) - 3, [], []   # below 0, so that a padded 0 would show
+    for arguments in GRID:
+        try: sizes.append(made(*arguments)(x)[0].numel())
+        except RuntimeError: continue                        # torch has no such pool: its output would be empty
+        pools.append(made(*arguments))
+    assert len(pools) > 40
+    net = Pools(pools)
+    with torch.no_grad(): found, expected = onnx_session(to_onnx(net, tmp_path/'p.onnx', size=x.shape[1:]), threads=1)(x), net(x)
+    assert found.shape == expected.shape
+    wrong = [p for p, a, b in zip(pools, found.split(sizes, 1), expected.split(sizes, 1)) if not torch.allclose(a, b, atol=1e-6)]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize('mode', ['reflect', 'replicate', 'circular'])
+def test_padding_modes(mode, tmp_path):
+    "A lowered net pads by a node of its own; a convolution that pads otherwise than with zeros is refused by name."
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)).eval(), torch.randn(3, 2, 5, 6)
+    with pytest.raises(MicronetError, match=f"its padding is '{mode}': lower the net first"): to_onnx(nn.Sequential(net[0]), tmp_path/'x.onnx', size=(2, 5, 6))
+    assert not list(tmp_path.iterdir())
+    graph = lower(net, x, torch.float32)
+    assert torch.allclose(onnx_session(to_onnx(graph, tmp_path/'x.onnx'))(x), net(x), atol=1e-5)
+
+
+def test_non_finite_input_is_refused(tmp_path):
+    "The net says NaN, integers cannot: a number would stand for it."
+    net = nn.Sequential(Quantise(4), IntConv2d(3, 4, 1), ScaleBias(4))
+    net[1].weight.data = torch.ones_like(net[1].weight)
+    run, x = onnx_session(to_onnx(net, tmp_path/'x.onnx', size=(3, 4, 4))), torch.zeros(2, 3, 4, 4)
+    assert torch.equal(run(x), net(x))
+    for bad in (float('nan'), float('inf'), -float('inf')):
+        y = x.clone()
+        y[1, 2, 3, :2] = bad
+        with pytest.raises(MicronetError, match='the input holds 2 numbers that are NaN or infinite'): run(y)
+    for wrong in (x.double(), x[:, :2], x[0]):
+        with pytest.raises(MicronetError, match='x.onnx does not run on torch.float'): run(wrong)
+
+
+def test_modes_are_left_as_they_were(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Dropout(), nn.ReLU()), nn.BatchNorm2d(4))
+    net[1].eval()
+    modes = [m.training for m in net.modules()]
+    to_onnx(net[:2], tmp_path/'x.onnx', size=(3, 4, 4))
+    assert [m.training for m in net.modules()] == modes
+    with pytest.raises(MicronetError, match='no rule for BatchNorm2d'): to_onnx(net, tmp_path/'y.onnx', size=(3, 4, 4))
+    graph = fx.symbolic_trace(net)
+    before = {k: v.clone() for k, v in graph.state_dict().items()}
+    with pytest.raises(MicronetError, match='no rule for BatchNorm2d'): to_onnx(graph, tmp_path/'y.onnx', size=(3, 4, 4))
+    assert [m.training for m in net.modules()] == modes and graph.training and all(torch.equal(v, before[k]) for k, v in graph.state_dict().items())
+
+
+class Does(nn.Module):
+    "A function, with a layer and numbers that it may use."
+    def __init__(self, f): super().__init__(); self.f, self.conv, self.k, self.whole = f, nn.Conv2d(4, 4, 3), nn.Parameter(torch.tensor(3.)), nn.Parameter(torch.arange(4).view(4, 1, 1), False)
+    def forward(self, x): return self.f(self, x)
+
+
+@pytest.mark.parametrize('f', [lambda m, x: 1 - x, lambda m, x: 2*x + 1, lambda m, x: x - 3, lambda m, x: x + True, lambda m, x: torch.sub(x, 2, alpha=3), lambda m, x: x*m.k, lambda m, x: x*m.whole,
+                               lambda m, x: m.conv(input=x), lambda m, x: F.pad(x, (2, 3, 1, 0), 'circular'), lambda m, x: x])
+def test_numbers_and_names(f, tmp_path):
+    torch.manual_seed(0)
+    net, x = Does(f).eval(), torch.randn(2, 4, 5, 6)
+    with torch.no_grad(): assert torch.allclose(onnx_session(to_onnx(net, tmp_path/'x.onnx', size=x.shape[1:]))(x), net(x), atol=1e-5)
+
+
+class Defaults(nn.Module):
+    def forward(self, x, factor=2.): return x*factor
+
+
+@pytest.mark.parametrize('net, words', [(Does(lambda m, x: (x, x)), 'not one tensor'), (Does(lambda m, x: {'y': x}), 'not one tensor'), (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), 'indices|not one tensor'),
+                                        (nn.Sequential(nn.Conv2d(4, 4, 1)).double(), 'is torch.float64'), (nn.Sequential(nn.Conv2d(4, 4, 1)).bfloat16(), 'is torch.bfloat16'), (Defaults(), 'the input factor has a default value')])
+def test_clear_refusals(net, words, tmp_path):
+    with pytest.raises(MicronetError, match=words): to_onnx(net, tmp_path/'x.onnx', size=(4, 6, 6))
+    assert not list(tmp_path.iterdir())

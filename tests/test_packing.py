@@ -19,7 +19,7 @@ from micronet_nb.activations import quantise_activations
 from micronet_nb.core import MicronetError, find_file, released_figures
 from micronet_nb.deployment import IntConv2d, IntLinear, Quantise, ScaleBias, lower, run_integer
 from micronet_nb.models import create_model
-from micronet_nb.packing import FORMAT, as_graph, bill, compress, contents, decode, encode, half_scales, load_packed, main_eval, main_pack, pack, parts_of, seal, unpack
+from micronet_nb.packing import FORMAT, as_graph, bill, compare_charges, compress, contents, decode, encode, half_scales, load_packed, main_eval, main_pack, pack, parts_of, seal, unpack
 from micronet_nb.pruning import prune
 from micronet_nb.scoring import score
 from micronet_nb.weights import quantise_weights
@@ -216,6 +216,224 @@ def test_half_scales_rounds_scales_and_nothing_else(tmp_path):
     assert net[1].weight[0] == torch.tensor(.1)
     net[1].weight.data[0] = 1e6
     with pytest.raises(MicronetError, match='1.weight reaches 1e'): half_scales(net)
+
+
+# --- what is written is read
+
+def modules(rng):
+    "A module of every kind with arguments drawn at random, for 4 channels of 9 x 8 in and out, as far as the kind allows."
+    pick = rng.choice
+    pad = pick(['zeros', 'reflect', 'replicate', 'circular'])
+    norm = nn.BatchNorm2d(4, eps=pick([1e-5, 1e-3]), momentum=pick([.1, None]), affine=pick([True, False]), track_running_stats=True)
+    norm.running_mean.normal_(); norm.running_var.uniform_(.5, 2)
+    return pick([
+        lambda: nn.Conv2d(4, 4, pick([1, 3, (1, 3)]), padding='same', dilation=pick([1, 2]), groups=pick([1, 2, 4]), bias=pick([True, False]), padding_mode=pad),
+        lambda: nn.Conv2d(4, 4, (3, 1), stride=(1, 2), padding=(1, 0), padding_mode=pad), lambda: norm, lambda: nn.LayerNorm([9, 8], eps=pick([1e-5, 1e-3]), elementwise_affine=pick([True, False]), bias=pick([True, False])), lambda: nn.Identity(),
+        lambda: IntConv2d(4, 4, 3, padding=1, weight_bits=rng.randrange(1, 9)), lambda: ScaleBias(pick([1, 4])), lambda: Quantise(rng.randrange(1, 9), pick([True, False])),
+        lambda: nn.Hardtanh(*pick([(), (0., 6), (-float('inf'), 2.), (np.float32(-1.5), 1)])), lambda: nn.ReLU(pick([True, False])), lambda: nn.ReLU6(), lambda: nn.SiLU(), lambda: nn.Sigmoid(), lambda: nn.Tanh(),
+        lambda: nn.GELU(pick(['none', 'tanh'])), lambda: nn.Hardswish(), lambda: nn.Hardsigmoid(), lambda: nn.LeakyReLU(pick([.01, .3])), lambda: nn.Softmax(pick([1, -1])), lambda: nn.Dropout(.5),
+        lambda: nn.AvgPool2d(*pick([(3, 1, 1), ([3, 3], 1, 1, True), (np.int64(3), 1, 1, False, False), (3, 1, 1, False, True, 5)])), lambda: nn.MaxPool2d(3, 1, pick([1, (1, 1)]), ceil_mode=pick([True, False])),
+        lambda: nn.AdaptiveAvgPool2d(pick([(9, 8), (None, 8), (None, None)])), lambda: nn.AdaptiveMaxPool2d((9, 8))])()
+
+
+class Drawn(nn.Module):
+    "A random net: modules that are used again, tied or their own child, parameters of any shape, and functions between them."
+    def __init__(self, seed):
+        super().__init__()
+        self.rng = random.Random(seed)
+        torch.manual_seed(seed)
+        rng, self.steps = self.rng, nn.ModuleList([nn.Conv2d(4, 4, 1)])
+        for _ in range(rng.randrange(1, 6)):
+            self.steps.append(modules(rng))
+        convs = [m for m in self.steps if type(m) is nn.Conv2d and m.weight.shape == (4, 4, 1, 1)]
+        self.fc = nn.Linear(4, 4, bias=rng.choice([True, False]))
+        tie = rng.randrange(4)
+        if tie == 1: self.fc.weight = nn.Parameter(convs[0].weight.detach()[:, :, 0, 0].t())
+        elif tie == 2: self.fc.weight = nn.Parameter(convs[0].weight.detach().view(4, 4))
+        elif tie == 3: convs[0].norm = nn.BatchNorm2d(4)
+        self.gain, self.bias = nn.Parameter(torch.tensor(rng.choice([2., .1]))), nn.Parameter(torch.zeros(4, 1, 1))
+        self.order = [i for i in range(len(self.steps)) for _ in range(rng.choice([1, 1, 2]))]
+        self.extra = rng.randrange(5)
+        filled(self, seed=seed)
+    def forward(self, x):
+        for i in self.order:
+            y = self.steps[i](x)
+            if hasattr(self.steps[i], 'norm'): y = self.steps[i].norm(y)
+            x = x + y.mean((2, 3), keepdim=True) if getattr(self.steps[i], 'stride', 1) == (1, 2) else y
+        x = x*self.gain + self.bias
+        if self.extra == 1: x = 1 - x[:, :, ::2, 1:]
+        elif self.extra == 2: x = torch.cat([x, x*2], 1)[:, 2:6]
+        elif self.extra == 3: x = F.pad(x, (1, 0), value=float('-inf')).amax((2, 3), keepdim=True)
+        x = self.fc(x.mean((2, 3)))
+        return (x, self.fc.weight.sum()) if self.extra == 4 else x
+
+
+@pytest.mark.parametrize('seed', range(60))
+def test_what_is_written_is_read(seed, tmp_path):
+    "Of any net that torch.fx traces and the lists know: the file gives its tensors and answers, a second file is the same, and the net stays in its modes."
+    net, rng = Drawn(seed), random.Random(seed)
+    for m in net.modules(): m.training = rng.random() < .5
+    modes = [m.training for m in net.modules()]
+    path = pack(net, tmp_path/'n', dict(input_size=(4, 9, 8)))
+    assert [m.training for m in net.modules()] == modes and [*tmp_path.iterdir()] == [path]
+    back, x = unpack(path), torch.randn(3, 4, 9, 8)
+    with torch.inference_mode():
+        for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (net.eval()(x), back(x))), strict=True): assert torch.equal(a, b)
+    for k, v in back.state_dict().items():
+        owner, _, last = k.rpartition('.')
+        assert torch.equal(v, getattr(net.get_submodule(owner), last)), k
+    assert pack(back, tmp_path/'again').read_bytes() == path.read_bytes()
+    table = contents(path)
+    floats = sum(t.numel() for t in {t.data_ptr(): t for n, t in net.named_parameters() if n in {*table.tensor}}.values())
+    assert table[table.bytes > 0].numbers.sum() <= floats + sum(b.numel() for b in net.buffers())  # tied tensors once
+
+
+def test_ties_are_stored_once(tmp_path):
+    "The same memory in the same order, transposed, and in another shape; a square weight and its transpose are not the same."
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Conv2d(6, 6, 1, bias=False), nn.Linear(6, 6, bias=False)
+            w = self.a.weight.detach()
+            self.b.weight, self.c.weight, self.d.weight = nn.Parameter(w.t()), nn.Parameter(w.view(6, 6, 1, 1)), self.a.weight
+        def forward(self, x): return self.b(self.a(self.d(self.c(x).flatten(1))))
+    net, x = Tied().eval(), torch.randn(2, 6, 1, 1)
+    path = pack(net, tmp_path/'n', dict(input_size=(6, 1, 1)))
+    table, back = contents(path).set_index('tensor'), unpack(path)
+    assert table.bytes.sum() == 4*36 and len({m.weight.data_ptr() for m in (back.a, back.b, back.c, back.d)}) == 1
+    assert torch.equal(back.b.weight, net.a.weight.t()) and not torch.equal(back.b.weight, net.a.weight) and torch.equal(back(x), net(x))
+
+
+def test_formats_are_no_newer_than_needed(tmp_path):
+    "A file that an older reader can read says so."
+    version = lambda net: json.loads((d := pack(net, tmp_path/'n').read_bytes())[8:8 + int.from_bytes(d[:8], 'little')])['__metadata__']['micronet_nb'][0]
+    two = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    assert version(two) == '1' and version(nn.Sequential(nn.Hardtanh(0., 6.))) == '1' and version(nn.Sequential(nn.Hardtanh(0., float('inf')))) == '2'
+    two[1].weight = two[0].weight
+    assert version(two) == '1'
+    two[1].weight = nn.Parameter(two[0].weight.detach().t())
+    assert version(two) == '2'
+
+
+def hooked():
+    m = nn.Sequential(nn.ReLU(), nn.ReLU())
+    m[1].register_forward_hook(lambda module, args, out: out*2)
+    return m
+
+def slim():
+    m = nn.Conv2d(3, 4, 1)
+    m.weight.data = m.weight.data[:2]
+    return nn.Sequential(m)
+
+def pruned():
+    import torch.nn.utils.prune
+    return nn.Sequential(torch.nn.utils.prune.random_unstructured(nn.Conv2d(3, 4, 1), 'weight', .5))
+
+def stepless():
+    q = Quantise(4)
+    q.top = 3
+    return nn.Sequential(q)
+
+
+@pytest.mark.parametrize('make, message', [(hooked, '1 has a forward hook'), (slim, '0.weight is 2x3x1x1'), (pruned, '0 has a forward hook .RandomUnstructured.'), (stepless, '0.top is 3'), (lambda: nn.Sequential(nn.LazyConv2d(3, 1)), 'is a LazyConv2d, which has no weights yet'),
+    (lambda: nn.Sequential(nn.Conv2d(4, 2, 1)), 'does not run on an input of 3x8x8'), (lambda: nn.Sequential(nn.Hardtanh(torch.tensor(-1.), 1.)), 'the argument min_val of 0 is tensor')])
+def test_what_a_file_would_lose_is_named(make, message, tmp_path):
+    "Nothing is left behind, the old file stays, and the net keeps its modes."
+    path = pack(nn.Sequential(nn.ReLU()), tmp_path/'n')
+    net, before = make().train(), path.read_bytes()
+    with pytest.raises(MicronetError, match=message): pack(net, path, dict(input_size=(3, 8, 8)))
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path] and all(m.training for m in net.modules())
+
+
+@pytest.mark.parametrize('broken', ['value', 'node', 'answer'])
+def test_a_file_that_is_not_the_net_is_not_kept(broken, tmp_path, monkeypatch):
+    "Whatever goes wrong between the net and its file is found by opening it."
+    real = packing.unpack
+    def damaged(path):
+        net = real(path)
+        if broken == 'value': net.get_submodule('0').weight.data[0, 0] += 1
+        elif broken == 'node': next(n for n in net.graph.nodes if n.target == '1').name = 'other'
+        else: net.get_submodule('1').forward = lambda x: x
+        return net
+    monkeypatch.setattr(packing, 'unpack', damaged)
+    with pytest.raises(MicronetError, match={'value': '0.weight comes back changed', 'node': 'structure comes back changed', 'answer': 'answers otherwise'}[broken]):
+        pack(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), tmp_path/'n', dict(input_size=(3,)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_in_training_mode(tmp_path):
+    "Neither its modules nor its running statistics change, and the file is that of the evaluation mode."
+    graph = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(.5)))
+    before = {k: v.clone() for k, v in graph.state_dict().items()}
+    x, path = torch.randn(2, 3, 5, 5), pack(graph, tmp_path/'n', dict(input_size=(3, 5, 5)))
+    assert all(m.training for m in graph.modules()) and all(torch.equal(v, before[k]) for k, v in graph.state_dict().items())
+    back = unpack(path)
+    assert torch.equal(back(x), graph.eval()(x)) and not any(m.training for m in back.modules())
+
+
+def test_memory_order_is_no_difference(tmp_path):
+    net = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3)).to(memory_format=torch.channels_last)
+    back = unpack(pack(net, tmp_path/'n', dict(input_size=(16, 12, 12))))
+    assert torch.equal(back.get_submodule('0').weight, net[0].weight) and torch.equal(back.get_submodule('2').weight, net[2].weight)
+
+
+def test_nan_goes_through_an_unpacked_graph(tmp_path):
+    "As through the net: no number stands for it."
+    net = filled(nn.Sequential(Quantise(4), IntConv2d(3, 4, 1), ScaleBias(4)))
+    x = torch.zeros(2, 3, 2, 2)
+    x[0, 0, 0, 0] = float('nan')
+    y = unpack(pack(net, tmp_path/'n'))(x)
+    assert bool(torch.isnan(y[0, :, 0, 0]).all()) and not bool(torch.isnan(y[1]).any()) and torch.equal(y.isnan(), net(x).isnan())
+
+
+# --- one truth
+
+@pytest.mark.parametrize('accounting', [None, 'official', 'riair-cifar100'])
+@pytest.mark.parametrize('density', [.5, 1])
+def test_a_file_is_what_its_accounting_charges(accounting, density, tmp_path):
+    net = filled(nn.Sequential(Quantise(4), IntConv2d(5, 7, 3, weight_bits=4), ScaleBias(7), Quantise(3), nn.Flatten(), IntLinear(7*36, 9, weight_bits=1), ScaleBias(9)), density)
+    path = pack(net, tmp_path/'n', dict(input_size=(5, 8, 8)) | ({'accounting': accounting} if accounting else {}))
+    table, parts = bill(path), parts_of(path)
+    assert table.why.eq('').all()
+    assert 0 <= parts['weights'] + parts['numbers'] - 4*score(net, (5, 8, 8), accounting=accounting or 'official', corrected=True).storage < len(table)
+    sizes = [(m.weight.numel(), m.weight_bits, int((m.weight != 0).sum())) for m in (net[1], net[5])]
+    masked, dense = ([-(-(n*with_mask + (nnz if with_mask else n)*b)//8) for n, b, nnz in sizes] for with_mask in (True, False))
+    small = [m if b == 1 and nnz < n else min(m, d) for m, d, (n, b, nnz) in zip(masked, dense, sizes)]
+    assert parts['weights'] == sum(masked if accounting == 'riair-cifar100' else small)
+    assert parts_of(pack(net, path, masks='always'))['weights'] >= parts['weights']
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'mobilenetv2_050', 'mobilenetv3_small_050'])
+def test_one_truth(name):
+    "Trained, deployed and packed: the same figures, or a reason a line; weights, scales and everything with a name are the same on both sides."
+    import timm
+    torch.manual_seed(0)
+    net, x = timm.create_model(name, num_classes=10).eval(), torch.randn(2, 3, 32, 32)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.bias.data.normal_(0, .3); m.running_mean.normal_(0, .3); m.running_var.uniform_(.5, 1.5)
+    quantise_weights(net, 4)
+    quantise_activations(net, x, 4)
+    graph = lower(net, x[:1])
+    t = compare_charges(net, graph)
+    before, after = (score(m, (3, 32, 32)) for m in (net, graph))
+    for column, total in (('simulated', before.ops), ('lowered', after.ops), ('simulated bytes', 4*before.storage), ('lowered bytes', 4*after.storage)): assert abs(t[column].sum() - total) < 1e-3
+    assert not t.why.str.contains('not explained').any() and not t.why.str.contains('again').any(), t[t.why.str.contains('not|again')]
+    layers = t[t.kind.isin(['conv', 'linear'])]
+    assert layers.why.eq('').all() and len(layers) == len(scoring.compressible(net)) and (layers.simulated == layers.lowered).all()
+    assert 0 <= t['file bytes'].sum() - t['lowered bytes'].sum() < len(t)
+    known = {'a step: the rules charge no quantiser of the net that is trained', 'done by the quantiser that reads it, which ends there', 'the bias is zero everywhere: neither added nor stored'}
+    assert {*t.why} - {''} <= known
+
+
+def test_a_difference_without_a_reason_is_said():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(), torch.randn(2, 3, 8, 8)
+    quantise_weights(net, 4); quantise_activations(net, x, 4)
+    graph = lower(net, x)
+    assert not compare_charges(net, graph).why.str.contains('not explained').any()
+    graph.get_submodule('3').weight.data[0] = 0
+    t = compare_charges(net, graph)
+    assert t[t.why.str.contains('not explained')].name.tolist() == ['3']
 
 
 # --- what cannot be packed
@@ -427,7 +645,7 @@ def test_score_command_takes_a_packed_file(digits_net, tmp_path, capsys):
     assert scoring.main([str(digits_net), '--corrected']) == 0
     net, size, accounting = load_packed(digits_net)
     s = score(net, size, accounting=accounting, corrected=True)
-    assert f'{s.storage:,.4f}' in capsys.readouterr().out
+    assert f'{scoring._count(s.storage)} ' in capsys.readouterr().out
     (tmp_path/'cut.safetensors').write_bytes(digits_net.read_bytes()[:-3])
     assert scoring.main([str(tmp_path/'cut.safetensors')]) == 1
     one_line(capsys.readouterr().err, 'micronet-score', 'is cut short')

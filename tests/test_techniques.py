@@ -1,22 +1,29 @@
 "One contract for every technique on every net: shapes, finite numbers, no growth, idempotence, removal to the bit, and training in between."
 import copy
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from safetensors.torch import load, save
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as torch_prune
+from torch.overrides import TorchFunctionMode
 
-from micronet_nb.activations import quantise_activations, remove_activation_quantisers
+from micronet_nb.activations import activation_quantisers, attach_quantiser, quantise_activations, remove_activation_quantisers
 from micronet_nb.core import MicronetError
 from micronet_nb.data import load_dataset
 from micronet_nb.distillation import kd_loss
 from micronet_nb.models import create_model, densenet_bc
-from micronet_nb.pruning import erk_rates, param_sparsity, prune, remove_pruning
+from micronet_nb.pruning import (METHODS, computing_weight, dense_weight, erk_rates, global_rates, magnitude_mask, mask_of, masks, op_sparsity, param_sparsity, prune,
+                                 remove_pruning, untouched)
 from micronet_nb.scoring import compressible, score
 from micronet_nb.sensitivity import sensitivity
 from micronet_nb.training import FitConfig, fit
-from micronet_nb.weights import quantise_weights, remove_weight_quantisers, specs_of
+from micronet_nb.weights import quantise_weights, quantiser_of, remove_weight_quantisers, specs_of
 
 CLASSES = 10
 NETS = {
@@ -164,3 +171,286 @@ def test_bad_input_is_named_and_changes_nothing(call, words):
     with pytest.raises(MicronetError) as e: call(model, x)
     for w in words: assert w in str(e.value)
     assert same(state(model), before)
+
+
+# What masks and quantisers reach, and what they do not.
+
+class Everything(nn.Module):
+    "A weight of every kind; masks and quantisers reach `stem`, `head` and the projection behind the attention."
+    def __init__(self):
+        super().__init__()
+        self.stem, self.up, self.deep = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 2), nn.Conv3d(1, 1, 3, padding=1)
+        self.along, self.attend, self.words = nn.Conv1d(4, 4, 3, padding=1), nn.MultiheadAttention(4, 2, batch_first=True), nn.Embedding(7, 4)
+        self.bare, self.norm, self.head = nn.Parameter(torch.randn(4, 4)), nn.LayerNorm(4), nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.deep(self.up(self.stem(x))[:, None])[:, 0]
+        x = self.along(x.flatten(2)).transpose(1, 2)
+        x = self.norm(self.attend(x, x, x)[0]) + self.words(torch.zeros(1, dtype=torch.long))
+        return self.head(F.linear(x, self.bare).mean(1))
+
+PASSED_BY = {"up.weight": 4*4*2*2, "deep.weight": 27, "along.weight": 4*4*3, "attend.in_proj_weight": 3*4*4, "words.weight": 7*4, "bare": 4*4}
+REACHED = {"stem.weight": 4*3*3*3, "attend.out_proj.weight": 4*4, "head.weight": 10*4}  # 231 of 395 weights are passed by
+every_call = pytest.mark.parametrize("call", [lambda m, x: prune(m, .5), lambda m, x: quantise_weights(m, 4), lambda m, x: quantise_activations(m, [x], 4)])
+
+
+@every_call
+def test_what_is_passed_by_comes_with_every_call(call):
+    torch.manual_seed(0)
+    model, x = Everything().eval(), torch.randn(4, 3, 6, 6)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        done = call(model, x)
+    table = done.untouched
+    beyond = table[table.why == "out of reach"]
+    assert dict(beyond.weights) == PASSED_BY
+    assert beyond.share.sum() == pytest.approx(sum(PASSED_BY.values())/sum((PASSED_BY | REACHED).values()))
+    words = [str(w.message) for w in told if "passes by" in str(w.message)]
+    assert len(words) == 1 and "58% of the weights" in words[0] and "up.weight (ConvTranspose2d)" in words[0]
+    assert told[-1].filename == __file__  # it points at the call
+    ran = ["attend.out_proj.weight"] if hasattr(done, "items") and "head" in activation_quantisers(model) else []
+    assert list(table.index[table.why == "did not run"]) == ran  # attention reads that weight itself
+
+
+def test_where_the_zeros_are_is_what_was_reached():
+    "Independently of the list: after pruning by half, the tensors without a zero are those that it names."
+    torch.manual_seed(0)
+    model = Everything()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.warns(UserWarning, match="passes by 58%"): prune(model, .5)
+    remove_pruning(model)
+    whole = {n for n, p in model.named_parameters() if p.dim() > 1 and torch.equal(p, before[n])}
+    assert whole == set(PASSED_BY)
+    assert param_sparsity(model) == (54 + 8 + 20)/sum((PASSED_BY | REACHED).values())
+
+
+def test_layers_that_a_plan_leaves_out_are_listed_and_no_warning_is_given():
+    model = NETS["mlp"][0]()
+    x = torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dict(prune(model, {"3": .5}).untouched.why) == {"1.weight": "rate 0"}
+        done = quantise_weights(model, {"3": 4})
+        assert done == {"1": 32, "3": 4} and dict(done.untouched.why) == {"1.parametrizations.weight.original": "32 bits"} or dict(done.untouched.why) == {"1.weight": "32 bits"}
+        assert dict(quantise_activations(model, [x], {"1": 4}).untouched.why) == {"3.parametrizations.weight.original": "32 bits"}
+        assert not len(quantise_weights(copy.deepcopy(model), 4, learn=True).untouched)  # learned steps are no weights
+        assert copy.deepcopy(done).untouched.equals(done.untouched)
+
+
+class Handed(TorchFunctionMode):
+    "The weights that convolutions are handed, seen from outside."
+    def __init__(self): super().__init__(); self.weights = []
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") == "conv2d": self.weights.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d, Conv2dSame])
+def test_sparsity_is_that_of_the_weights_that_compute(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(kind(3, 8, 3, bias=False)), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        model[0].weight.masked_fill_(~magnitude_mask(model[0].weight, .7), 0.)
+        with Handed() as handed: model(x)
+    zeros = float((handed.weights[0] == 0).float().mean())
+    assert (zeros > .69) == (kind is Conv2dSame)
+    assert param_sparsity(model) == op_sparsity(model, (3, 8, 8)) == pytest.approx(zeros, abs=1e-7)
+    assert torch.equal(computing_weight(model[0]), handed.weights[0]) and model.training
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d])
+def test_layers_that_make_another_weight_are_refused_or_left_whole(kind):
+    model, x = nn.Sequential(kind(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)), torch.randn(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match="passes by"): prune(model, {"3": .5})
+    before, digits = state(model), some_digits("valid", 16, 8)
+    for call in (lambda: prune(model, .7), lambda: prune(model, .7, "gradual"), lambda: quantise_weights(model, 4),
+                 lambda: sensitivity(model, (digits, digits), weight_bits=(), activation_bits=(), quiet=True)):
+        with pytest.raises(MicronetError, match=f"{kind.__name__} '0' makes another weight"): call()
+        assert same(state(model), before)
+    beyond = [f"0.{n}" for n, p in model[0].named_parameters() if p.dim() > 1]  # a scaled one has a gain, too
+    with pytest.warns(UserWarning, match=f"passes by {73 if len(beyond) == 1 else 74}% of the weights"): pruner = prune(model, {"3": .7})
+    assert list(untouched(model).index) == beyond == list(pruner.untouched.index)
+    table = sensitivity(model, (digits, digits), sparsities=(), weight_bits=(), activation_bits=(4,), quiet=True)
+    assert set(table.layer) == {"0", "3"}
+
+
+MAKERS = {"weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm), "spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+          "prune": (lambda m: torch_prune.l1_unstructured(m, "weight", amount=.25), lambda m: torch_prune.remove(m, "weight")),
+          "remove_parametrizations": (parametrizations.weight_norm, lambda m: nn.utils.parametrize.remove_parametrizations(m, "weight"))}
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_weight_that_torch_makes_of_others_is_named_with_its_remedy(name):
+    wrap, undo = MAKERS[name]
+    torch.manual_seed(0)
+    model, digits = nn.Sequential(nn.Flatten(), wrap(nn.Linear(192, 10))), some_digits("valid", 16, 8)
+    before = state(model)
+    calls = [lambda: prune(model, .5), lambda: quantise_weights(model, 4), lambda: global_rates(model, .5), lambda: erk_rates(model, .5)]
+    if name != "remove_parametrizations": calls.append(lambda: sensitivity(model, (digits, digits), weight_bits=(), activation_bits=(), quiet=True))  # a parametrization is resolved there
+    for call in calls:
+        with pytest.raises(MicronetError, match=f"keeps no dense weight of '1': undo it first, with .*{name}"): call()
+        assert same(state(model), before)
+    assert {n.split(".")[-1][:8] for n in untouched(model).index} <= {"weight_g", "weight_v", "weight_o", "original"} and len(untouched(model))
+    undo(model[1])
+    assert param_sparsity(model) == (.25 if name == "prune" else 0)
+    prune(model, .5); quantise_weights(model, 4)
+    assert mask_of(model[1]) and quantiser_of(model[1]) and not len(untouched(model))
+
+
+def test_a_spectral_norm_that_keeps_its_weight_can_be_pruned_and_reading_it_does_not_move_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), parametrizations.spectral_norm(nn.Linear(192, 10))).train()
+    before = state(model)
+    prune(model, .5)
+    assert param_sparsity(model) == .5 and int((model[1].weight == 0).sum()) == 960
+    remove_pruning(copy.deepcopy(model), restore=True)
+    model = nn.Sequential(nn.Flatten(), parametrizations.spectral_norm(nn.Linear(192, 10))).train()
+    before = state(model)
+    param_sparsity(model), untouched(model), computing_weight(model[1])
+    assert same(state(model), before)
+    with pytest.raises(MicronetError, match="makes another weight of the one that is masked"): prune(nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8))), .5)
+
+
+@pytest.mark.parametrize("call", [lambda m, x: prune(m, .5), lambda m, x: quantise_weights(m, 4), lambda m, x: quantise_activations(m, [x], 4), lambda m, x: erk_rates(m, .5),
+                                  lambda m, x: param_sparsity(m), lambda m, x: untouched(m), lambda m, x: fit(m, (some_digits("train", 64, 8), None), FitConfig(epochs=1), quiet=True)])
+def test_a_lazy_module_is_named(call):
+    model, x = nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), torch.randn(2, 3, 8, 8)
+    with pytest.raises(MicronetError, match="needs the shape of '1.weight', a parameter of a lazy module: run the model on one batch first"): call(model, x)
+    model(x)
+    with warnings.catch_warnings(): warnings.simplefilter("error"); call(model, x)
+
+
+class ByName(nn.Module):
+    "Calls its layers by keyword."
+    def __init__(self): super().__init__(); self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+    def forward(self, x): return self.head(input=self.conv(input=x).relu().mean((2, 3)))
+
+class ByPlace(ByName):
+    def forward(self, x): return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+def test_layers_called_by_keyword_are_quantised_alike():
+    torch.manual_seed(0)
+    model, x, digits = ByName().eval(), torch.randn(8, 3, 8, 8), some_digits("valid", 32, 8)
+    twin = ByPlace().eval()
+    twin.load_state_dict(model.state_dict())
+    plain = answers(model, x)
+    for m in (model, twin): quantise_activations(m, [x], 3)
+    assert torch.equal(answers(model, x), answers(twin, x)) and not torch.equal(answers(model, x), plain)
+    assert torch.equal(answers(copy.deepcopy(model), x), answers(twin, x))
+    a, b = (sensitivity(m, (digits, digits), (), (), (3,), quiet=True) for m in (model, twin))
+    assert a.equals(b) and a.increase.abs().max() > 0
+    remove_activation_quantisers(model)
+    assert torch.equal(answers(model, x), plain) and not any(m._forward_pre_hooks or m._forward_pre_hooks_with_kwargs for m in model.modules())
+    for wrong in (model.conv.weight, nn.ReLU()):
+        with pytest.raises(MicronetError, match="stands before a layer with weights"): attach_quantiser(wrong, activation_quantisers(twin)["conv"])
+
+
+# What happens while a net trains: the same in `fit` and in a loop of one's own.
+
+TINY = FitConfig(epochs=3, batch_size=32, lr=.05, momentum=.9, weight_decay=1e-2, warmup_epochs=0., augment="none")
+
+def tiny():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10))
+
+
+class Steps:
+    "Dense weights and masks before and after each step, and what the net was fed."
+    def __init__(self): self.rows, self.fed, self.lr = [], [], []
+    def see(self, model): return {n: (dense_weight(m).detach().clone(), k.mask.clone()) for n, (m, k) in masks(model).items()}
+    def on_step(self, run): self.lr.append(run.lr)
+    def on_gradients(self, run): self.now = self.see(run.model)
+    def on_update(self, run): self.rows.append((self.now, self.see(run.model)))
+    def loss(self, logits, target, teacher_logits, config): self.fed.append((self.x, target)); return F.cross_entropy(logits, target)
+
+@pytest.fixture(scope="module")
+def trained():
+    "Method to (what was seen step by step, the net after `fit`, its pruner)."
+    digits, found = some_digits("train", 192, 8), {}
+    for method in METHODS:
+        model, steps = tiny(), Steps()
+        model[0].register_forward_pre_hook(lambda m, args: setattr(steps, "x", args[0].clone()))
+        pruner = prune(model, .8, method)
+        fit(model, (digits, None), TINY, callbacks=[pruner, steps], loss=steps.loss, quiet=True)
+        found[method] = steps, model, pruner
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masked_weights_hold_still_unless_dynamic(trained, method):
+    "Weight decay and momentum would move them; under dynamic they are ordinary weights."
+    steps, model, _ = trained[method]
+    moved = [bool((w[~mask] != old[~mask]).any()) for before, after in steps.rows for (old, mask), (w, _) in zip(before.values(), after.values(), strict=True)]
+    assert len(steps.rows) == 18 and (all(moved) if method == "dynamic" else not any(moved))
+    kept = [bool((w[mask] != old[mask]).any()) for before, after in steps.rows[1:] for (old, mask), (w, _) in zip(before.values(), after.values(), strict=True)]
+    assert all(kept)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_are_renewed_when_the_method_says(trained, method):
+    "By hand: at every step the mask is that of the magnitudes, at the rate of the moment, when it was last renewed."
+    steps, _, _ = trained[method]
+    first = steps.rows[0][0]
+    for s, (before, _) in enumerate(steps.rows):
+        for n, (w, mask) in before.items():
+            rate = .8*(1 - (1 - min(s/17/.75, 1.))**3) if method == "gradual" else .8
+            assert int((~mask).sum()) == round(rate*mask.numel())
+            renewed = dict(static=s == 0, dynamic=True, progressive=s % 6 == 0, gradual=(s - 1)/17 < .75)[method]
+            if renewed: assert torch.equal(mask, magnitude_mask(w, rate))
+            else: assert torch.equal(mask, steps.rows[s - 1][0][n][1])
+    last = steps.rows[-1][0]
+    assert all(torch.equal(first[n][1], last[n][1]) for n in first) == (method == "static")
+
+
+def test_a_dynamic_mask_lets_the_gradient_through():
+    "That of the zero which stands in the weight's place: by hand, the outer product of what comes and what goes."
+    for method in ("static", "dynamic"):
+        torch.manual_seed(0)
+        model, x, g = nn.Sequential(nn.Linear(6, 4, bias=False)), torch.randn(3, 6), torch.randn(3, 4)
+        prune(model, .5, method)
+        model(x).backward(g)
+        whole = g.t() @ x
+        torch.testing.assert_close(dense_weight(model[0]).grad, whole if method == "dynamic" else whole*mask_of(model[0]).mask)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loop_of_ones_own_prunes_as_fit_does(trained, method):
+    "The same batches and learning rates in a plain loop give the same weights, masks and momenta to the bit."
+    steps, by_fit, _ = trained[method]
+    model = tiny().train()
+    pruner = prune(model, .8, method)
+    optimizer = torch.optim.SGD(model.parameters(), TINY.lr, TINY.momentum, weight_decay=TINY.weight_decay, nesterov=True)
+    assert pruner.attach(model, optimizer, steps=len(steps.fed), steps_an_epoch=6) is pruner
+    for (x, y), lr in zip(steps.fed, steps.lr, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    assert same(state(model), state(by_fit)) and param_sparsity(model) == pytest.approx(.8, abs=1e-3)
+    with pytest.raises(MicronetError, match="the run of 18 steps that `attach` was told of is over"): pruner.step()
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop])
+def test_other_optimisers_keep_masked_weights_too(make):
+    torch.manual_seed(0)
+    model = tiny().train()
+    pruner, optimizer = prune(model, .8, "gradual"), make(model.parameters(), 1e-2, weight_decay=.1)
+    pruner.attach(model, optimizer, steps=12)
+    for _ in range(12):
+        before = {n: (dense_weight(m).detach().clone(), k.mask.clone()) for n, (m, k) in masks(model).items()}
+        model(torch.randn(32, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+        for n, (m, _) in masks(model).items(): assert torch.equal(dense_weight(m)[~before[n][1]], before[n][0][~before[n][1]])
+    assert param_sparsity(model) == pytest.approx(.8, abs=1e-3)
+
+
+def test_a_pruner_without_its_run_says_so():
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), .1)
+    with pytest.raises(MicronetError, match=r"call pruner.attach\(model, optimizer, steps\) before the loop"): prune(model, .5, "gradual").step()
+    with pytest.raises(MicronetError, match="gradual pruning needs steps, a whole number from 1 on, not None"): prune(model, .5, "gradual").attach(model, optimizer, None)
+    with pytest.raises(MicronetError, match="progressive pruning needs steps_an_epoch"): prune(model, .5, "progressive").attach(model, optimizer, 10)

@@ -1,6 +1,8 @@
 """What needs several processes, or a program of its own: `accelerate launch` on two CPU processes, and a kill in the middle of a checkpoint."""
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +15,11 @@ from torch import nn
 
 from micronet_nb import training
 from micronet_nb.core import MicronetError
-from micronet_nb.data import load_dataset
+from micronet_nb.data import CIFAR100_STATS, dataset_stats, load_dataset, normalise
 from micronet_nb.models import densenet_bc
-from micronet_nb.training import FitConfig, checkpoints, fit, fit_stage, hard_loss
+from micronet_nb.sensitivity import sensitivity
+from micronet_nb.training import FitConfig, checkpoints, evaluate, fit, fit_stage, hard_loss, known_stats
+from micronet_nb.weights import bit_table
 
 CONFIG = FitConfig(epochs=3, epoch_images=12*32, batch_size=32, lr=.05, augment="riair", ema=.9, mixup=.2, cutmix=1., label_smoothing=.1)
 
@@ -187,6 +191,86 @@ print(run.done, len(run.history))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.strip() == "True 1", done.stderr[-3000:]
+
+
+def flat(*more):
+    "A net that trains in no time, with a batch norm."
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.BatchNorm1d(32), nn.ReLU(), *more, nn.Linear(32, 10))
+
+
+SHORT = FitConfig(epochs=2, batch_size=32, lr=.05, augment="none")
+
+
+def by_hand(net, images, stats):
+    "Top-1 in % and cross-entropy of a copy in evaluation mode, one image at a time."
+    net, x = copy.deepcopy(net).eval(), normalise(images.images, *stats)
+    with torch.no_grad(): logits = torch.cat([net(one[None]) for one in x])
+    return 100*float((logits.argmax(1) == images.labels).float().mean()), float(nn.functional.cross_entropy(logits, images.labels))
+
+
+def test_evaluate_takes_the_statistics_that_the_net_was_trained_with(tmp_path):
+    train, valid = data()
+    stats, net = dataset_stats(train), flat()
+    with pytest.raises(MicronetError, match=r"which pixel statistics was Sequential trained with\?.*pass stats=\(mean, std\)"): evaluate(net, valid)
+    run = fit(net, (train, valid), replace(SHORT, ema=.5), quiet=True)
+    top1, loss = by_hand(net, valid, stats)
+    assert known_stats(torch.compile(net, backend="eager")) == stats
+    for known in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert evaluate(known, valid) == evaluate(net, valid, stats) and evaluate(known, valid)["top1"] == pytest.approx(top1)
+    assert evaluate(net, valid)["loss"] == pytest.approx(loss, rel=1e-5)
+    assert evaluate(run.ema.module, valid)["loss"] == run.history[-1]["valid_loss"]
+    assert evaluate(net, valid, CIFAR100_STATS)["loss"] != pytest.approx(loss, rel=1e-2)  # what is named counts
+    fit(other := flat(), (train, None), SHORT, stats=CIFAR100_STATS, quiet=True)
+    assert evaluate(other, valid) == evaluate(other, valid, CIFAR100_STATS)
+    for given in (None, CIFAR100_STATS):
+        for _ in ("made", "found"):
+            made = fit_stage("stats", net := flat(), (train, valid), SHORT, dict(stats=given), root=tmp_path, quiet=True, stats=given)
+            assert evaluate(net, valid)["loss"] == made["loss"] == evaluate(net, valid, given or stats)["loss"]
+
+
+def test_sensitivity_takes_the_statistics_that_the_net_was_trained_with():
+    train, valid = data()
+    fit(net := flat(), (train, None), SHORT, stats=CIFAR100_STATS, quiet=True)
+    few = dict(sparsities=(.5,), weight_bits=(), activation_bits=(), quiet=True)
+    own, named, of_train = (sensitivity(net, (train, valid), stats=s, **few) for s in (None, CIFAR100_STATS, dataset_stats(train)))
+    assert own.equals(named) and not own.equals(of_train)
+
+
+def test_evaluate_evaluates():
+    "As a copy in evaluation mode answers, image by image; and the net is left as it was, mode by mode, after an error too."
+    train, valid = data()
+    few, stats = valid.subset(40), dataset_stats(train)
+    net = flat(nn.Dropout(.5))
+    fit(net, (train, None), SHORT, quiet=True)
+    net.train()[2].eval()  # a frozen norm
+    modes, state = [m.training for m in net.modules()], {k: v.clone() for k, v in net.state_dict().items()}
+    found = evaluate(net, few, batch_size=7)
+    assert (found["top1"], found["loss"], found["n"]) == (pytest.approx(by_hand(net, few, stats)[0]), pytest.approx(by_hand(net, few, stats)[1], rel=1e-5), 40)
+    net.append(nn.Linear(11, 10))
+    with pytest.raises(RuntimeError): evaluate(net, few)
+    del net[-1]
+    assert [m.training for m in net.modules()] == modes and all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert evaluate(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 10)), valid.subset(1), stats)["n"] == 1  # a batch of one
+
+
+class Heads(nn.Module):
+    "Returns whatever it is told to, in training or always."
+    def __init__(self, how, always): super().__init__(); self.body, self.how, self.always = flat(), how, always
+    def forward(self, x): return self.how(self.body(x)) if self.training or self.always else self.body(x)
+
+
+@pytest.mark.parametrize("how, what", [(lambda z: (z, z), "a tuple"), (lambda z: {"logits": z}, "a dict"), (lambda z: [z], "a list"), (lambda z: None, "a NoneType"),
+                                       (lambda z: z[:, :, None, None], r"a tensor of shape \(\d+, 10, 1, 1\)"), (lambda z: z[0], r"a tensor of shape \(10,\)")])
+def test_what_is_no_logits_is_named(how, what):
+    train, valid = (d.subset(64) for d in data())
+    stats, few = dataset_stats(train), dict(sparsities=(.5,), weight_bits=(), activation_bits=(), quiet=True)
+    with pytest.raises(MicronetError, match=f"Heads returns {what} in training mode, not logits"): fit(Heads(how, False), (train, None), SHORT, quiet=True)
+    assert evaluate(Heads(how, False), valid, stats)["n"] == 64  # the heads of training are not there
+    sensitivity(Heads(how, False), (train, valid), **few)
+    for call in (lambda net: evaluate(net, valid, stats), lambda net: sensitivity(net, (train, valid), **few), lambda net: bit_table(net, torch.rand(4, 3, 8, 8), (4,), quiet=True),
+                 lambda net: fit(flat(), (train, None), SHORT, teacher=net, loss=lambda *args: hard_loss(*args), quiet=True)):
+        with pytest.raises(MicronetError, match=f"Heads returns {what} in evaluation mode, not logits"): call(Heads(how, True))
 
 
 if __name__ == "__main__": worker(sys.argv[1])
