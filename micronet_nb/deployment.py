@@ -978,7 +978,7 @@ class IntegerRun(fx.Interpreter):
         self.dtype = next((p.dtype for p in graph.parameters()), torch.float32)
 
     def floats(self, x): return x if not isinstance(x, torch.Tensor) or x.is_floating_point() else x.to(self.dtype)
-    def rounded(self, x): return x.half().to(self.dtype) if self.half else x
+    def rounded(self, x): return x.half().to(self.dtype) if self.half and isinstance(x, torch.Tensor) else x
 
 # %% ../nbs/11_deployment.ipynb #5cc21bcb
 def _call_module(self, target, args, kwargs):
@@ -991,12 +991,16 @@ def _call_function(self, target, args, kwargs):
     if target in CARRIES: return super(IntegerRun, self).call_function(target, args, kwargs)
     return self.rounded(super(IntegerRun, self).call_function(target, tree_map(self.floats, args), kwargs))
 
+def _call_method(self, target, args, kwargs):
+    if target in ('flatten', 'reshape', 'view', 'permute', 'transpose', 'contiguous'): return super(IntegerRun, self).call_method(target, args, kwargs)
+    return self.rounded(super(IntegerRun, self).call_method(target, tree_map(self.floats, args), kwargs))
+
 def _run_node(self, n):
     value = super(IntegerRun, self).run_node(n)
     if self.watch: self.watch(n, value)
     return value
 
-IntegerRun.call_module, IntegerRun.call_function, IntegerRun.run_node = _call_module, _call_function, _run_node
+IntegerRun.call_module, IntegerRun.call_function, IntegerRun.call_method, IntegerRun.run_node = _call_module, _call_function, _call_method, _run_node
 
 # %% ../nbs/11_deployment.ipynb #70661521
 @torch.inference_mode()
@@ -1228,20 +1232,26 @@ def as_bytes(x): return x if x.dtype == torch.uint8 else x.to(torch.uint8, memor
 # %% ../nbs/11_deployment.ipynb #84479a81
 def plain_step(
     graph: fx.GraphModule,
-    node: fx.Node  # of it
+    node: fx.Node,      # of it
+    orders: dict = None # node to the order of its dimensions in the graph's own memory; None: the usual one
 ) -> Step:
     "What the graph itself does."
     module, reads = module_of(graph, node), node.all_input_nodes
     what = type(module) if module is not None else node.target
     usual = what not in ANY_ORDER and not (isinstance(module, IntConv2d) and (grid := grid_of(graph, node.args[0])) and exact_sums(module, grid))
-    order = (lambda x: x.contiguous() if isinstance(x, torch.Tensor) else x) if usual else (lambda x: x)
+    order = (lambda n, x: _in_order(x, (orders or {}).get(n)) if isinstance(x, torch.Tensor) else x) if usual else (lambda n, x: x)
     call = {'call_module': module, 'call_function': node.target, 'get_attr': lambda: functools.reduce(getattr, node.target.split('.'), graph),
             'call_method': lambda x, *args, **kwargs: getattr(x, node.target)(*args, **kwargs)}[node.op]
     def run(*values):
-        known = {n: order(as_floats(v)) for n, v in zip(reads, values)}
+        known = {n: order(n, as_floats(v)) for n, v in zip(reads, values)}
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__) if node.op != 'get_attr' else ((), {})
         return call(*args, **kwargs)
     return Step(node, run, reads, [node], views=what not in NEW_MEMORY)
+
+def _in_order(x, order):
+    "A value with its dimensions in this order in memory; None: in the usual one."
+    if order is None or order == sorted(order): return x.contiguous()
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
 
 # %% ../nbs/11_deployment.ipynb #48bb5181
 def quantiser_behind(graph, node):
@@ -1270,6 +1280,7 @@ def bytes_step(graph, node, memory, wanted, **options):
 def make_steps(
     graph: fx.GraphModule,
     int8: bool = None,  # see `Int8Conv`
+    orders: dict = None, # see `plain_step`
     **options           # of `ToBytes`
 ) -> list:              # of Step
     "What to do, in order; one step may do several nodes."
@@ -1280,7 +1291,7 @@ def make_steps(
         if node.op in ('placeholder', 'output') or node in taken: continue
         step = conv_step(graph, node, int8) if node in convs else None
         if isinstance(module_of(graph, node), (ScaleBias, Quantise)) and (len(node.users) == 1 or makes_bytes(graph, node)): step = bytes_step(graph, node, memory, wanted, **options)
-        steps.append(step or plain_step(graph, node))
+        steps.append(step or plain_step(graph, node, orders))
         taken.update(steps[-1].covers)
     return steps
 
@@ -1353,37 +1364,44 @@ class Runner:
         if not (isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.dim() > 1 and len(x)): raise MicronetError(f'a Runner takes float32 (n, ...), n > 0, not {_told(x)}')
         check_finite(x, 'the input of a Runner')
         if self.steps is None: self.plan(x[:1])
-        return torch.cat([self.once(part) for part in x.split(self.batch)])
+        try: return torch.cat([self.once(part) for part in x.split(self.batch)])
+        except (RuntimeError, TypeError, ValueError, IndexError) as e: raise MicronetError(f"the graph does not run on {_told(x)}: {(str(e).splitlines() or ['?'])[0]}") from e
 
 # %% ../nbs/11_deployment.ipynb #e8105e0c
 class _Shapes(fx.Interpreter):
-    "Runs a graph and keeps the shape of every value."
+    "Runs a graph and keeps the shape of every value, and the order of its dimensions in memory."
     def run_node(self, n):
         before = [(t, t._version) for t in _tensors(self.fetch_args_kwargs_from_env(n))]
         value = super().run_node(n)
         if any(t._version != v for t, v in before): raise MicronetError(f'{n.name} overwrites its input, which a Runner has use for: lower the model, or switch inplace off')
-        if isinstance(value, torch.Tensor): self.shapes[n] = tuple(value.shape)
+        if isinstance(value, torch.Tensor):
+            self.shapes[n] = tuple(value.shape)
+            self.orders[n] = sorted(range(value.dim()), key=lambda d: -value.stride(d))
         return value
 
 @torch.inference_mode(False)
 @torch.no_grad()
+def _walk(graph, x):
+    "Shapes and orders of all values."
+    run = _Shapes(graph)
+    run.shapes, run.orders, run.extra_traceback = {}, {}, False
+    try: run.run(x.clone())
+    except MicronetError: raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as e: raise MicronetError(f"the graph does not run on {_told(x)}: {(str(e).splitlines() or ['?'])[0]}") from e
+    return run.shapes, run.orders
+
 def shapes_of(
     graph: fx.GraphModule,
     x: torch.Tensor  # (n, ...) input
 ) -> dict:           # node to the shape of its value, where that is a tensor
     "The shapes of all values. MicronetError where the graph does not run on x, or overwrites a value."
-    run = _Shapes(graph)
-    run.shapes, run.extra_traceback = {}, False
-    try: run.run(x.clone())
-    except MicronetError: raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as e: raise MicronetError(f"the graph does not run on {_told(x)}: {(str(e).splitlines() or ['?'])[0]}") from e
-    return run.shapes
+    return _walk(graph, x)[0]
 
 # %% ../nbs/11_deployment.ipynb #956f6b6c
 def _plan(self, x):
     "Decides once, by an example, what is done where."
-    shapes = shapes_of(self.graph, x)
-    steps = make_steps(self.graph, self.int8, **self.options)
+    shapes, orders = _walk(self.graph, x)
+    steps = make_steps(self.graph, self.int8, orders, **self.options)
     rooms, end, number = settle(steps, shapes), last_readers(steps, self.output), {s.node: i for i, s in enumerate(steps)}
     lives = [(i, end[s.node], s) for i, s in enumerate(steps) if s.work]
     lives += [(min(number[p] for p in parts), max(end[n] for n in (*parts, *nodes)), home) for home, parts, nodes in rooms]
