@@ -343,7 +343,8 @@ def test_what_is_stored_is_its_elements_once():
     w = nn.Parameter(torch.ones(16, 8, 3, 3))
     halves = Net(lambda net, x: torch.cat([F.conv2d(x, net.w[:4]), F.conv2d(x, net.w[4:])], 1), w=w)
     assert score(halves, (8, 8, 8)).storage == 16*8*9
-    assert score(Net(lambda net, x: F.conv2d(F.conv2d(x, net.w), net.w), w=nn.Parameter(torch.ones(8, 8, 1, 1))), (8, 4, 4)).storage == 64
+    twice = Net(lambda net, x: F.conv2d(F.conv2d(x, net.w), net.w), w=nn.Parameter(torch.ones(8, 8, 1, 1)))
+    assert score(twice, (8, 4, 4)).storage == 64
     spread = Net(lambda net, x: x*net.g.expand_as(x), g=nn.Parameter(torch.ones(8, 1, 1)))
     assert score(spread, (8, 6, 6)).storage == 8
 
@@ -367,7 +368,7 @@ def test_a_convolution_with_made_weights_is_a_product():
     assert (row.multiplies, row["adds"], row.storage) == (8*256*27, 8*256*26, 0)
 
 
-@pytest.mark.parametrize("pool, bits", [(nn.MaxPool2d(2), "32w 4a"), (nn.AvgPool2d(2), "32w 32a")], ids=["max", "average"])
+@pytest.mark.parametrize("pool, bits", [(nn.MaxPool2d(2), "32w 4a"), (nn.AvgPool2d(2), "32w 32a")], ids=["max", "mean"])
 def test_only_what_stays_on_the_grid_stays_narrow(pool, bits):
     "The largest of four 4-bit numbers has 4 bits; their mean lies between the steps."
     net = nn.Sequential(ActivationQuantiser(4, .1), pool, nn.Flatten(), nn.Linear(4, 2))

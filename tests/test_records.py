@@ -39,7 +39,9 @@ def test_a_commit_has_a_plus_where_sources_differ_from_it(checkout, change):
 
 def test_outputs_of_a_notebook_leave_a_commit_clean(checkout):
     root, git = checkout
-    def cells(source, output): return json.dumps(dict(cells=[dict(cell_type="code", source=source, outputs=[output], metadata={})]))
+    def cells(source, output):
+        cell = dict(cell_type="code", source=source, outputs=[output], metadata={})
+        return json.dumps(dict(cells=[cell]))
     (root/"nbs"/"01_a.ipynb").write_text(cells("x = 1", "none"))
     git("commit", "-q", "-a", "-m", "a notebook")
     (root/"nbs"/"01_a.ipynb").write_text(cells("x = 1", "1"))
