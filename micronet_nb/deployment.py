@@ -915,11 +915,17 @@ def in_evaluation(
     nodes.output(out)
     for n in nodes.nodes:
         if n.op == 'call_module': n.args, n.kwargs = _in_front(n.args, n.kwargs)
-        if n.op in ('call_module', 'get_attr'): held.setdefault(n.target, operator.attrgetter(n.target)(graph))
+        if n.op in ('call_module', 'get_attr'): held.setdefault(n.target, _held(graph, n.target))
     twins = {}
     twin = fx.GraphModule({k: _twin(v, twins) if isinstance(v, nn.Module) else v for k, v in held.items()}, nodes, type(graph).__name__)
     twin.meta.update(graph.meta)
     return twin.eval()
+
+def _held(graph, target):
+    "The module, parameter or buffer of this name, even where the graph has a property that is called so."
+    *path, last = target.split('.')
+    parent = functools.reduce(lambda m, k: m._modules[k], path, graph)
+    return next((d[last] for d in (parent._modules, parent._parameters, parent._buffers) if last in d), None) if last not in vars(parent) else vars(parent)[last]
 
 def _twin(module, made):
     "A module of the same tensors, with a mode of its own."
