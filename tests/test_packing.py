@@ -436,6 +436,21 @@ def test_a_difference_without_a_reason_is_said():
     assert t[t.why.str.contains('not explained')].name.tolist() == ['3']
 
 
+def test_a_scale_that_is_applied_again_is_said():
+    "Two layers read one value on two grids: what the net is charged once for, the deployed one does twice."
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.bn, self.a, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        def forward(self, x): y = self.bn(self.conv(x)); return torch.cat([self.a(y), self.b(y)], 1)
+    torch.manual_seed(0)
+    net, x = Twice().eval(), torch.randn(2, 3, 8, 8)
+    net.bn.bias.data.normal_()
+    quantise_weights(net, 4); quantise_activations(net, x, {'a': 4, 'b': 6})
+    graph = lower(net, x)
+    t = compare_charges(net, graph)
+    again = t[t.why == 'the same scale again, for another reader']
+    assert len(again) == 1 and again.lowered.tolist() == [2*8*36*16/32] and again['lowered bytes'].tolist() == [2*8*2] and not t.why.str.contains('not explained').any()
+
+
 # --- what cannot be packed
 
 class Calls(nn.Module):
