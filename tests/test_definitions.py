@@ -14,7 +14,7 @@ from micronet_nb.data import Dataset
 from micronet_nb.distillation import AsTeacher, distil, kl, z_score
 from micronet_nb.models import densenet_bc, num_params, wrn
 from micronet_nb.pruning import Pruner, at_least, dense_weight, erk_rates, magnitude_mask, mask_of
-from micronet_nb.pruning import op_sparsity, param_sparsity, prune
+from micronet_nb.pruning import op_sparsity, param_sparsity, prune, sparsity
 from micronet_nb.quantizers import fake_quantise, grid, quantise, solve_scale, solve_scales
 from micronet_nb.released import prepare, truncate
 from micronet_nb.scoring import TRACKS, LayerSpec, Score, average_adds, cifar_root_bits, kernel_adds
@@ -226,6 +226,7 @@ def test_sparsity_of_operations_counts_positions():
     net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Flatten(), nn.Linear(32, 2, bias=False))
     net[0].weight.data = torch.tensor([0., 1.]).view(2, 1, 1, 1)
     assert abs(param_sparsity(net) - 1/66) < 1e-9 and abs(op_sparsity(net, (1, 4, 4)) - 16/96) < 1e-9
+    assert sparsity(net, (1, 4, 4)).macs.tolist() == [32, 64]
 
 
 # ------------------------------------------------------------------ Slide 'Knowledge Distillation'
@@ -326,6 +327,52 @@ def test_pools_and_pointwise_work():
     assert tuple(rows.loc["conv", ["multiplies", "adds", "storage"]]) == (4, 0, 1)
     released = [score(nn.AvgPool2d(2), (1, 4, 4), accounting="riair-cifar100", corrected=c) for c in (False, True)]
     assert [s.layers["adds"].sum() for s in released] == [4*(2 - 1)/2, 4*(4 - 1)/2]  # as released it has 2 inputs
+
+
+class Net(nn.Module):
+    "A forward function of (net, x), and what it stores."
+    def __init__(self, f, **stored):
+        super().__init__()
+        self.f = f
+        for name, v in stored.items(): setattr(self, name, v)
+
+    def forward(self, x): return self.f(self, x)
+
+
+def test_what_is_stored_is_its_elements_once():
+    w = nn.Parameter(torch.ones(16, 8, 3, 3))
+    halves = Net(lambda net, x: torch.cat([F.conv2d(x, net.w[:4]), F.conv2d(x, net.w[4:])], 1), w=w)
+    assert score(halves, (8, 8, 8)).storage == 16*8*9
+    twice = Net(lambda net, x: F.conv2d(F.conv2d(x, net.w), net.w), w=nn.Parameter(torch.ones(8, 8, 1, 1)))
+    assert score(twice, (8, 4, 4)).storage == 64
+    spread = Net(lambda net, x: x*net.g.expand_as(x), g=nn.Parameter(torch.ones(8, 1, 1)))
+    assert score(spread, (8, 6, 6)).storage == 8
+
+
+def test_a_norm_that_folds_nowhere_is_stored_and_computed():
+    "8 scales and 8 biases; a multiply and an add an element."
+    row = score(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(8)), (8, 1, 1)).layers.iloc[0]
+    assert (row.storage, row.multiplies, row["adds"]) == (16, 8, 8)
+
+
+def test_pools_add_up_what_lies_in_their_windows():
+    "Nine windows of 3x3 on 7x7, that overlap: 8 adds each, in five channels. Windows of one number add nothing."
+    assert score(nn.AdaptiveAvgPool2d(3), (5, 7, 7)).layers["adds"].sum() == 5*9*8
+    assert score(nn.AdaptiveAvgPool2d(7), (5, 1, 1)).ops == 0
+
+
+def test_a_convolution_with_made_weights_is_a_product():
+    "3 to 8 channels, 3x3, at 16x16 places: 27 multiplies and 26 adds for each output."
+    def made(net, x): return F.conv2d(x, net.make(x.mean((2, 3))).view(8, 3, 3, 3), padding=1)
+    row = score(Net(made, make=nn.Linear(3, 216)), (3, 16, 16)).layers.set_index("kind").loc["product"]
+    assert (row.multiplies, row["adds"], row.storage) == (8*256*27, 8*256*26, 0)
+
+
+@pytest.mark.parametrize("pool, bits", [(nn.MaxPool2d(2), "32w 4a"), (nn.AvgPool2d(2), "32w 32a")], ids=["max", "mean"])
+def test_only_what_stays_on_the_grid_stays_narrow(pool, bits):
+    "The largest of four 4-bit numbers has 4 bits; their mean lies between the steps."
+    net = nn.Sequential(ActivationQuantiser(4, .1), pool, nn.Flatten(), nn.Linear(4, 2))
+    assert score(net, (1, 4, 4)).layers.set_index("kind").bits["linear"] == bits
 
 
 def test_a_released_schedule_says_bits_and_signs():

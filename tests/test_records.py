@@ -37,6 +37,19 @@ def test_a_commit_has_a_plus_where_sources_differ_from_it(checkout, change):
     assert core.commit() == git("rev-parse", "HEAD")[:12] != clean
 
 
+def test_outputs_of_a_notebook_leave_a_commit_clean(checkout):
+    root, git = checkout
+    def cells(source, output):
+        cell = dict(cell_type="code", source=source, outputs=[output], metadata={})
+        return json.dumps(dict(cells=[cell]))
+    (root/"nbs"/"01_a.ipynb").write_text(cells("x = 1", "none"))
+    git("commit", "-q", "-a", "-m", "a notebook")
+    (root/"nbs"/"01_a.ipynb").write_text(cells("x = 1", "1"))
+    assert not core.commit().endswith("+")
+    (root/"nbs"/"01_a.ipynb").write_text(cells("x = 2", "1"))
+    assert core.commit().endswith("+")
+
+
 def test_a_commit_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "project_root", lambda: tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -77,6 +90,27 @@ def test_a_stage_is_found_by_its_configuration_and_by_what_it_builds_on(tmp_path
     assert work("other config", upstream=["x"], config=dict(a=2)) == "other config"
     assert work("fresh", upstream=["x"], fresh=True) == work("after", upstream=["x"]) == "fresh"
     assert ran == ["first", "other upstream", "other config", "fresh"]
+
+
+def test_a_record_quotes_who_made_its_stages(tmp_path, monkeypatch):
+    "Trained under one commit, measured under another, written under a third."
+    root, monkey = tmp_path/"stages", monkeypatch.setattr
+    def one(name, upstream=()): return core.stage(name, {}, lambda folder: name, upstream, root)
+    def written(key): return core.record("01_a", [], "embedded", {}, folder=tmp_path, stages=[key])
+    monkey(core, "commit", lambda: "trained")
+    one("net")
+    monkey(core, "commit", lambda: "measured")
+    one("net"), one("figures", [core.config_key({})])
+    monkey(core, "commit", lambda: "written")
+    found = written(core.config_key({}, [core.config_key({})]))
+    made = {name.split("-")[0]: stage["commit"] for name, stage in found["stages"].items()}
+    assert found["commit"] == "written" and made == {"net": "trained", "figures": "measured"}
+    assert all(s["seconds"] > 0 and s["versions"] and s["finished"] for s in found["stages"].values())
+
+
+def test_another_version_of_its_code_is_another_stage(tmp_path):
+    told = [core.stage("s", {}, lambda folder: v, root=tmp_path, version=v) for v in (1, 2, 1)]
+    assert told == [1, 2, 1]
 
 
 def test_a_stage_that_fails_is_not_done(tmp_path):
