@@ -212,7 +212,7 @@ def test_parameters_reach_only_those_that_have_them(tmp_path):
 def test_help_teaches():
     done = command("--help")
     assert done.returncode == 0
-    for taught in ("--only scoring,released", "--set epochs=3", "--fresh", "index.html", "Exit code", *("embedded", "laptop", "paper")): assert taught in done.stdout
+    for taught in ("--only scoring,released", "--set seed=1", "--fresh", "index.html", "Exit code", *("embedded", "laptop", "paper")): assert taught in done.stdout
 
 
 def test_record_leaves_nothing_to_export_or_clean(tmp_path):
