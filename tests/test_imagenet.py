@@ -44,12 +44,15 @@ def run(folder, tmp_path, *args, **more):
 
 @pytest.fixture
 def here(folder, tmp_path, monkeypatch, capsys):
-    "The command in this process, for what ends before anything is trained: (exit code, stdout, stderr)."
-    for name, value in dict(MICRONET_RUNS=tmp_path/"runs", MICRONET_OUT=tmp_path/"out", MICRONET_OFFLINE=1).items(): monkeypatch.setenv(name, str(value))
-    def run(*args):
+    "The command in this process, with one thread as in the others: (exit code, stdout, stderr)."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    def run(*args, where=tmp_path):
+        for name, value in dict(MICRONET_RUNS=where/"runs", MICRONET_OUT=where/"out", MICRONET_OFFLINE=1).items(): monkeypatch.setenv(name, str(value))
         capsys.readouterr()
         return imagenet.main([str(a) for a in ("--data", folder, *args)]), *capsys.readouterr()
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 def rows_of(tmp_path, record="21_imagenet.imagenet.untrained"): return {r["row"]: r for r in json.loads((tmp_path/"out"/f"{record}.json").read_text())["rows"]}
@@ -67,20 +70,20 @@ def test_every_row_of_the_slides(folder, tmp_path):
     for name in ("taught by MixNet-L", "Sparse_AQ6"): assert f"{name}: top-1" in done.stdout
 
 
-def test_killed_and_resumed_gives_the_same(folder, tmp_path):
+def test_killed_and_resumed_gives_the_same(folder, tmp_path, here):
     "Stopped after a moment, then killed, then left alone: the weights of a run that nobody disturbed."
-    args = ["--stage", "prune", "--epochs", "2", "--epoch-images", "32", "--teacher", "none"]
+    args = [*SMALL, "--stage", "prune", "--epochs", "2", "--epoch-images", "32", "--teacher", "none"]
+    code, told, _ = here(*args, "--minutes", "0.0001")
+    assert code == 75 and "stopped after" in told
     env = os.environ | dict(MICRONET_RUNS=str(tmp_path/"runs"), MICRONET_OUT=str(tmp_path/"out"), MICRONET_OFFLINE="1", OMP_NUM_THREADS="1")
-    stopped = run(folder, tmp_path, *args, "--minutes", "0.0001")
-    assert stopped.returncode == 75 and "stopped after" in stopped.stdout
-    child = subprocess.Popen([sys.executable, "-m", "micronet_nb.imagenet", "--data", str(folder), *SMALL, *args], env=env, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    child = subprocess.Popen([sys.executable, "-m", "micronet_nb.imagenet", "--data", str(folder), *args], env=env, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in child.stdout:
         if line.startswith("Original:"): break
     time.sleep(4)
     child.send_signal(signal.SIGKILL); child.wait()
-    assert run(folder, tmp_path, *args).returncode == 0
+    assert here(*args)[0] == 0
     (quiet := tmp_path/"quiet").mkdir()
-    assert run(folder, quiet, *args).returncode == 0
+    assert here(*args, where=quiet)[0] == 0
     def weights(where): return {f.parent.name: f.read_bytes() for f in (where/"runs"/"stages").glob("mixnet-row-*/model.safetensors")}
     assert len(weights(quiet)) == 4 and weights(tmp_path) == weights(quiet)
 
