@@ -130,6 +130,14 @@ def test_training_has_the_commit_of_its_own(tmp_path, monkeypatch):
     assert train("d"*12)["key"] not in (made["key"], again["key"])
 
 
+def test_a_record_keeps_what_it_was_given(tmp_path):
+    given = dict(config={"lr": .1}, seed=7, dataset={"name": "toy"}, n=3)
+    record("x.y", [{"top1": torch.tensor(50.), "bad": float("nan")}], "embedded", **given, folder=tmp_path, stages=[])
+    kept = json.loads((tmp_path/"x.y.json").read_text())
+    assert {k: kept[k] for k in given} == given and kept["rows"] == [{"top1": 50., "bad": None}]
+    assert KEYS <= set(kept) and kept["commit"] == core.commit() and kept["stages"] == {}
+
+
 def test_a_stage_of_before_says_that_nobody_knows(tmp_path):
     folder = tmp_path/f"old-{config_key({'n': 1})}"
     folder.mkdir()
