@@ -19,7 +19,7 @@ help:
 	@echo 'make reproduce   run every notebook and make $(OUT)/$(PROFILE)/index.html; killed, the same command continues'
 	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="seed=1 n_images=50"  FRESH=1  OUT=folder'
 	@echo 'make test        all checks: generated files in sync, every notebook at embedded, pytest; SCRATCH=folder keeps and reuses what ran'
-	@echo 'make mutants     break the library on purpose, some 140 times, in memory: the tests must notice each time  ONLY="tree dynamic"'
+	@echo 'make mutants     break the library on purpose, some 150 times, in memory: the tests must notice each time  ONLY="tree dynamic"'
 	@echo 'make lab         open JupyterLab on nbs/'
 	@echo 'make export      after editing a notebook: write micronet_nb/*.py and clean the notebooks'
 	@echo 'make readme      after editing nbs/index.ipynb: write README.md'
