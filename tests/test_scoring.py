@@ -166,7 +166,7 @@ STORED = {  # net, size of its input, numbers that it stores
     'a norm of pixels': (Do(lambda m, x: m.n(m.fc(tokens(x))), fc=nn.Linear(3, 36, bias=False), n=nn.BatchNorm1d(8)), (3, 2, 4), 3*36 + 16),
     'a norm of features': (Do(lambda m, x: m.n(m.fc(tokens(x)).transpose(1, 2)), fc=nn.Linear(3, 36), n=nn.BatchNorm1d(36)), (3, 2, 4), 3*36 + 36),
     'a norm across two convs': (Do(lambda m, x: m.n(torch.cat([m.a(x), m.b(x)], 1)), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 2, 1), n=nn.BatchNorm2d(6)), (3, 4, 4), 18 + 6),
-    'a norm behind zeros around': (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ZeroPad2d(1), nn.BatchNorm2d(4)), (3, 4, 4), 12 + 4 + 8),
+    'a norm behind zeros around': (nn.Sequential(nn.Conv2d(3, 1, 1), nn.ZeroPad2d(1), nn.BatchNorm2d(1)), (3, 4, 4), 3 + 1 + 2),
     'a norm of shuffled pixels': (nn.Sequential(nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.BatchNorm2d(2)), (3, 4, 4), 24 + 8 + 4),
     'a norm that takes its own statistics': (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), (3, 4, 4), 12 + 4 + 8),
     'an instance norm behind a conv': (nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4)), (3, 4, 4), 12 + 4),
@@ -285,7 +285,7 @@ def reads_of(pool, size):
 
 def pool_cases():
     "Pools of all kinds."
-    for k, s, p in ((3, 2, 1), (2, 2, 0), (3, 1, 1), ((2, 3), (1, 2), (1, 0)), (1, 1, 0)):
+    for k, s, p in ((3, 2, 1), (2, 2, 0), (2, 2, 1), (3, 1, 1), ((2, 3), (1, 2), (1, 0)), (1, 1, 0)):
         for ceil in (False, True):
             yield nn.MaxPool2d(k, s, p, ceil_mode=ceil)
             for include in (False, True): yield nn.AvgPool2d(k, s, p, ceil_mode=ceil, count_include_pad=include)
