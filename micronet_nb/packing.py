@@ -216,8 +216,9 @@ def as_graph(
         raise MicronetError(f'{type(model).__name__} cannot be traced by torch.fx: {(str(e).splitlines() or ["?"])[0]}') from e
     finally:
         for m, training in modes.items(): m.training = training
+    held = dict(graph.named_modules(remove_duplicate=False))
     for n in graph.graph.nodes:
-        if n.op == 'call_module': _check_hooks(graph.get_submodule(n.target), n.target)
+        if n.op == 'call_module': _check_hooks(held[n.target] if n.target in held else held[check_name(n.target)], n.target)
     return in_evaluation(graph)
 
 # %% ../nbs/14_packing.ipynb #dae2ed10
