@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROFILES', 'SWIFT', 'MicronetError', 'Profile', 'get_profile', 'check_parameters', 'project_root', 'published_dir',
            'cache_dir', 'runs_dir', 'committed_dir', 'results_dir', 'find_file', 'atomic_path', 'write_json',
-           'read_json', 'sha256', 'offline', 'fetch', 'config_key', 'stage', 'commit', 'environment', 'record',
+           'read_json', 'sha256', 'offline', 'fetch', 'commit', 'environment', 'config_key', 'stage', 'record',
            'load_record', 'amend', 'published', 'released_schedule', 'released_figures', 'compare',
            'unknown_parameters', 'finish', 'progress', 'swiftly', 'micronet_score', 'micronet_pack', 'micronet_eval',
            'settle']
@@ -216,6 +216,46 @@ def fetch(
     if (got := sha256(path)) != digest: raise MicronetError(f'{path} has SHA-256 {got[:12]}..., expected {digest[:12]}...: it is truncated or another file; remove it and run again')
     return path
 
+# %% ../nbs/00_core.ipynb #5dc57c2f
+_PACKAGES = ('torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'pandas', 'scikit-learn', 'onnxruntime')
+
+def _version(package):
+    try: return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError: return None
+
+# %% ../nbs/00_core.ipynb #d7dfbbc9
+def _git(*args):
+    "What git says in this checkout."
+    return subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True, check=True).stdout
+
+def _code(text):
+    "What of a file can change a number: of a notebook its cells without their outputs, of any other file all."
+    try: return [(c['cell_type'], ''.join(c['source']), c['metadata'].get('tags')) for c in json.loads(text)['cells']]
+    except (ValueError, KeyError, TypeError): return text
+
+def _dirty():
+    "Whether a notebook's cells or a module differ from the commit."
+    changed = [line for line in _git('status', '--porcelain', '-z', '--', 'nbs', 'micronet_nb').split('\0') if line]
+    top = Path(_git('rev-parse', '--show-toplevel').strip())
+    def differs(path): return _code(_git('show', f'HEAD:{path}')) != _code((top/path).read_text(encoding='utf-8'))
+    return any(line[:2] != ' M' or not line.endswith('.ipynb') or differs(line[3:]) for line in changed)
+
+# %% ../nbs/00_core.ipynb #b6af6a0b
+def commit() -> str:
+    "The commit of this checkout, with '+' where its notebooks or modules differ from it; 'unknown' outside one."
+    try: return _git('rev-parse', 'HEAD')[:12] + ('+' if _dirty() else '')
+    except (OSError, subprocess.CalledProcessError): return os.environ.get('MICRONET_COMMIT', 'unknown')
+
+# %% ../nbs/00_core.ipynb #93c192d3
+def environment(
+    device: str = 'cpu'  # torch device the numbers are measured on
+) -> dict:
+    "Versions, device and threads of this process, for a result record."
+    import torch
+    cuda = str(device).startswith('cuda')
+    return {'commit': commit(), 'python': platform.python_version(), 'versions': {p: v for p in _PACKAGES if (v := _version(p))},
+            'device': torch.cuda.get_device_name(device) if cuda else f'cpu ({platform.machine()})', 'threads': torch.get_num_threads()}
+
 # %% ../nbs/00_core.ipynb #feaf9e95
 def config_key(
     config,           # anything that JSON holds
@@ -282,46 +322,6 @@ def stage(
                                   made=_whole(made)))
             (folder/'pieces.json').unlink(missing_ok=True)
         return _found(done)
-
-# %% ../nbs/00_core.ipynb #5dc57c2f
-_PACKAGES = ('torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'pandas', 'scikit-learn', 'onnxruntime')
-
-def _version(package):
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
-
-# %% ../nbs/00_core.ipynb #d7dfbbc9
-def _git(*args):
-    "What git says in this checkout."
-    return subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True, check=True).stdout
-
-def _code(text):
-    "What of a file can change a number: of a notebook its cells without their outputs, of any other file all."
-    try: return [(c['cell_type'], ''.join(c['source']), c['metadata'].get('tags')) for c in json.loads(text)['cells']]
-    except (ValueError, KeyError, TypeError): return text
-
-def _dirty():
-    "Whether a notebook's cells or a module differ from the commit."
-    changed = [line for line in _git('status', '--porcelain', '-z', '--', 'nbs', 'micronet_nb').split('\0') if line]
-    top = Path(_git('rev-parse', '--show-toplevel').strip())
-    def differs(path): return _code(_git('show', f'HEAD:{path}')) != _code((top/path).read_text(encoding='utf-8'))
-    return any(line[:2] != ' M' or not line.endswith('.ipynb') or differs(line[3:]) for line in changed)
-
-# %% ../nbs/00_core.ipynb #b6af6a0b
-def commit() -> str:
-    "The commit of this checkout, with '+' where its notebooks or modules differ from it; 'unknown' outside one."
-    try: return _git('rev-parse', 'HEAD')[:12] + ('+' if _dirty() else '')
-    except (OSError, subprocess.CalledProcessError): return os.environ.get('MICRONET_COMMIT', 'unknown')
-
-# %% ../nbs/00_core.ipynb #93c192d3
-def environment(
-    device: str = 'cpu'  # torch device the numbers are measured on
-) -> dict:
-    "Versions, device and threads of this process, for a result record."
-    import torch
-    cuda = str(device).startswith('cuda')
-    return {'commit': commit(), 'python': platform.python_version(), 'versions': {p: v for p in _PACKAGES if (v := _version(p))},
-            'device': torch.cuda.get_device_name(device) if cuda else f'cpu ({platform.machine()})', 'threads': torch.get_num_threads()}
 
 # %% ../nbs/00_core.ipynb #25edce8a
 # of before stages kept it
