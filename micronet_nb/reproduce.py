@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import MicronetError, PROFILES, _PACKAGES, _version, atomic_path, commit, committed_dir, find_file, get_profile, offline, project_root, read_json, write_json
+from .core import MicronetError, PROFILES, _PACKAGES, _version, atomic_path, commit, committed_dir, find_file, get_profile, offline, project_root, published_dir, read_json, write_json
 
 # %% ../nbs/95_reproduce.ipynb #db9fe93c
 def _source(cell): return ''.join(cell['source'])
@@ -302,7 +302,7 @@ def _end(child):
     child.stdout.close()
 
 # %% ../nbs/95_reproduce.ipynb #a52658ef
-from .core import SWIFT, published_dir
+from .core import SWIFT
 
 # %% ../nbs/95_reproduce.ipynb #73d7ac3c
 def run_notebook(
