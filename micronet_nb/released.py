@@ -10,13 +10,13 @@ __all__ = ['MEAN', 'STD', 'Bottleneck', 'Transition', 'ReleasedDenseNet', 'load_
 from functools import partial
 from pathlib import Path
 
+from .core import MicronetError, atomic_path, fetch, progress, published_dir, read_json, released_figures  # before timm: it silences a warning of tqdm's
 import numpy as np
 import torch
 from timm.layers import ConvNormAct, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
 
-from .core import MicronetError, atomic_path, fetch, progress, published_dir, read_json, released_figures
 from .deployment import IntConv2d, IntLinear, Quantise, ScaleBias, check_integers
 from .pruning import put_masks
 from .scoring import compressible
