@@ -97,6 +97,7 @@ def test_a_record_quotes_who_made_its_stages(tmp_path, monkeypatch):
     root, monkey = tmp_path/"stages", monkeypatch.setattr
     def one(name, upstream=()): return core.stage(name, {}, lambda folder: name, upstream, root)
     def written(key): return core.record("01_a", [], "embedded", {}, folder=tmp_path, stages=[key])
+    monkey(core, "_seen", {})   # stages that other tests of this process have read
     monkey(core, "commit", lambda: "trained")
     one("net")
     monkey(core, "commit", lambda: "measured")

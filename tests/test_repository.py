@@ -99,7 +99,12 @@ def test_ci_script_runs_both_commands_of_the_readme(tmp_path, data, codes):
     assert not os.path.exists(scratch) and (ROOT/".ci"/"run").stat().st_mode & 0o111
 
 
-def make(folder, *args): return subprocess.run(["make", *args], cwd=folder, capture_output=True, text=True)
+def make(folder, *args):
+    "make, as if it were called from a shell: what `make test` has set for its own recipes is not handed on."
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "SCRATCH")}
+    return subprocess.run(["make", *args], cwd=folder, capture_output=True, text=True, env=env)
+
+
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 
 
