@@ -142,9 +142,10 @@ def assign(
 
 # %% ../nbs/95_reproduce.ipynb #7d4a83c9
 def _check_kind(stem, name, default, value):
-    "A word where a number belongs is a slip of the finger: '1e-3x', 'O.1'."
+    "A word where a number belongs is a slip of the finger: '1e-3x', 'O.1'. A default of None is a number's place."
     was = parse_value(default)
-    if isinstance(was, (int, float)) and isinstance(value, str): raise MicronetError(f'--set {name}={value}: {stem} has a number there ({name} = {default})')
+    if (was is None or isinstance(was, (int, float))) and isinstance(value, str):
+        raise MicronetError(f'--set {name}={value}: {stem} has a number there ({name} = {default})')
 
 # %% ../nbs/95_reproduce.ipynb #528dd737
 def digest(
