@@ -252,6 +252,7 @@ def solve_window(
     "The step a and the lower end l that minimise the squared error of a clamp(round(x/a), l, l + 2^bits - 1)."
     top = grid(bits, False)[1]
     if not len(sample.values): return 1., 0
+    if not sample.high - sample.low > 1e-30: return 1., 0   # too small for a step that float32 holds
     mean, count = _histogram(sample.values)
     reach, depth, step = sample.high - sample.low, -min(sample.low, 0.), None
     shares = torch.tensor([1., .75, .5, .25, 0.])

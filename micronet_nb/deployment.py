@@ -738,10 +738,12 @@ def holds(
     dtype: torch.dtype   # that scale and bias are to be rounded to
 ) -> bool:
     "Does rounding move scale*x + bias by no more than the last digit of dtype, in every channel (of a 64th of the largest at least)?"
-    top = torch.maximum(top, top.max()/64)   # a channel that is quiet on the example may be loud elsewhere
-    size = top*scale.abs() + bias.abs()
-    off = top*(scale.to(dtype).double() - scale).abs() + (bias.to(dtype).double() - bias).abs()
-    return bool((off <= torch.finfo(dtype).eps*torch.maximum(size, size.max()/64)).all())
+    moved, shifted = (scale.to(dtype).double() - scale).abs(), (bias.to(dtype).double() - bias).abs()
+    for largest in (top, torch.maximum(top, top.max()/64)):   # as seen; and: a channel that is quiet here may be loud elsewhere
+        size = largest*scale.abs() + bias.abs()
+        allowed = torch.finfo(dtype).eps*torch.maximum(size, size.max()/64)
+        if not bool((largest*moved + shifted <= allowed).all()): return False
+    return True
 
 def powers(
     scale: torch.Tensor, # as `holds`
@@ -851,7 +853,8 @@ class SideBySide(fx.Interpreter):
         m = self.module.get_submodule(node.target) if node.op == 'call_module' else None
         size = max(float(t.abs().max()) for t in [*_tensors(args), want])
         if isinstance(m, Quantise): return 1.
-        if isinstance(m, ScaleBias): return self.eps*float((ScaleBias.forward(_absolute(m), args[0].abs())).max())
+        eps = max(self.eps, 2.**-21)   # input, scale, bias, product and sum are rounded to float32 in any case
+        if isinstance(m, ScaleBias): return eps*float((ScaleBias.forward(_absolute(m), args[0].abs())).max())
         if isinstance(m, IntWeights) and grid_of(self.module, node.args[0]): return float(want.abs().max())*2**-24 if m.wide else 0.   # float32 rounds once, or not at all
         return 1e-4*size
 

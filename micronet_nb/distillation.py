@@ -104,6 +104,7 @@ class Ensemble(nn.Module):
         from_stats   # (mean, std) of the batch that comes in
     ):
         super().__init__()
+        models, stats = list(models), list(stats)
         if not models or len(models) != len(stats):
             raise MicronetError(f'{len(models)} teachers and {len(stats)} pairs of mean and std: give each teacher its own')
         self.members = nn.ModuleList(AsTeacher(m, from_stats, s) for m, s in zip(models, stats))

@@ -113,7 +113,8 @@ def _quantise(e, m, x):
     sign, kind, low, high = m.signed and m.bits == 1, carrier(m.bits, m.signed), float(m.bottom), float(m.top)
     if sign: x = e('Sign', x)
     if e.form == 'float' or not _safe(e.graph, e.node): return x if sign else e('Clip', e('Round', x), low, high)
-    if m.low and kind != f'UINT{m.bits}' or '8' in kind or '16' in kind: x = x if kind == f'UINT{m.bits}' else e('Clip', x, low, high)
+    if m.bits == 1 and m.low: x = e('Min', e('Max', x, low), high)   # onnxruntime takes a Clip into its quantiser, but not at 2 bits
+    elif m.low and kind != f'UINT{m.bits}' or '8' in kind or '16' in kind: x = x if kind == f'UINT{m.bits}' else e('Clip', x, low, high)
     elif m.signed and not sign: x = e('Max', x, low)          # the type's own end does the rest
     elif m.bits == 1 and not sign: x = e('Min', x, high)
     zero = e.constant(-m.low, kind)

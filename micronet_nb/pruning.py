@@ -112,17 +112,19 @@ def plain_weight(
 def put_masks(
     model: nn.Module,  # changed in place
     masks: dict        # layer name to mask, of the weight's shape: not 0 stays
-) -> list:             # names of the layers that have a mask now
-    "Masks that are known already, of a published net for instance; a mask that hides nothing is left out."
-    layers, done = compressible(model), []
+) -> list:             # names of the layers among them that have a mask now
+    "Masks that are known already, of a published net for instance, instead of those that are there; one that hides nothing is no mask. MicronetError before anything is changed."
+    layers = compressible(model)
     for name, mask in masks.items():
         if name not in layers: raise MicronetError(f'no layer is called {name!r}: the model has {", ".join(list(layers)[:3])}, ...')
+        if not isinstance(mask, torch.Tensor): raise MicronetError(f'the mask of {name} is a {type(mask).__name__}: give a tensor')
         if mask.shape != layers[name].weight.shape:
             raise MicronetError(f'the mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(layers[name].weight.shape)}')
-        if bool((mask != 0).all()): continue
-        _put_mask(layers[name], mask != 0, False)
-        done.append(name)
-    return done
+        if mask.is_floating_point() and not bool(torch.isfinite(mask).all()): raise MicronetError(f'the mask of {name} holds NaN or infinity')
+    for name, mask in masks.items():
+        if mask_of(layers[name]) is not None: _take_mask(layers[name])
+        if bool((mask == 0).any()): _put_mask(layers[name], mask != 0, False)
+    return [name for name in masks if mask_of(layers[name]) is not None]
 
 # %% ../nbs/06_pruning.ipynb #4bbf80e9
 def _take_mask(module):

@@ -41,7 +41,7 @@ WHOLE = {'softmax', 'safe_softmax', 'log_softmax', 'glu', 'upsample_bilinear2d',
 # %% ../nbs/04_scoring.ipynb #a8b4d9d1
 FREE = set('''view unsafe_view reshape t transpose permute expand expand_as clone contiguous detach alias as_strided slice select narrow split
  split_with_sizes unsafe_split chunk unbind cat stack unsqueeze squeeze flatten unfold im2col pad constant_pad_nd reflection_pad2d replication_pad2d to_copy
- copy lift_fresh pixel_shuffle pixel_unshuffle channel_shuffle roll flip upsample_nearest2d repeat index index_select gather embedding'''.split())
+ copy lift_fresh pixel_shuffle pixel_unshuffle channel_shuffle roll flip rot90 upsample_nearest2d repeat index index_select gather embedding'''.split())
 PADS = {'pad', 'constant_pad_nd', 'reflection_pad2d', 'replication_pad2d'}
 SHAPES = set('empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full'.split())   # use the shape of their input alone
 BLANK = set('empty zeros zero empty_like zeros_like new_empty new_zeros empty_strided new_empty_strided'.split())

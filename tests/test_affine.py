@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from micronet_nb.activations import ActivationQuantiser, activation_quantisers, calibrate, quantise_activations, solve_window
 from micronet_nb.core import MicronetError
-from micronet_nb.deployment import Quantise, Runner, int_sums, kernel_ranges, lower, run_integer
+from micronet_nb.deployment import IntConv2d, Quantise, Runner, ScaleBias, int_sums, kernel_ranges, lower, run_integer
 from micronet_nb.onnx import onnx_session, to_onnx
 from micronet_nb.packing import pack, unpack
 from micronet_nb.quantizers import fake_quantise
@@ -110,3 +110,17 @@ def test_the_search_finds_what_brute_force_finds():
                                   lambda: Quantise(4, low=-16), lambda: Quantise(4, True, -1), lambda: Quantise(4, low=-.5)])
 def test_a_window_that_makes_no_sense_is_refused(make):
     with pytest.raises(MicronetError, match="whole number from -15 to 0"): make()
+
+
+def test_one_bit_below_zero_opens_in_onnxruntime(tmp_path):
+    "A window from -1 to 0 in front of an integer layer."
+    scale, conv = ScaleBias(3), IntConv2d(3, 2, 1)
+    scale.weight.data.fill_(.5), scale.bias.data.fill_(.1)
+    conv.weight.data = torch.randint(-7, 8, conv.weight.shape, generator=torch.Generator().manual_seed(0)).float()
+    net, x = nn.Sequential(scale, Quantise(1, low=-1), conv).eval(), torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))*3
+    assert torch.equal(onnx_session(to_onnx(net, tmp_path/"net.onnx", size=(3, 4, 4)))(x), net(x)) and (net[:2](x) == -1).any()
+
+
+def test_values_too_small_for_a_step_are_left_alone():
+    net = nn.Sequential(nn.Conv2d(3, 2, 1))
+    assert quantise_activations(net, torch.randn(2, 3, 4, 4)*1e-42, 4, affine=True)["0"].ends == (0, 255)   # the first layer has 8 bits

@@ -8,14 +8,14 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.parametrize import register_parametrization
 
-from micronet_nb.activations import ActivationQuantiser, attach_quantiser
+from micronet_nb.activations import ActivationQuantiser, attach_quantiser, quantise_activations
 from micronet_nb.adders import _one_by_one, accumulator_ranges, adder, partial_bounds
 from micronet_nb.core import MicronetError
-from micronet_nb.deployment import IntConv2d, IntWeights, Quantise, Runner, ScaleBias, SideBySide, capture, int_sums, lower, powers, run_integer, sum_widths
+from micronet_nb.deployment import IntConv2d, IntWeights, Quantise, Runner, ScaleBias, SideBySide, capture, holds, int_sums, lower, powers, run_integer, sum_widths
 from micronet_nb.packing import as_graph, pack, unpack
 from micronet_nb.pruning import prune
 from micronet_nb.scoring import score
-from micronet_nb.weights import WeightQuantiser
+from micronet_nb.weights import WeightQuantiser, quantise_weights
 
 
 def images(n=3, channels=3, side=7, seed=0): return torch.randn(n, channels, side, side, generator=torch.Generator().manual_seed(seed))
@@ -395,3 +395,23 @@ def test_norms_of_weights_that_are_parametrizations():
 def test_a_net_that_raises_is_a_named_error():
     def breaks(m, y): raise KeyError('temperature')
     with pytest.raises(MicronetError, match="Wrapped does not run on an example of 3x3x7x7: 'temperature'"): lower(Wrapped(breaks).eval(), images())
+
+
+def test_rounding_to_float32_is_no_reason_to_refuse():
+    "Input, scale, bias, product and sum are each rounded: more than one last digit of the scale."
+    torch.manual_seed(13)
+    net = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 6, 3), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(6, 5)).eval()
+    x = torch.randn(4, 3, 9, 9)
+    quantise_weights(net, 4)
+    quantise_activations(net, x, 8)
+    assert torch.allclose(lower(net, x, torch.float32)(x).double(), lower(net, x, torch.float64)(x.double()), atol=1e-6)
+
+
+def test_a_scale_is_held_as_its_own_channel_needs_it():
+    "Small floats beside large integer sums: the sums do not excuse what rounding does to the others."
+    scale, bias = torch.tensor([136., 4e-6], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    top = torch.tensor([.93, 2.3e7], dtype=torch.float64)
+    assert not holds(scale, bias, top, torch.float16)   # 4e-6 is subnormal, 0.6 % off
+    i, j = powers(scale, bias, top, torch.float16)
+    rounded = (scale*2.**-(i + j)).half().double()*2.**(i + j)
+    assert ((rounded - scale).abs() <= scale*2.**-11).all()

@@ -372,7 +372,7 @@ GRID = {  # operation on a quantised image (4 bits unless said): bits of what it
     'cat with ones': (lambda m, x: torch.cat([m.q(x), torch.full_like(x, .1)], 1), 32), 'cat with the image': (lambda m, x: torch.cat([m.q(x), x], 1), 32),
     'pad': (lambda m, x: F.pad(m.q(x), (1, 1, 1, 1)), 4), 'pad with .1': (lambda m, x: F.pad(m.q(x), (1, 1, 1, 1), value=.1), 32),
     'pad by reflection': (lambda m, x: F.pad(m.q(x), (1, 1, 1, 1), mode='reflect'), 4), 'pad by replication': (lambda m, x: F.pad(m.q(x), (1, 1, 1, 1), mode='replicate'), 4),
-    'pad around': (lambda m, x: F.pad(m.q(x), (1, 1, 1, 1), mode='circular'), 4), 'roll and flip': (lambda m, x: m.q(x).roll(1, 2).flip(3), 4),
+    'pad around': (lambda m, x: F.pad(m.q(x), (1, 1, 1, 1), mode='circular'), 4), 'roll, flip and turn': (lambda m, x: m.q(x).roll(1, 2).flip(3).rot90(1, (2, 3)), 4),
     'nearest': (lambda m, x: F.interpolate(m.q(x), scale_factor=2), 4), 'bilinear': (lambda m, x: F.interpolate(m.q(x), scale_factor=2, mode='bilinear'), 32),
     'repeat': (lambda m, x: m.q(x).repeat(1, 2, 1, 1), 4), 'index': (lambda m, x: m.q(x)[:, [2, 0]], 4), 'index_select': (lambda m, x: m.q(x).index_select(1, torch.tensor([1, 1])), 4),
     'gather': (lambda m, x: m.q(x).gather(1, torch.zeros(x.shape, dtype=torch.int64)), 4), 'unfold': (lambda m, x: F.unfold(m.q(x), 3, padding=1), 4),
