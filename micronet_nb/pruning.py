@@ -107,6 +107,13 @@ def plain_weight(
     module._parameters.clear()
     for name, p in {'weight': weight, **others}.items(): module.register_parameter(name, p)
 
+# %% ../nbs/06_pruning.ipynb #4bbf80e9
+def _take_mask(module):
+    "No mask, the dense weight as it is; other parametrizations stay."
+    stack = module.parametrizations.weight
+    if len(stack) == 1: plain_weight(module)
+    else: del stack[list(stack).index(mask_of(module))]
+
 # %% ../nbs/06_pruning.ipynb #b6c0d101
 @torch.no_grad()
 def put_masks(
@@ -125,13 +132,6 @@ def put_masks(
         if mask_of(layers[name]) is not None: _take_mask(layers[name])
         if bool((mask == 0).any()): _put_mask(layers[name], mask != 0, False)
     return [name for name in masks if mask_of(layers[name]) is not None]
-
-# %% ../nbs/06_pruning.ipynb #4bbf80e9
-def _take_mask(module):
-    "No mask, the dense weight as it is; other parametrizations stay."
-    stack = module.parametrizations.weight
-    if len(stack) == 1: plain_weight(module)
-    else: del stack[list(stack).index(mask_of(module))]
 
 # %% ../nbs/06_pruning.ipynb #dc5b85f0
 class _Products(TorchDispatchMode):

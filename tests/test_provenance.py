@@ -36,6 +36,7 @@ NEEDED = {  # what the numbers depend on, by record
     **dict.fromkeys(("11_deployment.answers", "14_packing.ours", "15_onnx.agreement", "15_onnx.sizes"), COMPRESSED),
     "12_adders.released": {"model", "n_images"}, "12_adders.scores": {"mixnet", "cifar100"},
     "13_released.accuracy": {"model", "n_images", "n_double"}, "13_released.score": {"model", "accounting"}, "13_released.speed": {"model", "n_timed"},
+    "13_released.published": {"nets", "members", "n_images", "bits", "files"},
     "14_packing.accuracy": {"model", "pixels", "n_images"}, "14_packing.bytes": {"model", "n_mutations", "n_forged"}, "14_packing.speed": {"model", "weights"},
     "15_onnx.kernels": {"channels", "side", "kernel", "batch", "threads"}, "15_onnx.widths": {"model", "rate", "trained"},
     **dict.fromkeys(("20_cifar100.study", "20_cifar100.ours", "20_cifar100.ours.seed1"), CHAIN | {"last_seed", "seed_of_all_but_the_last"}),
