@@ -1,4 +1,5 @@
 """The package's metadata, all of it from settings.ini (pyproject.toml cannot read that file)."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -16,10 +17,12 @@ class WithPublished(build_py):
 
     def run(self):
         super().run()
-        if self.editable_mode: return
-        folder = Path(self.build_lib)/"micronet_nb"/"published"
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib) / "micronet_nb" / "published"
         self.mkpath(str(folder))
-        for file in sorted((here/"data"/"published").glob("*.json")): self.copy_file(str(file), str(folder/file.name))
+        for file in sorted((here / "data" / "published").glob("*.json")):
+            self.copy_file(str(file), str(folder / file.name))
 
 
 setup(
@@ -31,13 +34,20 @@ setup(
     author_email=cfg["author_email"],
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
-    classifiers=["Intended Audience :: Developers", "Intended Audience :: Science/Research",
-                 "Programming Language :: Python :: 3", "Framework :: Jupyter"],
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Framework :: Jupyter",
+    ],
     url=cfg["git_url"],
     python_requires=f">={cfg['min_python']}",
     cmdclass={"build_py": WithPublished},
     packages=find_packages(include=["micronet_nb", "micronet_nb.*"]),
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+    },
 )

@@ -26,42 +26,57 @@ from .scoring import compressible
 # %% ../nbs/09_activations.ipynb #d633513b
 class _FakeQuantise(torch.autograd.Function):
     "`fake_quantise` for one step, in fewer passes over memory: the same values, the same gradients."
+
     @staticmethod
     def forward(ctx, x, scale, lo, hi):
         ctx.save_for_backward(x, scale)
         ctx.ends = lo, hi
-        return (_wide(x)/scale).round_().clamp_(lo, hi).mul_(scale).to(x.dtype)
+        return (_wide(x) / scale).round_().clamp_(lo, hi).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         (x, scale), (lo, hi) = ctx.saved_tensors, ctx.ends
-        grad, v = _wide(grad), _wide(x)/scale
+        grad, v = _wide(grad), _wide(x) / scale
         inside = torch.ops.aten.hardtanh_backward(grad, v, lo, hi)  # 0 from the ends on, as for clamp
-        step = (v.round().clamp_(lo, hi).mul_(grad).sum() - v.mul_(inside).sum()).to(scale.dtype) if ctx.needs_input_grad[1] else None
+        step = (
+            (v.round().clamp_(lo, hi).mul_(grad).sum() - v.mul_(inside).sum()).to(scale.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         return inside.to(x.dtype), step, None, None
 
-def _wide(x): return x if x.dtype == torch.float64 else x.float()
+
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
 
 # %% ../nbs/09_activations.ipynb #54094b12
 class ActivationQuantiser(nn.Module):
     "a q(x), with one step a for the whole tensor. Slide 'Quantization'; with `learn`, the step is a Parameter (LSQ, Esser et al. 2020)."
+
     counts_as = 'quantise'
-    def __init__(self,
-        bits: int,             # 1 to 16
-        scale: float = 1.,     # step a > 0
+
+    def __init__(
+        self,
+        bits: int,  # 1 to 16
+        scale: float = 1.0,  # step a > 0
         signed: bool = False,  # see `grid`
-        learn: bool = False,   # is the step a Parameter?
-        low: int = 0           # unsigned: the smallest integer, 1 - 2^bits to 0; the largest is low + 2^bits - 1
+        learn: bool = False,  # is the step a Parameter?
+        low: int = 0,  # unsigned: the smallest integer, 1 - 2^bits to 0; the largest is low + 2^bits - 1
     ):
         super().__init__()
         grid(bits, signed)
         if not (isinstance(low, int) and 1 - 2**bits <= low <= 0) or signed and low:
-            raise MicronetError(f'the lower end of {bits} unsigned bits is a whole number from {1 - 2**bits} to 0, not {low!r}; a signed grid has none')
+            raise MicronetError(
+                f'the lower end of {bits} unsigned bits is a whole number from {1 - 2**bits} to 0, not {low!r}; a signed grid has none'
+            )
         scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone().reshape(())
-        if not 0 < float(scale) < float('inf'): raise MicronetError(f'the step of a quantiser must be positive and finite, not {float(scale)}')
+        if not 0 < float(scale) < float('inf'):
+            raise MicronetError(f'the step of a quantiser must be positive and finite, not {float(scale)}')
         self.bits, self.signed, self.learn, self.low = bits, bool(signed), learn, low
-        if learn: self.scale = nn.Parameter(scale)
-        else: self.register_buffer('scale', scale)
+        if learn:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer('scale', scale)
 
     @property
     def ends(self):
@@ -77,10 +92,12 @@ class ActivationQuantiser(nn.Module):
         "Moves with the model, but the step stays float32."
         exact = self.scale.data
         super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32: self.scale.data = exact.to(self.scale.device)
+        if self.scale.dtype != torch.float32:
+            self.scale.data = exact.to(self.scale.device)
         return self
 
-    def get_extra_state(self): return torch.tensor([self.bits, int(self.signed)] + [self.low]*bool(self.low))
+    def get_extra_state(self):
+        return torch.tensor([self.bits, int(self.signed)] + [self.low] * bool(self.low))
 
     def set_extra_state(self, state):
         self.bits, self.signed = int(state[0]), bool(state[1])
@@ -92,49 +109,63 @@ class ActivationQuantiser(nn.Module):
 
 # %% ../nbs/09_activations.ipynb #42e75295
 def input_of(
-    args: tuple,   # positional arguments of a layer's call
-    kwargs: dict   # and its keyword arguments
+    args: tuple,  # positional arguments of a layer's call
+    kwargs: dict,  # and its keyword arguments
 ) -> torch.Tensor:
     "What a layer is given, whether by position or, as in `conv(input=x)`, by name."
     return args[0] if args else next(iter(kwargs.values()))
 
+
 def _quantise_input(module, args, kwargs=None):
-    if kwargs is None: return module.input_quantiser(args[0]), *args[1:]   # hooked before there were keywords: in old pickles
-    if args: return (module.input_quantiser(args[0]), *args[1:]), kwargs
+    if kwargs is None:
+        return module.input_quantiser(args[0]), *args[1:]  # hooked before there were keywords: in old pickles
+    if args:
+        return (module.input_quantiser(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
     return args, {**kwargs, name: module.input_quantiser(kwargs[name])}
 
-def _hook_of(module): return next((k for k, f in module._forward_pre_hooks.items() if f is _quantise_input), None)
+
+def _hook_of(module):
+    return next((k for k, f in module._forward_pre_hooks.items() if f is _quantise_input), None)
+
 
 def attach_quantiser(
-    module: nn.Module,    # a layer; changed in place
-    quantiser: nn.Module  # an ActivationQuantiser; replaces the one that is there
+    module: nn.Module,  # a layer; changed in place
+    quantiser: nn.Module,  # an ActivationQuantiser; replaces the one that is there
 ):
     "Puts a quantiser before a module: a child called `input_quantiser`, and a hook that calls it. MicronetError for what is no module."
     if not isinstance(module, nn.Module) or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
-        raise MicronetError(f'a quantiser stands before a module that is called, and {type(module).__name__} is none: attach it to the layer that reads the tensor')
+        raise MicronetError(
+            f'a quantiser stands before a module that is called, and {type(module).__name__} is none: attach it to the layer that reads the tensor'
+        )
     module.input_quantiser = quantiser.to(next((p.device for p in module.parameters()), 'cpu'))
-    if _hook_of(module) is None: module.register_forward_pre_hook(_quantise_input, with_kwargs=True)
+    if _hook_of(module) is None:
+        module.register_forward_pre_hook(_quantise_input, with_kwargs=True)
 
 # %% ../nbs/09_activations.ipynb #d7df6086
 def _matching(names, patterns):
     "Those of the names that match one of the patterns (None: all); MicronetError for a pattern that matches nothing."
-    if patterns is None: return list(names)
+    if patterns is None:
+        return list(names)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     for p in patterns:
-        if not any(fnmatchcase(n, p) for n in names): raise MicronetError(f"no layer matches {p!r}; layers are called {', '.join(list(names)[:3]) or '(there are none)'}, ...")
+        if not any(fnmatchcase(n, p) for n in names):
+            raise MicronetError(
+                f"no layer matches {p!r}; layers are called {', '.join(list(names)[:3]) or '(there are none)'}, ..."
+            )
     return [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
 
 # %% ../nbs/09_activations.ipynb #69929345
 def activation_quantisers(
-    model: nn.Module  # any model
-) -> dict:            # layer name to ActivationQuantiser, in module order
+    model: nn.Module,  # any model
+) -> dict:  # layer name to ActivationQuantiser, in module order
     "The quantisers that are there."
     return {n: m.input_quantiser for n, m in model.named_modules() if _hook_of(m) is not None}
 
+
 def remove_activation_quantisers(
     model: nn.Module,  # changed in place
-    layers=None        # names or patterns; None: all
+    layers=None,  # names or patterns; None: all
 ):
     "Takes quantisers out: the layers see again what they saw before."
     for n in _matching(list(activation_quantisers(model)), layers):
@@ -147,32 +178,45 @@ def remove_activation_quantisers(
 def _merge(kept, seen, new, limit, rng):
     "A uniform sample of the seen and the new values, at most `limit`, from a uniform sample `kept` of the seen ones and all the new ones."
     m, k = len(new), min(limit, seen + len(new))
-    n = rng.hypergeometric(m, seen, k) if seen + m < 10**9 else min(m, rng.binomial(k, m/(seen + m)))  # numpy's limit
-    def some(x, n): return x[torch.from_numpy(rng.choice(len(x), n, replace=False, shuffle=False)).to(x.device)].cpu() if n else x[:0].cpu()
+    n = rng.hypergeometric(m, seen, k) if seen + m < 10**9 else min(m, rng.binomial(k, m / (seen + m)))  # numpy's limit
+
+    def some(x, n):
+        return (
+            x[torch.from_numpy(rng.choice(len(x), n, replace=False, shuffle=False)).to(x.device)].cpu()
+            if n
+            else x[:0].cpu()
+        )
+
     return torch.cat([some(kept, k - n), some(new, n)])
 
 # %% ../nbs/09_activations.ipynb #7139af9e
 @dataclass
 class Sample:
     "What calibration keeps of a layer's inputs: enough to solve the step for any number of bits."
+
     values: torch.Tensor  # (at most limit,) float32 on the CPU: a uniform sample of the inputs that are not zero
-    seen: int = 0         # inputs
-    nonzero: int = 0      # inputs that are not zero
-    low: float = 0.       # smallest input, or 0
-    high: float = 0.      # largest input, or 0
-    first: bool = False   # of the layer that ran first, which sees the image
+    seen: int = 0  # inputs
+    nonzero: int = 0  # inputs that are not zero
+    low: float = 0.0  # smallest input, or 0
+    high: float = 0.0  # largest input, or 0
+    first: bool = False  # of the layer that ran first, which sees the image
     steps: dict = field(default_factory=dict)  # bits to step, as far as solved
+
     @property
-    def signed(self): return self.low < 0
+    def signed(self):
+        return self.low < 0
 
 # %% ../nbs/09_activations.ipynb #da3c8c0f
 def _observe(sample, x, limit, rng, name):
     "Adds the inputs of one call of a layer to its sample."
     x = x.detach().float().flatten()
-    if not len(x): return
+    if not len(x):
+        return
     low, high = (float(v) for v in x.aminmax())
     if not (abs(low) < float('inf') and abs(high) < float('inf')):
-        raise MicronetError(f'the input of layer {name!r} holds NaN or infinity: find the images or weights that make it before quantising')
+        raise MicronetError(
+            f'the input of layer {name!r} holds NaN or infinity: find the images or weights that make it before quantising'
+        )
     sample.low, sample.high = min(sample.low, low), max(sample.high, high)
     new = x[x != 0]
     sample.values = _merge(sample.values, sample.nonzero, new, limit, rng)
@@ -184,11 +228,23 @@ def _images(batches):
     "Image tensors from a tensor, or from batches with or without labels."
     for b in [batches] if isinstance(batches, torch.Tensor) else batches:
         x = b if isinstance(b, torch.Tensor) else b[0]
-        if not x.is_floating_point(): raise MicronetError(f'calibration needs images as the model sees them, normalised and floating point, not {x.dtype}')
+        if not x.is_floating_point():
+            raise MicronetError(
+                f'calibration needs images as the model sees them, normalised and floating point, not {x.dtype}'
+            )
         yield from x.split(250)
 
+
 def _watch(samples, name, limit, rng):
-    def hook(module, args, kwargs): _observe(samples.setdefault(name, Sample(torch.zeros(0), first=not samples)), input_of(args, kwargs), limit, rng, name)
+    def hook(module, args, kwargs):
+        _observe(
+            samples.setdefault(name, Sample(torch.zeros(0), first=not samples)),
+            input_of(args, kwargs),
+            limit,
+            rng,
+            name,
+        )
+
     return hook
 
 # %% ../nbs/09_activations.ipynb #a0b7c106
@@ -199,81 +255,100 @@ def _places(model, before=None):
 # %% ../nbs/09_activations.ipynb #8304d03a
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,    # left as it was; runs in evaluation mode, in full precision
-    batches,             # images as the model sees them: a tensor (n, c, h, w), or an iterable of tensors or of (images, labels)
+    model: nn.Module,  # left as it was; runs in evaluation mode, in full precision
+    batches,  # images as the model sees them: a tensor (n, c, h, w), or an iterable of tensors or of (images, labels)
     limit: int = 2**18,  # values kept a layer
-    seed: int = 0,       # of the sample
-    before=None          # types of modules to watch; None: Conv2d and Linear
-) -> dict:               # layer name to Sample, in the order in which the layers first ran
+    seed: int = 0,  # of the sample
+    before=None,  # types of modules to watch; None: Conv2d and Linear
+) -> dict:  # layer name to Sample, in the order in which the layers first ran
     "Samples the inputs of every Conv2d and Linear. Slide 'Activation Quantization'; MicronetError for NaN, naming the layer, and where no layer ran."
     require_shapes(model, 'calibration')
     samples, layers, there = {}, _places(model, before), activation_quantisers(model)
     modes, device = {m: m.training for m in model.modules()}, next(model.parameters()).device
     remove_activation_quantisers(model)
-    hooks = [m.register_forward_pre_hook(_watch(samples, n, limit, np.random.default_rng([seed, i])), with_kwargs=True) for i, (n, m) in enumerate(layers.items())]
+    hooks = [
+        m.register_forward_pre_hook(_watch(samples, n, limit, np.random.default_rng([seed, i])), with_kwargs=True)
+        for i, (n, m) in enumerate(layers.items())
+    ]
     try:
         model.eval()
-        for x in _images(batches): model(x.to(device))
+        for x in _images(batches):
+            model(x.to(device))
     finally:
-        for h in hooks: h.remove()
-        for n, q in there.items(): attach_quantiser(model.get_submodule(n), q)
-        for m, training in modes.items(): m.training = training
-    if not samples: raise MicronetError('calibration saw no layer at work: it needs at least one image, and a model with Conv2d or Linear layers')
+        for h in hooks:
+            h.remove()
+        for n, q in there.items():
+            attach_quantiser(model.get_submodule(n), q)
+        for m, training in modes.items():
+            m.training = training
+    if not samples:
+        raise MicronetError(
+            'calibration saw no layer at work: it needs at least one image, and a model with Conv2d or Linear layers'
+        )
     return samples
 
 # %% ../nbs/09_activations.ipynb #555c645a
 def solve_step(
     sample: Sample,  # of a layer, from `calibrate`
-    bits: int        # 1 to 16
+    bits: int,  # 1 to 16
 ) -> float:
     "The least-squares step of a layer's inputs, on the positive ones where none is negative; 1 where all are zero."
-    if bits not in sample.steps: sample.steps[bits] = float(solve_scale(sample.values[None], bits, sample.signed)[0]) if len(sample.values) else 1.
+    if bits not in sample.steps:
+        sample.steps[bits] = (
+            float(solve_scale(sample.values[None], bits, sample.signed)[0]) if len(sample.values) else 1.0
+        )
     return sample.steps[bits]
 
 # %% ../nbs/09_activations.ipynb #a0b7c102
 def _histogram(x, bins=4096):
     "Mean and count of the values in each of `bins` equal intervals."
     lo, hi = x.aminmax()
-    at = ((x - lo)/(hi - lo).clamp(min=1e-30)*bins).long().clamp(max=bins - 1)
+    at = ((x - lo) / (hi - lo).clamp(min=1e-30) * bins).long().clamp(max=bins - 1)
     count = torch.bincount(at, minlength=bins).float()
-    return torch.bincount(at, weights=x, minlength=bins).float()/count.clamp(min=1), count
+    return torch.bincount(at, weights=x, minlength=bins).float() / count.clamp(min=1), count
+
 
 def _window_error(mean, count, step, low, top):
     "Squared error of windows (k,) on a histogram."
-    q = (mean/step[:, None]).round_().clamp_(low[:, None], low[:, None] + top)
+    q = (mean / step[:, None]).round_().clamp_(low[:, None], low[:, None] + top)
     return q.mul_(step[:, None]).sub_(mean).square_().mul_(count).sum(1)
 
 # %% ../nbs/09_activations.ipynb #a0b7c103
 @torch.no_grad()
 def solve_window(
     sample: Sample,  # of a layer, from `calibrate`
-    bits: int        # 1 to 16
-) -> tuple:          # (step, smallest integer)
+    bits: int,  # 1 to 16
+) -> tuple:  # (step, smallest integer)
     "The step a and the lower end l that minimise the squared error of a clamp(round(x/a), l, l + 2^bits - 1)."
     top = grid(bits, False)[1]
-    if not len(sample.values): return 1., 0
-    if not sample.high - sample.low > 1e-30: return 1., 0   # too small for a step that float32 holds
+    if not len(sample.values):
+        return 1.0, 0
+    if not sample.high - sample.low > 1e-30:
+        return 1.0, 0  # too small for a step that float32 holds
     mean, count = _histogram(sample.values)
-    reach, depth, step = sample.high - sample.low, -min(sample.low, 0.), None
-    shares = torch.tensor([1., .75, .5, .25, 0.])
-    for width, number in ((1., 48), (.05, 24)):
-        middle = reach/top*10**-.4 if step is None else step
-        steps = middle*torch.logspace(-width/2, width/2, number).repeat_interleave(len(shares))
-        lows = -(depth/steps*shares.repeat(number)).round().clamp(max=top)
+    reach, depth, step = sample.high - sample.low, -min(sample.low, 0.0), None
+    shares = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    for width, number in ((1.0, 48), (0.05, 24)):
+        middle = reach / top * 10**-0.4 if step is None else step
+        steps = middle * torch.logspace(-width / 2, width / 2, number).repeat_interleave(len(shares))
+        lows = -(depth / steps * shares.repeat(number)).round().clamp(max=top)
         best = _window_error(mean, count, steps, lows, top).argmin()
         step, low = float(steps[best]), float(lows[best])
     for _ in range(20):
-        q = (mean/step).round().clamp(low, low + top)
-        if not (energy := float((count*q*q).sum())): break
-        step = float((count*q*mean).sum())/energy
+        q = (mean / step).round().clamp(low, low + top)
+        if not (energy := float((count * q * q).sum())):
+            break
+        step = float((count * q * mean).sum()) / energy
     return step, int(low)
 
 # %% ../nbs/09_activations.ipynb #fe9298c9
 def _widths(names, bits):
     "Layer name to bits; layers that a dict does not name are left out."
-    if isinstance(bits, dict): return {n: b for p, b in bits.items() for n in _matching(names, p)}
+    if isinstance(bits, dict):
+        return {n: b for p, b in bits.items() for n in _matching(names, p)}
     if isinstance(bits, (list, tuple)):
-        if len(bits) != len(names): raise MicronetError(f'{len(bits)} widths for {len(names)} layers: they do not belong together')
+        if len(bits) != len(names):
+            raise MicronetError(f'{len(bits)} widths for {len(names)} layers: they do not belong together')
         return dict(zip(names, bits))
     return dict.fromkeys(names, bits)
 
@@ -281,8 +356,12 @@ def _widths(names, bits):
 def _that_ran(names, samples):
     "Those of the names that were calibrated; the others are named in a warning, or an error where none is left."
     silent = [n for n in names if n not in samples]
-    if names and len(silent) == len(names): raise MicronetError(f'layer {silent[0]!r} did not run during calibration: its inputs are unknown. Calibrate this model, with images that reach it')
-    if silent: warnings.warn(f"{', '.join(silent)} did not run during calibration: left as it was", stacklevel=3)
+    if names and len(silent) == len(names):
+        raise MicronetError(
+            f'layer {silent[0]!r} did not run during calibration: its inputs are unknown. Calibrate this model, with images that reach it'
+        )
+    if silent:
+        warnings.warn(f"{', '.join(silent)} did not run during calibration: left as it was", stacklevel=3)
     return [n for n in names if n in samples]
 
 # %% ../nbs/09_activations.ipynb #a0b7c105
@@ -295,56 +374,79 @@ def _quantiser_for(sample, bits, learn, affine):
 
 # %% ../nbs/09_activations.ipynb #514ac793
 def quantise_activations(
-    model: nn.Module,     # changed in place
-    batches,              # images, see `calibrate`; or what it returned
-    bits=8,               # 1 to 16, or 32 for none: a number, a dict of layer names or patterns (the last that matches counts), or a list in module order
+    model: nn.Module,  # changed in place
+    batches,  # images, see `calibrate`; or what it returned
+    bits=8,  # 1 to 16, or 32 for none: a number, a dict of layer names or patterns (the last that matches counts), or a list in module order
     first_bits: int = 8,  # of the layer that sees the image; None: as `bits` says
     learn: bool = False,  # learned steps instead of fixed ones
-    layers=None,          # names or patterns; None: every Conv2d and Linear that ran
-    seed: int = 0,        # of the sample
-    affine: bool = False, # inputs with a sign get a window of unsigned integers with a lower end of its own (`solve_window`)
-    before=None           # types of modules, such as (nn.Hardswish,), that get a quantiser instead of Conv2d and Linear
-) -> dict:                # layer name to ActivationQuantiser: all that are there now; `untouched` is a table of the weights whose inputs are not quantised
+    layers=None,  # names or patterns; None: every Conv2d and Linear that ran
+    seed: int = 0,  # of the sample
+    affine: bool = False,  # inputs with a sign get a window of unsigned integers with a lower end of its own (`solve_window`)
+    before=None,  # types of modules, such as (nn.Hardswish,), that get a quantiser instead of Conv2d and Linear
+) -> dict:  # layer name to ActivationQuantiser: all that are there now; `untouched` is a table of the weights whose inputs are not quantised
     "Puts a quantiser before each layer, step and sign found on the images; replaces those that are there. Slide 'Activation Quantization'."
     samples = batches if isinstance(batches, dict) else calibrate(model, batches, seed=seed, before=before)
     places = list(_places(model, before))
     chosen, widths = _matching(places, layers), _widths(places, bits)
     names = _that_ran([n for n in chosen if n in widths], samples)
-    plan = {n: first_bits if samples[n].first and first_bits is not None and before is None else widths[n] for n in names}
+    plan = {
+        n: first_bits if samples[n].first and first_bits is not None and before is None else widths[n] for n in names
+    }
     made = {n: _quantiser_for(samples[n], b, learn, affine) for n, b in plan.items() if b != 32}
     remove_activation_quantisers(model, [n for n in activation_quantisers(model) if n in plan])
-    for n, q in made.items(): attach_quantiser(model.get_submodule(n), q)
+    for n, q in made.items():
+        attach_quantiser(model.get_submodule(n), q)
     _spare_steps(model)
-    if before is not None: return activation_quantisers(model)
-    return Reach(activation_quantisers(model), tell_untouched(_unquantised_inputs(model, samples), 'quantise_activations', 3))
+    if before is not None:
+        return activation_quantisers(model)
+    return Reach(
+        activation_quantisers(model), tell_untouched(_unquantised_inputs(model, samples), 'quantise_activations', 3)
+    )
+
 
 def _unquantised_inputs(model, samples):
     "The weights of `untouched` whose layer has no input quantiser."
     there = activation_quantisers(model)
     table = untouched(model, {n: '32 bits' if n in samples else 'did not run' for n in compressible(model)})
-    return table[[n.partition('.parametrizations.')[0] not in there and n.rpartition('.')[0] not in there for n in table.index]]
+    return table[
+        [n.partition('.parametrizations.')[0] not in there and n.rpartition('.')[0] not in there for n in table.index]
+    ]
 
 # %% ../nbs/09_activations.ipynb #d48ba208
-def _spared(patterns): return set(patterns)
+def _spared(patterns):
+    return set(patterns)
+
 
 def _spare_steps(model, pattern='*input_quantiser.scale'):
     "Adds the learned steps to what timm's optimizers do not decay."
-    if any(q.learn for q in activation_quantisers(model).values()): model.no_weight_decay = partial(_spared, {*getattr(model, 'no_weight_decay', set)(), pattern})
+    if any(q.learn for q in activation_quantisers(model).values()):
+        model.no_weight_decay = partial(_spared, {*getattr(model, 'no_weight_decay', set)(), pattern})
 
 # %% ../nbs/09_activations.ipynb #52b6500c
 def activation_table(
-    model: nn.Module  # any model
-) -> pd.DataFrame:    # indexed by layer name
+    model: nn.Module,  # any model
+) -> pd.DataFrame:  # indexed by layer name
     "Bits, sign, step and range of every activation quantiser."
-    rows = [dict(layer=n, bits=q.bits, signed=q.signed, step=(a := abs(q.scale.item())), low=a*q.ends[0], high=a*q.ends[1], learned=q.learn)
-            for n, q in activation_quantisers(model).items()]
+    rows = [
+        dict(
+            layer=n,
+            bits=q.bits,
+            signed=q.signed,
+            step=(a := abs(q.scale.item())),
+            low=a * q.ends[0],
+            high=a * q.ends[1],
+            learned=q.learn,
+        )
+        for n, q in activation_quantisers(model).items()
+    ]
     return pd.DataFrame(rows, columns=['layer', 'bits', 'signed', 'step', 'low', 'high', 'learned']).set_index('layer')
 
 # %% ../nbs/09_activations.ipynb #c719f4ee
 def _step(self, x):
     "|scale|, whose gradient is divided by sqrt(n Qmax) for n inputs an image. Esser et al. 2020."
     a = self.scale.abs()
-    g = a*(max(x[0].numel(), 1)*max(self.ends[1], 1))**-.5
+    g = a * (max(x[0].numel(), 1) * max(self.ends[1], 1)) ** -0.5
     return a.detach() + (g - g.detach())
+
 
 ActivationQuantiser._step = _step

@@ -19,72 +19,98 @@ from .deployment import IntConv2d, IntLinear, padded
 # %% ../nbs/12_adders.ipynb #4fe470fe
 WAYS = ('exact', 'wrap', 'saturate', 'fp16', 'fp16 tree')
 
-def _half(x): return x.half().to(x.dtype)
-def _clamp(x, bits): return x.clamp(-2**(bits - 1), 2**(bits - 1) - 1)
-def _wrap(x, bits): return (x + 2**(bits - 1)).remainder(2**bits) - 2**(bits - 1)
+
+def _half(x):
+    return x.half().to(x.dtype)
+
+
+def _clamp(x, bits):
+    return x.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _wrap(x, bits):
+    return (x + 2 ** (bits - 1)).remainder(2**bits) - 2 ** (bits - 1)
 
 # %% ../nbs/12_adders.ipynb #8ce2c04e
 def accumulate(
     products: torch.Tensor,  # (sums, N) floating point
-    way: str,                # one of WAYS
-    bits: int = 16           # of the register, for wrap and saturate
-) -> torch.Tensor:           # (sums,)
+    way: str,  # one of WAYS
+    bits: int = 16,  # of the register, for wrap and saturate
+) -> torch.Tensor:  # (sums,)
     "Adds each row up as an adder does, from left to right (or, for 'fp16 tree', in pairs). MicronetError for an unknown way."
-    if way == 'exact': return products.double().sum(1).to(products.dtype)
-    if way == 'fp16 tree': return _pairs(_half(products))
+    if way == 'exact':
+        return products.double().sum(1).to(products.dtype)
+    if way == 'fp16 tree':
+        return _pairs(_half(products))
     step = {'wrap': lambda s: _wrap(s, bits), 'saturate': lambda s: _clamp(s, bits), 'fp16': _half}.get(way)
-    if step is None: raise MicronetError(f"no adder {way!r}: choose from {', '.join(WAYS)}")
+    if step is None:
+        raise MicronetError(f"no adder {way!r}: choose from {', '.join(WAYS)}")
     total = torch.zeros(len(products), dtype=products.dtype, device=products.device)
-    for column in products.unbind(1): total = step(total + (_half(column) if way == 'fp16' else column))
+    for column in products.unbind(1):
+        total = step(total + (_half(column) if way == 'fp16' else column))
     return total
+
 
 def _pairs(x):
     "Adds neighbours until one number is left, each sum rounded to FP16."
-    while x.shape[1] > 1: x = _half(torch.cat([x[:, 0:-1:2] + x[:, 1::2], x[:, x.shape[1]//2*2:]], 1))
+    while x.shape[1] > 1:
+        x = _half(torch.cat([x[:, 0:-1:2] + x[:, 1::2], x[:, x.shape[1] // 2 * 2 :]], 1))
     return x[:, 0]
 
 # %% ../nbs/12_adders.ipynb #672d1c85
 def _apply(layer, x, weight):
     "The layer's sums for another weight, in float64 where float32 could round."
-    most = float(x.abs().max())*float(weight.abs().flatten(1).sum(1).max()) if x.numel() else 0.
-    if x.dtype == torch.float32 and most > 2**24: return _apply(layer, x.double(), weight.double()).float()
-    if isinstance(layer, nn.Linear): return F.linear(x, weight)
+    most = float(x.abs().max()) * float(weight.abs().flatten(1).sum(1).max()) if x.numel() else 0.0
+    if x.dtype == torch.float32 and most > 2**24:
+        return _apply(layer, x.double(), weight.double()).float()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
     return F.conv2d(padded(layer, x), weight, None, layer.stride, 0, layer.dilation, layer.groups)
+
 
 def partial_bounds(
     layer: nn.Module,  # IntConv2d or IntLinear
-    x: torch.Tensor    # its input
-) -> tuple:            # (low, high), each of the output's shape
+    x: torch.Tensor,  # its input
+) -> tuple:  # (low, high), each of the output's shape
     "No partial sum, in whatever order, leaves [low, high]: the sums of the negative and of the positive products."
     w, pos, neg = layer.weight, layer.weight.clamp(min=0), layer.weight.clamp(max=0)
-    if not bool((x < 0).any()): return _apply(layer, x, neg), _apply(layer, x, pos)
+    if not bool((x < 0).any()):
+        return _apply(layer, x, neg), _apply(layer, x, pos)
     up, down = x.clamp(min=0), x.clamp(max=0)
     return _apply(layer, up, neg) + _apply(layer, down, pos), _apply(layer, up, pos) + _apply(layer, down, neg)
 
 # %% ../nbs/12_adders.ipynb #149af400
 def int_layers(
-    net: nn.Module  # a deployment graph
+    net: nn.Module,  # a deployment graph
 ) -> dict:
     "Name to module of its integer layers; MicronetError where there is none."
     found = {n: m for n, m in net.named_modules() if isinstance(m, (IntConv2d, IntLinear))}
-    if not found: raise MicronetError(f'{type(net).__name__} has no IntConv2d or IntLinear: lower it first, or load a released or packed net')
+    if not found:
+        raise MicronetError(
+            f'{type(net).__name__} has no IntConv2d or IntLinear: lower it first, or load a released or packed net'
+        )
     return found
 
 # %% ../nbs/12_adders.ipynb #ba7574a6
 @contextlib.contextmanager
 def _watched(net, hook):
     "`hook(name, layer, x, y)` after every integer layer; what it returns takes the place of y."
-    handles = [m.register_forward_hook(lambda m, args, y, n=n: hook(n, m, args[0], y)) for n, m in int_layers(net).items()]
+    handles = [
+        m.register_forward_hook(lambda m, args, y, n=n: hook(n, m, args[0], y)) for n, m in int_layers(net).items()
+    ]
     modes = {m: m.training for m in net.modules()}
-    try: yield net.eval()
+    try:
+        yield net.eval()
     finally:
-        for h in handles: h.remove()
-        for m, training in modes.items(): m.training = training
+        for h in handles:
+            h.remove()
+        for m, training in modes.items():
+            m.training = training
 
 # %% ../nbs/12_adders.ipynb #9fcece05
 def bits_for(
     low: float,  # smallest value
-    high: float  # largest value
+    high: float,  # largest value
 ) -> int:
     "Bits of the two's complement register that holds low to high."
     return max(math.ceil(math.log2(max(high + 1, -low, 1))) + 1, 1)
@@ -92,50 +118,85 @@ def bits_for(
 # %% ../nbs/12_adders.ipynb #70661521
 @torch.inference_mode()
 def accumulator_ranges(
-    net: nn.Module,    # a deployment graph
-    x: torch.Tensor,   # (n, ...) input of the net
-    batch: int = 20    # images at a time
-) -> pd.DataFrame:     # a row a layer
+    net: nn.Module,  # a deployment graph
+    x: torch.Tensor,  # (n, ...) input of the net
+    batch: int = 20,  # images at a time
+) -> pd.DataFrame:  # a row a layer
     "Layer by layer: the tree's width, the sums that were seen, a bound for every partial sum, and the bits that both need. Slide 'Scoring'."
     seen = {}
+
     def hook(name, layer, x, y):
         low, high = partial_bounds(layer, x)
         kernels = lambda t, f: f(t.transpose(0, 1).flatten(1) if t.dim() > 1 else t[:, None], 1)
-        now = torch.stack([kernels(y, torch.amin), kernels(y, torch.amax), kernels(low, torch.amin), kernels(high, torch.amax)])
+        now = torch.stack(
+            [kernels(y, torch.amin), kernels(y, torch.amax), kernels(low, torch.amin), kernels(high, torch.amax)]
+        )
         whole, top = bool((x == x.round()).all()), float(x.abs().max())
         old = seen.get(name)
-        if old: now, whole, top = torch.stack([torch.minimum(old[0][0], now[0]), torch.maximum(old[0][1], now[1]), torch.minimum(old[0][2], now[2]), torch.maximum(old[0][3], now[3])]), whole and old[1], max(top, old[2])
+        if old:
+            now, whole, top = (
+                torch.stack(
+                    [
+                        torch.minimum(old[0][0], now[0]),
+                        torch.maximum(old[0][1], now[1]),
+                        torch.minimum(old[0][2], now[2]),
+                        torch.maximum(old[0][3], now[3]),
+                    ]
+                ),
+                whole and old[1],
+                max(top, old[2]),
+            )
         seen[name] = now, whole, top
+
     with _watched(net, hook):
-        for part in x.split(batch): net(part)
-    return pd.DataFrame([_range_row(n, m, *seen[n]) for n, m in int_layers(net).items() if n in seen]).set_index('layer')
+        for part in x.split(batch):
+            net(part)
+    return pd.DataFrame([_range_row(n, m, *seen[n]) for n, m in int_layers(net).items() if n in seen]).set_index(
+        'layer'
+    )
 
 # %% ../nbs/12_adders.ipynb #1492d01e
 def _range_row(name, layer, ranges, whole, top):
     "One layer's row; widths are given where the inputs were whole numbers."
     N = (layer.weight != 0).flatten(1).sum(1)
-    row = dict(layer=name, kernels=len(N), products=int(N.max()), whole=whole, low=float(ranges[0].min()), high=float(ranges[1].max()), partial=float(ranges[2:].abs().max()))
-    if not whole: return row | dict(tree_bits=None, sum_bits=None, partial_bits=None, holds=None)
+    row = dict(
+        layer=name,
+        kernels=len(N),
+        products=int(N.max()),
+        whole=whole,
+        low=float(ranges[0].min()),
+        high=float(ranges[1].max()),
+        partial=float(ranges[2:].abs().max()),
+    )
+    if not whole:
+        return row | dict(tree_bits=None, sum_bits=None, partial_bits=None, holds=None)
     l = layer.weight_bits + max(int(top).bit_length(), 1)
     tree = torch.tensor([l + math.ceil(math.log2(max(int(n), 1))) for n in N])
     need = torch.tensor([bits_for(float(a), float(b)) for a, b in zip(ranges[0], ranges[1])])
-    return row | dict(tree_bits=int(tree.max()), sum_bits=int(need.max()), partial_bits=bits_for(row['partial']*-1, row['partial']), holds=bool((need <= tree).all()))
+    return row | dict(
+        tree_bits=int(tree.max()),
+        sum_bits=int(need.max()),
+        partial_bits=bits_for(row['partial'] * -1, row['partial']),
+        holds=bool((need <= tree).all()),
+    )
 
 # %% ../nbs/12_adders.ipynb #ba5d8fbb
 def _columns(layer, x):
     "Input of every sum: (n, groups, K, positions)."
-    if isinstance(layer, nn.Linear): return x.reshape(-1, 1, x.shape[-1], 1)
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, 1, x.shape[-1], 1)
     c = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
-    return c.view(len(x), layer.groups, c.shape[1]//layer.groups, -1)
+    return c.view(len(x), layer.groups, c.shape[1] // layer.groups, -1)
+
 
 def _one_by_one(layer, x, y, rows, way, bits, chunk=2**22):
     "Adds the sums of y at the flat indices `rows` add by add; returns y with these replaced."
     columns, w = _columns(layer, x), layer.weight.flatten(1)
     out = y.clone().view(len(columns), len(w), -1)
     i, o, p = torch.unravel_index(rows, out.shape)
-    group = o//(len(w)//columns.shape[1])
-    for part in torch.arange(len(rows)).split(max(1, chunk//w.shape[1])):
-        products = columns[i[part], group[part], :, p[part]]*w[o[part]]
+    group = o // (len(w) // columns.shape[1])
+    for part in torch.arange(len(rows)).split(max(1, chunk // w.shape[1])):
+        products = columns[i[part], group[part], :, p[part]] * w[o[part]]
         out[i[part], o[part], p[part]] = accumulate(products, way, bits)
     return out.view_as(y)
 
@@ -143,29 +204,40 @@ def _one_by_one(layer, x, y, rows, way, bits, chunk=2**22):
 @contextlib.contextmanager
 def adder(
     net: nn.Module,  # a deployment graph; put back when the block ends
-    way: str,        # one of WAYS
-    bits: int = 16   # of the register, for wrap and saturate: layers with whole-number inputs only
+    way: str,  # one of WAYS
+    bits: int = 16,  # of the register, for wrap and saturate: layers with whole-number inputs only
 ):
     "Within the block every integer layer of the net adds in this way. MicronetError for an unknown one."
-    if way not in WAYS: raise MicronetError(f"no adder {way!r}: choose from {', '.join(WAYS)}")
+    if way not in WAYS:
+        raise MicronetError(f"no adder {way!r}: choose from {', '.join(WAYS)}")
+
     def hook(name, layer, x, y):
         whole = bool((x == x.round()).all())
-        if way == 'exact' or (not whole and way in ('wrap', 'saturate')): return y
-        if way == 'wrap': return _wrap(y, bits)
+        if way == 'exact' or (not whole and way in ('wrap', 'saturate')):
+            return y
+        if way == 'wrap':
+            return _wrap(y, bits)
         low, high = partial_bounds(layer, x)
-        limit = 2048 if way.startswith('fp16') else 2**(bits - 1) - 1
-        rows = (torch.maximum(-low, high) > limit if whole else torch.ones_like(y, dtype=torch.bool)).flatten().nonzero()[:, 0]
+        limit = 2048 if way.startswith('fp16') else 2 ** (bits - 1) - 1
+        rows = (
+            (torch.maximum(-low, high) > limit if whole else torch.ones_like(y, dtype=torch.bool))
+            .flatten()
+            .nonzero()[:, 0]
+        )
         return _one_by_one(layer, x, y, rows, way, bits) if len(rows) else y
-    with _watched(net, hook): yield net
+
+    with _watched(net, hook):
+        yield net
 
 # %% ../nbs/12_adders.ipynb #1e093654
 @torch.inference_mode()
 def classes_with(
-    net: nn.Module,   # a deployment graph
+    net: nn.Module,  # a deployment graph
     x: torch.Tensor,  # (n, ...) its input
-    way: str,         # one of WAYS
-    bits: int = 16,   # of the register
-    batch: int = 20   # images at a time
-) -> torch.Tensor:    # (n,) predicted classes
+    way: str,  # one of WAYS
+    bits: int = 16,  # of the register
+    batch: int = 20,  # images at a time
+) -> torch.Tensor:  # (n,) predicted classes
     "What the net answers when its layers add in this way."
-    with adder(net, way, bits): return torch.cat([net(part).argmax(1) for part in x.split(batch)])
+    with adder(net, way, bits):
+        return torch.cat([net(part).argmax(1) for part in x.split(batch)])

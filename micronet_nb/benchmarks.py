@@ -23,9 +23,10 @@ from .reproduce import SWIFT
 @dataclass
 class Subject:
     "A net that is run in several ways."
+
     graph: torch.fx.GraphModule
-    size: tuple        # of one input
-    plain: str         # its unquantised original, for `create_model`
+    size: tuple  # of one input
+    plain: str  # its unquantised original, for `create_model`
     classes: int
     threads: int = 2
     folder: str = '.'  # for ONNX files
@@ -34,8 +35,10 @@ class Subject:
 WAYS = {
     'module by module': lambda s: s.graph,
     'torch.compile': lambda s: torch.compile(s.graph),
-    'onnxruntime, float32': lambda s: onnx_session(to_onnx(s.graph, Path(s.folder)/'float.onnx', 'float', s.size), s.threads),
-    'onnxruntime, QDQ': lambda s: onnx_session(to_onnx(s.graph, Path(s.folder)/'qdq.onnx', 'qdq', s.size), s.threads),
+    'onnxruntime, float32': lambda s: onnx_session(
+        to_onnx(s.graph, Path(s.folder) / 'float.onnx', 'float', s.size), s.threads
+    ),
+    'onnxruntime, QDQ': lambda s: onnx_session(to_onnx(s.graph, Path(s.folder) / 'qdq.onnx', 'qdq', s.size), s.threads),
     'Runner, float32 sums': lambda s: Runner(s.graph, int8=False),
     'Runner': lambda s: Runner(s.graph),
     'Runner, compiled loops': lambda s: Runner(s.graph, compiled=True),
@@ -48,15 +51,20 @@ def _memory():
     status = Path('/proc/self/status')
     if status.exists():
         lines = dict(line.split(':', 1) for line in status.read_text().splitlines())
-        return tuple(1024*int(lines[k].split()[0]) for k in ('VmRSS', 'VmHWM'))
+        return tuple(1024 * int(lines[k].split()[0]) for k in ('VmRSS', 'VmHWM'))
     import resource
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     return most, most
+
 
 def _forget_peak():
     "From now on the most is what is held now; where the system allows it."
-    try: Path('/proc/self/clear_refs').write_text('5')
-    except OSError: pass
+    try:
+        Path('/proc/self/clear_refs').write_text('5')
+    except OSError:
+        pass
+
 
 def _alone(way, file, batch, size, plain, classes, threads):
     "Makes and runs a way in this process; prints how much memory that took at most, bytes, and images a second."
@@ -66,23 +74,46 @@ def _alone(way, file, batch, size, plain, classes, threads):
         _forget_peak()
         before, _ = _memory()
         run = WAYS[way](subject)
-        for _ in range(2): run(x)
+        for _ in range(2):
+            run(x)
         most, n, start = _memory()[1] - before, 0, time.perf_counter()
-        while n < 3 or time.perf_counter() - start < 1: run(x); n += 1
-        print(json.dumps(dict(memory=most, images_per_second=n*batch/(time.perf_counter() - start))))
+        while n < 3 or time.perf_counter() - start < 1:
+            run(x)
+            n += 1
+        print(json.dumps(dict(memory=most, images_per_second=n * batch / (time.perf_counter() - start))))
 
 # %% ../nbs/90_benchmarks.ipynb #52f5c02d
 def alone(
-    way: str,            # of WAYS
+    way: str,  # of WAYS
     subject: Subject,
-    batch: int = 25,     # images at a time
-    tuned: bool = True   # with the settings of `reproduce.SWIFT`; else as the C library comes
-) -> dict:               # memory (bytes), images_per_second
+    batch: int = 25,  # images at a time
+    tuned: bool = True,  # with the settings of `reproduce.SWIFT`; else as the C library comes
+) -> dict:  # memory (bytes), images_per_second
     "A way in a fresh process that has the net loaded: the most memory that making and running it takes, and its speed. MicronetError where that fails."
-    if way not in WAYS: raise MicronetError(f'{way!r} is none of the ways: {", ".join(WAYS)}')
+    if way not in WAYS:
+        raise MicronetError(f'{way!r} is none of the ways: {", ".join(WAYS)}')
     env = {**os.environ, **SWIFT} if tuned else {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}
     with tempfile.TemporaryDirectory() as folder:
-        args = [way, str(pack(subject.graph, Path(folder)/'net.safetensors', {})), batch, subject.size, subject.plain, subject.classes, subject.threads]
-        done = subprocess.run([sys.executable, '-c', 'import json, sys; from micronet_nb.benchmarks import _alone; _alone(*json.loads(sys.argv[1]))', json.dumps(args)], capture_output=True, text=True, env=env)
-    if done.returncode: raise MicronetError(f'{way} did not run: {(done.stderr.strip().splitlines() or ["?"])[-1]}')
+        args = [
+            way,
+            str(pack(subject.graph, Path(folder) / 'net.safetensors', {})),
+            batch,
+            subject.size,
+            subject.plain,
+            subject.classes,
+            subject.threads,
+        ]
+        done = subprocess.run(
+            [
+                sys.executable,
+                '-c',
+                'import json, sys; from micronet_nb.benchmarks import _alone; _alone(*json.loads(sys.argv[1]))',
+                json.dumps(args),
+            ],
+            capture_output=True,
+            text=True,
+            env=env,
+        )
+    if done.returncode:
+        raise MicronetError(f'{way} did not run: {(done.stderr.strip().splitlines() or ["?"])[-1]}')
     return json.loads(done.stdout.splitlines()[-1])

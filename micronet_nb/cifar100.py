@@ -12,6 +12,7 @@ __all__ = ['STUDY_PRUNE', 'STUDY_BITS', 'RECIPES', 'STAGES', 'MODES', 'CARRIED',
 # %% ../nbs/20_cifar100.ipynb #02c61820
 if __name__ == '__main__' and '__file__' in globals():
     from micronet_nb.core import swiftly
+
     swiftly()  # python -m: before PyTorch is loaded
 
 # %% ../nbs/20_cifar100.ipynb #bef4589d
@@ -19,7 +20,18 @@ import argparse, contextlib, copy, hashlib, io, re, shutil, sys, time, zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .core import MicronetError, atomic_path, config_key, get_profile, project_root, read_json, record, results_dir, runs_dir, stage
+from micronet_nb.core import (
+    MicronetError,
+    atomic_path,
+    config_key,
+    get_profile,
+    project_root,
+    read_json,
+    record,
+    results_dir,
+    runs_dir,
+    stage,
+)
 import torch
 from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
@@ -38,99 +50,158 @@ from .pruning import Pruner, global_rates, mask_of, op_sparsity, param_sparsity,
 from .scoring import ADDERS, LayerSpec, TRACKS, compressible, score, trace
 from .sensitivity import plan_from_sensitivity, sensitivity
 from .training import FitConfig, STUDIES, Stopped, checkpoints, evaluate, fit_stage, normalised, study_data
-from .weights import bit_table, choose_bits, quantise_weights, remove_weight_quantisers, specs_of, weight_bits
+from micronet_nb.weights import (
+    bit_table,
+    choose_bits,
+    quantise_weights,
+    remove_weight_quantisers,
+    specs_of,
+    weight_bits,
+)
 
 # %% ../nbs/20_cifar100.ipynb #fea97f29
 @dataclass(frozen=True)
 class Step:
     "A row of the table: what is done to the net of the row before, and how it is tuned."
-    row: str                 # name of the row, the slide's where there is one
-    fit: FitConfig           # the tuning
-    model: str = ''          # a new net, by its name for `create_model`; '': the net of the row before
-    teacher: str = ''        # row whose net teaches; '': labels only
-    loss: tuple = ()         # of `kd_loss`: (keyword, value) pairs; (): RIAIR's
-    prune: tuple = ()        # (name of a part of the net, fraction) pairs: by one threshold for the part, masked at once, then held
-    share: float = 0.        # gradual: rates by sensitivity until the score is this share of `study_score`; 0: no
+
+    row: str  # name of the row, the slide's where there is one
+    fit: FitConfig  # the tuning
+    model: str = ''  # a new net, by its name for `create_model`; '': the net of the row before
+    teacher: str = ''  # row whose net teaches; '': labels only
+    loss: tuple = ()  # of `kd_loss`: (keyword, value) pairs; (): RIAIR's
+    prune: tuple = ()  # (name of a part of the net, fraction) pairs: by one threshold for the part, masked at once, then held
+    share: float = 0.0  # gradual: rates by sensitivity until the score is this share of `study_score`; 0: no
     activations: tuple = ()  # (name pattern, bits) pairs
-    first_bits: int = 32     # of the image's quantiser; 32: the image stays as it is
-    weights: tuple = ()      # (name pattern, bits) pairs
-    lower: float = 0.        # widths by `choose_bits` within this share of the weights' storage; 0: no
-    learn: bool = False      # learned steps (LSQ)
-    only: str = ''           # the only layer that is trained; '': all
-    half: bool = False       # its weights are stored in FP16, and are those from then on
-    norms: int = 0           # training images on which batch norms are estimated anew at the end; 0: no
-    study_epochs: int = 0    # what the study gave this step
+    first_bits: int = 32  # of the image's quantiser; 32: the image stays as it is
+    weights: tuple = ()  # (name pattern, bits) pairs
+    lower: float = 0.0  # widths by `choose_bits` within this share of the weights' storage; 0: no
+    learn: bool = False  # learned steps (LSQ)
+    only: str = ''  # the only layer that is trained; '': all
+    half: bool = False  # its weights are stored in FP16, and are those from then on
+    norms: int = 0  # training images on which batch norms are estimated anew at the end; 0: no
+    study_epochs: int = 0  # what the study gave this step
 
 # %% ../nbs/20_cifar100.ipynb #89139a32
-STUDY_PRUNE, STUDY_BITS = (('features', .75), ('classifier', .5)), (('features.*', 4), ('classifier', 6))
+STUDY_PRUNE, STUDY_BITS = (('features', 0.75), ('classifier', 0.5)), (('features.*', 4), ('classifier', 6))
+
 
 def study_recipe(
-    teacher: tuple,   # (name, FitConfig)
-    student: tuple,   # (name, FitConfig)
+    teacher: tuple,  # (name, FitConfig)
+    student: tuple,  # (name, FitConfig)
     conv: FitConfig,  # for each of the three conv steps
     head: FitConfig,  # for each of the two classifier steps
-    half: bool = False # the teacher's weights in FP16
+    half: bool = False,  # the teacher's weights in FP16
 ) -> list:
     "The slide's seven rows: slides 'CIFAR-100 Classification Task', 'Network Compression Framework'."
     taught = dict(teacher='DenseNet-172')
-    return [Step('DenseNet-172', teacher[1], teacher[0], half=half, study_epochs=300),
-            Step('DenseNet-100', student[1], student[0], study_epochs=300),
-            Step('CONV-Prune-75%', conv, prune=STUDY_PRUNE[:1], study_epochs=300, **taught),
-            Step('Activation-4bit', conv, activations=(('features.*', 4),), study_epochs=300, **taught),
-            Step('CONV-Weight-4bit', conv, weights=STUDY_BITS[:1], study_epochs=300, **taught),
-            Step('FC-Prune-50%', head, prune=STUDY_PRUNE[1:], only='classifier', study_epochs=50, **taught),
-            Step('FC-Weight-4bit', head, weights=STUDY_BITS, only='classifier', study_epochs=50, **taught)]
+    return [
+        Step('DenseNet-172', teacher[1], teacher[0], half=half, study_epochs=300),
+        Step('DenseNet-100', student[1], student[0], study_epochs=300),
+        Step('CONV-Prune-75%', conv, prune=STUDY_PRUNE[:1], study_epochs=300, **taught),
+        Step('Activation-4bit', conv, activations=(('features.*', 4),), study_epochs=300, **taught),
+        Step('CONV-Weight-4bit', conv, weights=STUDY_BITS[:1], study_epochs=300, **taught),
+        Step('FC-Prune-50%', head, prune=STUDY_PRUNE[1:], only='classifier', study_epochs=50, **taught),
+        Step('FC-Weight-4bit', head, weights=STUDY_BITS, only='classifier', study_epochs=50, **taught),
+    ]
 
 # %% ../nbs/20_cifar100.ipynb #d7b676bb
 def standardised(
     temperature: float,  # divides the standardised logits: the fewer the classes, the smaller
-    hard: float = .1,    # weight of the label
-    soft: float = 9.     # weight of the teacher
+    hard: float = 0.1,  # weight of the label
+    soft: float = 9.0,  # weight of the teacher
 ) -> tuple:
     "Keywords of `kd_loss` for the loss of Sun et al. 2024, whose weights are the default."
-    return ('direction', 'teacher||student'), ('temperature', temperature), ('hard', hard), ('standardise', True), ('soft', soft)
+    return (
+        ('direction', 'teacher||student'),
+        ('temperature', temperature),
+        ('hard', hard),
+        ('standardise', True),
+        ('soft', soft),
+    )
+
 
 def our_recipe(
-    teacher: tuple,    # (name, FitConfig)
-    student: tuple,    # (name, FitConfig)
+    teacher: tuple,  # (name, FitConfig)
+    student: tuple,  # (name, FitConfig)
     joint: FitConfig,  # pruning and quantising together
-    last: FitConfig,   # lower bits, a smaller budget
-    loss: tuple = standardised(2., .5, 20.),  # for every step
-    shares=(1.1, .9),  # of `study_score`, after joint and last
-    lower: float = .9, # share of the weights' storage that the last step leaves
-    norms: int = 2000, # training images for the batch norms
-    half: bool = False # the teacher's weights in FP16
+    last: FitConfig,  # lower bits, a smaller budget
+    loss: tuple = standardised(2.0, 0.5, 20.0),  # for every step
+    shares=(1.1, 0.9),  # of `study_score`, after joint and last
+    lower: float = 0.9,  # share of the weights' storage that the last step leaves
+    norms: int = 2000,  # training images for the batch norms
+    half: bool = False,  # the teacher's weights in FP16
 ) -> list:
     "Teacher, student, and two steps of compression."
     taught, common = dict(teacher='teacher', loss=loss), dict(learn=True, norms=norms)
-    return [Step('teacher', teacher[1], teacher[0], half=half), Step('student, distilled', student[1], student[0], **taught),
-            Step('sparse, 4 bits, at once', joint, share=shares[0], activations=(('features.*', 4),), first_bits=8, weights=STUDY_BITS, **taught, **common),
-            Step('fewer bits, sparser', last, share=shares[1], lower=lower, **taught, **common)]
+    return [
+        Step('teacher', teacher[1], teacher[0], half=half),
+        Step('student, distilled', student[1], student[0], **taught),
+        Step(
+            'sparse, 4 bits, at once',
+            joint,
+            share=shares[0],
+            activations=(('features.*', 4),),
+            first_bits=8,
+            weights=STUDY_BITS,
+            **taught,
+            **common,
+        ),
+        Step('fewer bits, sparser', last, share=shares[1], lower=lower, **taught, **common),
+    ]
 
 # %% ../nbs/20_cifar100.ipynb #47d54bdb
 def _sizes(profile):
     "Both recipes at one profile."
     s = STUDIES[profile]
     if profile == 'embedded':
-        conv, ours = replace(s.tune, epochs=2), replace(s.tune, epochs=5, lr=.05, ema=.9)
+        conv, ours = replace(s.tune, epochs=2), replace(s.tune, epochs=5, lr=0.05, ema=0.9)
         teacher, net = ('densenet_bc_16_12', replace(s.train, epochs=4)), (s.model, s.train)
-        return dict(study=study_recipe(teacher, net, conv, replace(conv, epochs=1, lr=.005)), ours=our_recipe(teacher, net, ours, replace(ours, epochs=3, lr=.02), standardised(1., .5, 2.), norms=1000))
+        return dict(
+            study=study_recipe(teacher, net, conv, replace(conv, epochs=1, lr=0.005)),
+            ours=our_recipe(
+                teacher, net, ours, replace(ours, epochs=3, lr=0.02), standardised(1.0, 0.5, 2.0), norms=1000
+            ),
+        )
     if profile == 'laptop':
         teacher, net = ('densenet_bc_16_24', s.train), (s.model, s.train)
-        conv, head = replace(s.tune, epochs=6), replace(s.tune, epochs=1, lr=.005)
-        return dict(study=study_recipe(teacher, net, conv, head), ours=our_recipe(teacher, net, replace(conv, epochs=12, lr=.05, ema=.99), replace(conv, epochs=8, ema=.99)))
+        conv, head = replace(s.tune, epochs=6), replace(s.tune, epochs=1, lr=0.005)
+        return dict(
+            study=study_recipe(teacher, net, conv, head),
+            ours=our_recipe(
+                teacher, net, replace(conv, epochs=12, lr=0.05, ema=0.99), replace(conv, epochs=8, ema=0.99)
+            ),
+        )
     short = replace(s.train, epochs=60, batch_size=64)
-    conv = replace(s.tune, epochs=60, lr=.01)
-    long = replace(s.train, epochs=200, batch_size=256, lr=.2, augment='rand', ema=.999)
-    joint = replace(long, epochs=120, lr=.05, warmup_epochs=0.)
-    return dict(study=study_recipe(('densenet_bc_172_30', short), (s.model, replace(short, epochs=120)), conv, replace(conv, epochs=10, lr=.001), half=True),
-                ours=our_recipe(('wrn_28_8', replace(long, epochs=120, batch_size=128, lr=.1, weight_decay=5e-4, cutmix=1.)), (s.model, long), joint, replace(joint, epochs=80, lr=.02), standardised(2.), (.88, .75), norms=10_000, half=True))
+    conv = replace(s.tune, epochs=60, lr=0.01)
+    long = replace(s.train, epochs=200, batch_size=256, lr=0.2, augment='rand', ema=0.999)
+    joint = replace(long, epochs=120, lr=0.05, warmup_epochs=0.0)
+    return dict(
+        study=study_recipe(
+            ('densenet_bc_172_30', short),
+            (s.model, replace(short, epochs=120)),
+            conv,
+            replace(conv, epochs=10, lr=0.001),
+            half=True,
+        ),
+        ours=our_recipe(
+            ('wrn_28_8', replace(long, epochs=120, batch_size=128, lr=0.1, weight_decay=5e-4, cutmix=1.0)),
+            (s.model, long),
+            joint,
+            replace(joint, epochs=80, lr=0.02),
+            standardised(2.0),
+            (0.88, 0.75),
+            norms=10_000,
+            half=True,
+        ),
+    )
+
 
 RECIPES = {p: _sizes(p) for p in STUDIES}
 
 # %% ../nbs/20_cifar100.ipynb #72633a83
 # versions: raised when the code measures otherwise
 STAGES = {'bits': 1, 'rates': 1, 'norms': 1, 'figures': 1, 'top1-test': 1}
+
 
 def _stage(kind, config, run, key, net, root):
     "What is measured on a net whose stage has this key, computed once."
@@ -139,20 +210,24 @@ def _stage(kind, config, run, key, net, root):
 
 # %% ../nbs/20_cifar100.ipynb #1f99eff9
 def plain_copy(
-    net: nn.Module  # any model
-) -> nn.Module:     # in evaluation mode
+    net: nn.Module,  # any model
+) -> nn.Module:  # in evaluation mode
     "A copy with the dense weights: no masks, no quantisers of weights and activations."
     bare = copy.deepcopy(net).eval()
-    remove_activation_quantisers(bare); remove_weight_quantisers(bare); remove_pruning(bare, restore=True)
+    remove_activation_quantisers(bare)
+    remove_weight_quantisers(bare)
+    remove_pruning(bare, restore=True)
     return bare
 
+
 def study_score(
-    net: nn.Module,    # a DenseNet with `features` and `classifier`; left as it is
-    input_size: tuple  # (channels, height, width)
+    net: nn.Module,  # a DenseNet with `features` and `classifier`; left as it is
+    input_size: tuple,  # (channels, height, width)
 ) -> float:
     "Score (riair-cifar100, tree, as released) of the net with the study's rates in every layer, and its bits."
     bare = plain_copy(net)
-    for part, rate in STUDY_PRUNE: prune(bare.get_submodule(part), rate)
+    for part, rate in STUDY_PRUNE:
+        prune(bare.get_submodule(part), rate)
     names = list(compressible(bare))
     specs = {n: LayerSpec(4, 32 if n == names[0] else 4) for n in names[:-1]} | {names[-1]: LayerSpec(6)}
     return score(bare, input_size, accounting='riair-cifar100', specs=specs).score
@@ -160,234 +235,360 @@ def study_score(
 # %% ../nbs/20_cifar100.ipynb #a89d8b6f
 def cut_part(
     net: nn.Module,  # changed in place
-    part: str,       # name of a submodule, such as 'features'
-    rate: float      # fraction in [0,1] of its weights
+    part: str,  # name of a submodule, such as 'features'
+    rate: float,  # fraction in [0,1] of its weights
 ):
     "Masks the smallest weights of a part, one threshold for all of its layers."
     prune(net.get_submodule(part), global_rates(net.get_submodule(part), rate))
 
 # %% ../nbs/20_cifar100.ipynb #20f5ed71
 def rates_for(
-    net: nn.Module,     # with its quantisers, masked or not; left as it is
-    budget: float,      # largest score
-    train,              # training set: the steps and the loss are measured on it
-    stats: tuple,       # (mean, std)
-    n: int = 1000,      # images that judge
-    folder=None,        # keeps finished layers
-    quiet: bool = False # no progress bar
-) -> dict:              # layer name to fraction, never less than the masks have now
+    net: nn.Module,  # with its quantisers, masked or not; left as it is
+    budget: float,  # largest score
+    train,  # training set: the steps and the loss are measured on it
+    stats: tuple,  # (mean, std)
+    n: int = 1000,  # images that judge
+    folder=None,  # keeps finished layers
+    quiet: bool = False,  # no progress bar
+) -> dict:  # layer name to fraction, never less than the masks have now
     "The rates of least predicted loss that bring the score (riair-cifar100, tree, as released) within a budget. MicronetError where they cannot."
     size = tuple(train.images.shape[1:])
-    table = sensitivity(net, (train, train.subset(min(n, len(train)))), weight_bits=(), activation_bits=(), stats=stats, folder=folder, quiet=quiet)
-    bare = copy.deepcopy(net); remove_weight_quantisers(bare)  # zeros by rounding may not last
-    plan = plan_from_sensitivity(table, bare, budget, of='score', most=.95, input_size=size, accounting='riair-cifar100', specs=specs_of(net))
+    table = sensitivity(
+        net,
+        (train, train.subset(min(n, len(train)))),
+        weight_bits=(),
+        activation_bits=(),
+        stats=stats,
+        folder=folder,
+        quiet=quiet,
+    )
+    bare = copy.deepcopy(net)
+    remove_weight_quantisers(bare)  # zeros by rounding may not last
+    plan = plan_from_sensitivity(
+        table, bare, budget, of='score', most=0.95, input_size=size, accounting='riair-cifar100', specs=specs_of(net)
+    )
     return {n: max(r, masked) for (n, r), masked in zip(plan.items(), _masked(net).values())}
 
-def _masked(net): return {n: 1 - float(k.mask.float().mean()) if (k := mask_of(m)) is not None else 0. for n, m in compressible(net).items()}
+
+def _masked(net):
+    return {
+        n: 1 - float(k.mask.float().mean()) if (k := mask_of(m)) is not None else 0.0
+        for n, m in compressible(net).items()
+    }
 
 # %% ../nbs/20_cifar100.ipynb #9fcece05
 def bits_for(
-    net: nn.Module,       # weights quantised; left as it is
-    share: float,         # of the storage of its weights
-    images: torch.Tensor, # (n, 3, h, w) normalised: the answers are compared on them
-    quiet: bool = False   # no progress bar
-) -> dict:                # layer name to bits
+    net: nn.Module,  # weights quantised; left as it is
+    share: float,  # of the storage of its weights
+    images: torch.Tensor,  # (n, 3, h, w) normalised: the answers are compared on them
+    quiet: bool = False,  # no progress bar
+) -> dict:  # layer name to bits
     "The widths from 2 bits to 6, none above today's, that change the answers least within the budget."
     today = weight_bits(net)
     table = bit_table(net, images, widths=(2, 3, 4, 5, 6), quiet=quiet)
     table = table[table.level <= table.layer.map(today)]
-    return choose_bits(table, share*float(table[table.level == table.layer.map(today)].storage.sum()))
+    return choose_bits(table, share * float(table[table.level == table.layer.map(today)].storage.sum()))
 
 # %% ../nbs/20_cifar100.ipynb #5a114cab
 def build(
-    net: nn.Module,     # changed in place
-    step: Step,         # see there
-    key: str,           # of the row before
-    train, stats,       # training set; (mean, std)
-    plain=None,         # the net before all compression, which `share` refers to; None: `net`
-    root=None,          # folder of all stages
-    quiet: bool = False # no progress bar
-) -> list:              # callbacks of `fit`
+    net: nn.Module,  # changed in place
+    step: Step,  # see there
+    key: str,  # of the row before
+    train,
+    stats,  # training set; (mean, std)
+    plain=None,  # the net before all compression, which `share` refers to; None: `net`
+    root=None,  # folder of all stages
+    quiet: bool = False,  # no progress bar
+) -> list:  # callbacks of `fit`
     "Prunes and quantises as a step says, not tuned yet. MicronetError where the step asks for what cannot be."
     device = next(net.parameters()).device
-    images = normalised(train.images[:250].to(device).float()/255, stats)
-    for part, rate in step.prune: cut_part(net, part, rate)
+    images = normalised(train.images[:250].to(device).float() / 255, stats)
+    for part, rate in step.prune:
+        cut_part(net, part, rate)
     if step.lower:
-        bits = _stage('bits', dict(lower=step.lower), lambda folder: bits_for(net, step.lower, images, quiet), key, net, root)
+        bits = _stage(
+            'bits', dict(lower=step.lower), lambda folder: bits_for(net, step.lower, images, quiet), key, net, root
+        )
         quantise_weights(net, bits, learn=step.learn)
-    if step.activations: quantise_activations(net, images, dict(step.activations), step.first_bits, step.learn)
-    if step.weights: quantise_weights(net, dict(step.weights), learn=step.learn)
+    if step.activations:
+        quantise_activations(net, images, dict(step.activations), step.first_bits, step.learn)
+    if step.weights:
+        quantise_weights(net, dict(step.weights), learn=step.learn)
     pruner = Pruner()
     if step.share:
-        what = dict(share=step.share, **{k: v for k, v in asdict(step).items() if k in ('activations', 'first_bits', 'weights', 'lower', 'learn')})
-        budget = step.share*study_score(plain or net, tuple(train.images.shape[1:]))
-        def measured(folder): return rates_for(net, budget, train, stats, folder=folder, quiet=quiet)
+        what = dict(
+            share=step.share,
+            **{
+                k: v for k, v in asdict(step).items() if k in ('activations', 'first_bits', 'weights', 'lower', 'learn')
+            },
+        )
+        budget = step.share * study_score(plain or net, tuple(train.images.shape[1:]))
+
+        def measured(folder):
+            return rates_for(net, budget, train, stats, folder=folder, quiet=quiet)
+
         rates = _stage('rates', what, measured, key, net, root)
-        pruner = prune(net, rates, 'gradual', _masked(net), ramp=.6)
-    for n, p in net.named_parameters(): p.requires_grad_(not step.only or n.startswith(f'{step.only}.'))
+        pruner = prune(net, rates, 'gradual', _masked(net), ramp=0.6)
+    for n, p in net.named_parameters():
+        p.requires_grad_(not step.only or n.startswith(f'{step.only}.'))
     return [pruner, Still()] if step.only else [pruner]
 
 # %% ../nbs/20_cifar100.ipynb #ec83949c
 class Still:
     "A callback of `fit`: batch norms keep their running statistics."
+
     def on_step(self, run):
         for m in run.model.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training: m.eval()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
+                m.eval()
 
 # %% ../nbs/20_cifar100.ipynb #f1fd48a4
 def renew_norms(
     net: nn.Module,  # changed in place; ends in evaluation mode
-    train, stats,    # training set; (mean, std)
-    n: int,          # images
-    key: str,        # of the net
-    root=None        # folder of all stages
-) -> str:            # key of the net with its new norms
+    train,
+    stats,  # training set; (mean, std)
+    n: int,  # images
+    key: str,  # of the net
+    root=None,  # folder of all stages
+) -> str:  # key of the net with its new norms
     "Batch norms whose statistics are those of `n` training images, without augmentation; computed once."
     config, device = dict(norms=n), next(net.parameters()).device
+
     def work(folder):
-        update_bn([normalised(x.to(device).float()/255, stats) for x in train.images[:n].split(250)], net)
-        with atomic_path(folder/'model.safetensors') as tmp: save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}, tmp)
+        update_bn([normalised(x.to(device).float() / 255, stats) for x in train.images[:n].split(250)], net)
+        with atomic_path(folder / 'model.safetensors') as tmp:
+            save_file(
+                {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}, tmp
+            )
         return dict(images=n)
+
     _stage('norms', config, work, key, net, root)
     made = config_key(config, [key], STAGES['norms'])
-    net.load_state_dict(load_file(Path(root or runs_dir()/'stages')/f'norms-{made}'/'model.safetensors'))
+    net.load_state_dict(load_file(Path(root or runs_dir() / 'stages') / f'norms-{made}' / 'model.safetensors'))
     net.eval()
     return made
 
 # %% ../nbs/20_cifar100.ipynb #ad68d11c
 def figures(
-    net: nn.Module,    # any
-    input_size: tuple  # (channels, height, width)
+    net: nn.Module,  # any
+    input_size: tuple,  # (channels, height, width)
 ) -> dict:
     "Sparsities, storage, operations, and scores: `score_<adder>` as released, `corrected_<adder>`, `official`."
     specs, graph = specs_of(net), trace(net, input_size)
-    by = {(a, c): score(graph, input_size, accounting='riair-cifar100', adder=a, specs=specs, corrected=c) for a in ADDERS for c in (False, True)}
+    by = {
+        (a, c): score(graph, input_size, accounting='riair-cifar100', adder=a, specs=specs, corrected=c)
+        for a in ADDERS
+        for c in (False, True)
+    }
     tree = by['tree', False]
     scores = {f"{'corrected' if c else 'score'}_{a}": s.score for (a, c), s in by.items()}
-    return dict(parameters=num_params(net), sparsity=param_sparsity(net), op_sparsity=op_sparsity(net, input_size), storage=tree.storage, ops=tree.ops, **scores,
-                official=score(graph, input_size, specs=specs).score)
+    return dict(
+        parameters=num_params(net),
+        sparsity=param_sparsity(net),
+        op_sparsity=op_sparsity(net, input_size),
+        storage=tree.storage,
+        ops=tree.ops,
+        **scores,
+        official=score(graph, input_size, specs=specs).score,
+    )
 
 # %% ../nbs/20_cifar100.ipynb #1a8646a1
 class OutOfTime(MicronetError):
     "The time that was given is over: the same call goes on from here."
 
+
 @dataclass
 class Row:
     "A row that is done."
+
     step: Step
     net: nn.Module  # trained, in evaluation mode
-    key: str        # of its stage
-    figures: dict   # measured
-    fresh: bool     # trained by this very call, not found
+    key: str  # of its stage
+    figures: dict  # measured
+    fresh: bool  # trained by this very call, not found
 
 # %% ../nbs/20_cifar100.ipynb #b68d4a73
 def _start(step, rows, classes):
     "The net that a step begins with, and the key before it."
     if not step.model:
-        if not rows: raise MicronetError(f'{step.row!r} is the first step and names no model: give it one')
+        if not rows:
+            raise MicronetError(f'{step.row!r} is the first step and names no model: give it one')
         return copy.deepcopy(rows[-1].net), rows[-1].key
     set_seed(step.fit.seed)
     return create_model(step.model, classes, small=True), ''
 
+
 def _teacher(step, rows):
     "The row that teaches, None where labels do. MicronetError where there is no such row yet."
-    if not step.teacher: return None
+    if not step.teacher:
+        return None
     found = [r for r in rows if r.step.row == step.teacher]
-    if not found: raise MicronetError(f'{step.row!r} wants to be taught by {step.teacher!r}, which is no row before it')
+    if not found:
+        raise MicronetError(f'{step.row!r} wants to be taught by {step.teacher!r}, which is no row before it')
     return found[0]
 
-def _stage_name(step): return 'compressed' if not step.model else 'student' if step.row in ('DenseNet-100', 'student, distilled') else 'teacher'
+
+def _stage_name(step):
+    return (
+        'compressed'
+        if not step.model
+        else 'student'
+        if step.row in ('DenseNet-100', 'student, distilled')
+        else 'teacher'
+    )
 
 # %% ../nbs/20_cifar100.ipynb #8789cf57
 class _Work:
     "A callback of `fit`: was anything trained?"
+
     done = False
-    def on_step(self, run): self.done = True
+
+    def on_step(self, run):
+        self.done = True
+
 
 def run_step(
-    step: Step,          # its seed is in step.fit
-    rows: list,          # of `Row`: those before
-    data, stats,         # (train, valid), valid may be None; (mean, std)
-    left=None,           # function that says how many seconds are left; None: no limit
-    root=None,           # folder of all stages
-    quiet: bool = False  # no progress bar
+    step: Step,  # its seed is in step.fit
+    rows: list,  # of `Row`: those before
+    data,
+    stats,  # (train, valid), valid may be None; (mean, std)
+    left=None,  # function that says how many seconds are left; None: no limit
+    root=None,  # folder of all stages
+    quiet: bool = False,  # no progress bar
 ) -> Row:
     "A step, computed once: built, tuned, measured. OutOfTime where the time was over first."
     train, valid = data
-    if left and left() <= 0 and any(r.fresh for r in rows): raise OutOfTime(f'no time is left for {step.row!r}')  # else each call does some work, however short its time
+    if left and left() <= 0 and any(r.fresh for r in rows):
+        raise OutOfTime(f'no time is left for {step.row!r}')  # else each call does some work, however short its time
     net, before = _start(step, rows, len(train.classes))
     plain = next((r.net for r in reversed(rows) if r.step.model), None)
-    callbacks, taught = [*build(net, step, before, train, stats, plain, root, quiet), work := _Work()], _teacher(step, rows)
+    callbacks, taught = (
+        [*build(net, step, before, train, stats, plain, root, quiet), work := _Work()],
+        _teacher(step, rows),
+    )
     teaching = dict(teacher=copy.deepcopy(taught.net), loss=kd_loss(**dict(step.loss))) if taught else {}
     settings = asdict(replace(step, fit=None, row='', teacher='', study_epochs=0, half=False))
     what = {k: v for k, v in settings.items() if v and (taught or not step.model or (k, v) != ('first_bits', 32))}
-    if step.share: what |= dict(plan=callbacks[0].describe(), bits=weight_bits(net))  # what was measured
+    if step.share:
+        what |= dict(plan=callbacks[0].describe(), bits=weight_bits(net))  # what was measured
     upstream = [k for k in (before, taught and taught.key) if k]
-    try: found = fit_stage(_stage_name(step), net, data, step.fit, what, upstream, root, callbacks=callbacks, stats=stats, stop=left and max(left(), .2), quiet=quiet, half=step.half, **teaching)
-    except Stopped as e: raise OutOfTime(str(e)) from None
-    for p in net.parameters(): p.requires_grad_(True)
+    try:
+        found = fit_stage(
+            _stage_name(step),
+            net,
+            data,
+            step.fit,
+            what,
+            upstream,
+            root,
+            callbacks=callbacks,
+            stats=stats,
+            stop=left and max(left(), 0.2),
+            quiet=quiet,
+            half=step.half,
+            **teaching,
+        )
+    except Stopped as e:
+        raise OutOfTime(str(e)) from None
+    for p in net.parameters():
+        p.requires_grad_(True)
     key = renew_norms(net, train, stats, step.norms, found['key'], root) if step.norms else found['key']
-    def measure(folder): return figures(copy.deepcopy(net).cpu(), tuple(train.images.shape[1:])) | (dict(top1_valid=evaluate(net, valid, stats)['top1']) if valid else {})
+
+    def measure(folder):
+        return figures(copy.deepcopy(net).cpu(), tuple(train.images.shape[1:])) | (
+            dict(top1_valid=evaluate(net, valid, stats)['top1']) if valid else {}
+        )
+
     made = _stage('figures', dict(valid=valid and valid.describe()), measure, key, net, root)
-    return Row(step, net.eval(), key, dict(net=step.model or rows[-1].figures['net'], seconds=found['seconds'], images=found['steps']*step.fit.batch_size) | made, work.done)
+    return Row(
+        step,
+        net.eval(),
+        key,
+        dict(
+            net=step.model or rows[-1].figures['net'],
+            seconds=found['seconds'],
+            images=found['steps'] * step.fit.batch_size,
+        )
+        | made,
+        work.done,
+    )
 
 # %% ../nbs/20_cifar100.ipynb #d3e45d5d
 def data_of(
-    profile: str,       # embedded, laptop or paper
-    whole: bool = False # train on the validation split, too, which then judges nothing
-) -> tuple:             # (train, valid or None), test, stats
+    profile: str,  # embedded, laptop or paper
+    whole: bool = False,  # train on the validation split, too, which then judges nothing
+) -> tuple:  # (train, valid or None), test, stats
     "What the recipes of a profile are trained and judged on."
     (train, valid), test, stats = study_data(profile)
     return ((load_dataset(train.name, 'trainvalid'), None) if whole else (train, valid)), test, stats
 
+
 def steps_of(
-    profile: str,       # embedded, laptop or paper
-    recipe: str,        # study or ours
-    seed: int = 0,      # of all steps
-    last_seed: int = None  # of the last step; None: as the others
+    profile: str,  # embedded, laptop or paper
+    recipe: str,  # study or ours
+    seed: int = 0,  # of all steps
+    last_seed: int = None,  # of the last step; None: as the others
 ) -> list:
     "The steps with their seeds. MicronetError for a recipe that there is not."
     steps = RECIPES[get_profile(profile).name]
-    if recipe not in steps: raise MicronetError(f"no recipe {recipe!r}: choose {' or '.join(steps)}")
-    seeds = [seed]*(len(steps[recipe]) - 1) + [seed if last_seed is None else last_seed]
+    if recipe not in steps:
+        raise MicronetError(f"no recipe {recipe!r}: choose {' or '.join(steps)}")
+    seeds = [seed] * (len(steps[recipe]) - 1) + [seed if last_seed is None else last_seed]
     return [replace(s, fit=replace(s.fit, seed=n)) for s, n in zip(steps[recipe], seeds)]
 
 # %% ../nbs/20_cifar100.ipynb #1c744459
 def run_recipe(
-    profile: str,          # embedded, laptop or paper
-    recipe: str = 'study', # study or ours
-    seed: int = 0,         # of all steps
-    last_seed: int = None, # of the last step; None: as the others
-    whole: bool = False,   # train on the validation split, too
-    minutes: float = None, # after which to stop; None: never
-    root=None,             # folder of all stages
-    folder=None,           # of the records; None: `results_dir`
-    after=None,            # function of the rows, called after each
-    quiet: bool = False    # no progress bar
-) -> list:                 # a Row a step
+    profile: str,  # embedded, laptop or paper
+    recipe: str = 'study',  # study or ours
+    seed: int = 0,  # of all steps
+    last_seed: int = None,  # of the last step; None: as the others
+    whole: bool = False,  # train on the validation split, too
+    minutes: float = None,  # after which to stop; None: never
+    root=None,  # folder of all stages
+    folder=None,  # of the records; None: `results_dir`
+    after=None,  # function of the rows, called after each
+    quiet: bool = False,  # no progress bar
+) -> list:  # a Row a step
     "All steps, each computed once; a record after each. OutOfTime, with what is left to do, where the time was over first."
-    steps, (data, _, stats), end = steps_of(profile, recipe, seed, last_seed), data_of(profile, whole), minutes and time.monotonic() + 60*minutes
+    steps, (data, _, stats), end = (
+        steps_of(profile, recipe, seed, last_seed),
+        data_of(profile, whole),
+        minutes and time.monotonic() + 60 * minutes,
+    )
     rows = []
     for step in steps:
-        try: rows.append(run_step(step, rows, data, stats, (lambda: end - time.monotonic()) if end else None, root, quiet))
-        except OutOfTime as e: raise OutOfTime(f'{e}. {len(rows)} of {len(steps)} steps are done; the same command goes on') from None
+        try:
+            rows.append(
+                run_step(step, rows, data, stats, (lambda: end - time.monotonic()) if end else None, root, quiet)
+            )
+        except OutOfTime as e:
+            raise OutOfTime(f'{e}. {len(rows)} of {len(steps)} steps are done; the same command goes on') from None
         write_rows(rows, profile, recipe, seed, last_seed, whole, folder)
-        if after: after(rows)
+        if after:
+            after(rows)
     return rows
 
+
 def recipe_config(
-    rows: list,   # of `Row`
+    rows: list,  # of `Row`
     recipe: str,  # study or ours
-    train         # training set
-) -> dict:        # recipe, steps, trained_on, accounting
+    train,  # training set
+) -> dict:  # recipe, steps, trained_on, accounting
     "What the figures of a recipe's rows depend on, for the `config` of a record."
-    return dict(recipe=recipe, steps=[asdict(r.step) for r in rows], trained_on=train.describe(),
-                accounting='riair-cifar100')
+    return dict(
+        recipe=recipe, steps=[asdict(r.step) for r in rows], trained_on=train.describe(), accounting='riair-cifar100'
+    )
+
 
 def write_rows(
-    rows: list,            # of `Row`
-    profile, recipe, seed=0, last_seed=None, whole=False, folder=None,  # as for `run_recipe`
-    test: dict = None      # row name to top-1 in % on the test split; None: it was not read
+    rows: list,  # of `Row`
+    profile,
+    recipe,
+    seed=0,
+    last_seed=None,
+    whole=False,
+    folder=None,  # as for `run_recipe`
+    test: dict = None,  # row name to top-1 in % on the test split; None: it was not read
 ) -> dict:
     "The record of a recipe's rows, 20_cifar100.<recipe>; another name where validation images were trained on, or the last step has a seed of its own."
     (train, valid), unseen, _ = data_of(profile, whole)
@@ -396,154 +597,233 @@ def write_rows(
     made = [dict(model=r.step.row, **r.figures, top1=(test or {}).get(r.step.row)) for r in rows]
     device = str(next(rows[-1].net.parameters()).device)
     config = recipe_config(rows, recipe, train) | dict(seed_of_all_but_the_last=seed, last_seed=last_seed)
-    return record(name, made, profile, config, seed=seed if last_seed is None else last_seed, dataset=judged.describe(),
-                  n=len(judged), device=device, folder=folder)
+    return record(
+        name,
+        made,
+        profile,
+        config,
+        seed=seed if last_seed is None else last_seed,
+        dataset=judged.describe(),
+        n=len(judged),
+        device=device,
+        folder=folder,
+    )
 
 # %% ../nbs/20_cifar100.ipynb #cf550995
 def fold(
-    net: nn.Module,    # compressed
-    path,              # file to make
-    train, test,       # data sets: an example for `lower`; the images to judge on, read once
-    stats: tuple,      # (mean, std)
-    n: int = None,     # test images; None: all
-    batch: int = 100   # images at a time
-) -> dict:             # bytes, score_tree, corrected_tree, top1, n
+    net: nn.Module,  # compressed
+    path,  # file to make
+    train,
+    test,  # data sets: an example for `lower`; the images to judge on, read once
+    stats: tuple,  # (mean, std)
+    n: int = None,  # test images; None: all
+    batch: int = 100,  # images at a time
+) -> dict:  # bytes, score_tree, corrected_tree, top1, n
     "The net as a packed file of integers, unpacked and judged. MicronetError where the file scores otherwise than the net."
     net, size = copy.deepcopy(net).cpu().eval(), tuple(train.images.shape[1:])
-    graph = lower(net, normalised(train.images[:8].float()/255, stats))
+    graph = lower(net, normalised(train.images[:8].float() / 255, stats))
     back = unpack(pack(graph, path, dict(accounting='riair-cifar100', dataset=test.name, pixels=stats)))
-    told, stored = ([score(m, size, accounting='riair-cifar100', specs=specs, corrected=c) for c in (False, True)] for m, specs in ((net, specs_of(net)), (back, None)))
+    told, stored = (
+        [score(m, size, accounting='riair-cifar100', specs=specs, corrected=c) for c in (False, True)]
+        for m, specs in ((net, specs_of(net)), (back, None))
+    )
     for a, b in zip(told, stored):
-        if abs(_but_scales(b) - _but_scales(a)) > 1e-9*_but_scales(a) or b.score > a.score*(1 + 1e-9):
-            raise MicronetError(f'{path} scores {b.score:.8f}, the net it was made of {a.score:.8f}, and not only scales differ: they are not the same net')
+        if abs(_but_scales(b) - _but_scales(a)) > 1e-9 * _but_scales(a) or b.score > a.score * (1 + 1e-9):
+            raise MicronetError(
+                f'{path} scores {b.score:.8f}, the net it was made of {a.score:.8f}, and not only scales differ: they are not the same net'
+            )
     right, n = top1(back, test, stats, n, batch)
-    return dict(bytes=Path(path).stat().st_size, score_tree=stored[0].score, corrected_tree=stored[1].score, top1=100*right/n, n=n)
+    return dict(
+        bytes=Path(path).stat().st_size,
+        score_tree=stored[0].score,
+        corrected_tree=stored[1].score,
+        top1=100 * right / n,
+        n=n,
+    )
+
 
 def _but_scales(s):
     "What a net costs, its scale layers left out."
     t = s.layers[s.layers.kind != 'scale']
-    return float((t.multiplies + t['adds']).sum())/TRACKS[s.track][1] + float(t.storage.sum())/TRACKS[s.track][0]
+    return float((t.multiplies + t['adds']).sum()) / TRACKS[s.track][1] + float(t.storage.sum()) / TRACKS[s.track][0]
 
 # %% ../nbs/20_cifar100.ipynb #54b41b83
 def on_test(
-    rows: list,      # of `Row`
-    test, stats,     # test split; (mean, std)
-    n: int = None,   # the first n images; None: all
-    root=None        # folder of all stages
-) -> dict:           # row name to top-1 in %
+    rows: list,  # of `Row`
+    test,
+    stats,  # test split; (mean, std)
+    n: int = None,  # the first n images; None: all
+    root=None,  # folder of all stages
+) -> dict:  # row name to top-1 in %
     "The rows' nets on the test split, each judged once and kept."
     config = dict(data=test.describe(), n=n or 0)
-    def judged(r): return _stage('top1-test', config, lambda folder: evaluate(r.net, test, stats, n=n), r.key, r.net, root)
+
+    def judged(r):
+        return _stage('top1-test', config, lambda folder: evaluate(r.net, test, stats, n=n), r.key, r.net, root)
+
     return {r.step.row: judged(r)['top1'] for r in rows}
 
 # %% ../nbs/20_cifar100.ipynb #0075e68e
 def leaderboard() -> list:
     "The challenge's CIFAR-100 scores as judged: team, score (data/published/leaderboard.json)."
-    return read_json(project_root()/'data'/'published'/'leaderboard.json')['cifar100']
+    return read_json(project_root() / 'data' / 'published' / 'leaderboard.json')['cifar100']
 
 # %% ../nbs/20_cifar100.ipynb #3f8efbaa
 class Traffic(TorchDispatchMode):
     "Counts in `bytes` what convolutions and matrix products read and write."
+
     counted = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward, torch.ops.aten.addmm, torch.ops.aten.mm}
-    def __init__(self): super().__init__(); self.bytes = 0
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in self.counted:
             outs = out if isinstance(out, (list, tuple)) else [out]
-            self.bytes += sum(t.numel()*t.element_size() for t in (*args, *outs) if isinstance(t, torch.Tensor))
+            self.bytes += sum(t.numel() * t.element_size() for t in (*args, *outs) if isinstance(t, torch.Tensor))
         return out
 
 # %% ../nbs/20_cifar100.ipynb #f4ee324d
 MODES = {'eager': None, 'compiled': {}, 'CUDA graphs': dict(mode='reduce-overhead')}
 
+
 def trained_a_second(
-    name: str,            # of a net
-    batch_size: int,      # images
+    name: str,  # of a net
+    batch_size: int,  # images
     mode: str = 'eager',  # one of MODES
-    seconds: float = 3.,  # to measure, after three steps to warm up
-    side: int = 32,       # pixels
-    classes: int = 100,   # outputs
-    device='cpu'          # bf16 on CUDA, float32 elsewhere
-) -> dict:                # images_s, bytes_image
+    seconds: float = 3.0,  # to measure, after three steps to warm up
+    side: int = 32,  # pixels
+    classes: int = 100,  # outputs
+    device='cpu',  # bf16 on CUDA, float32 elsewhere
+) -> dict:  # images_s, bytes_image
     "Images a second of the bare training step on random images: forward, backward, SGD. MicronetError for a mode that there is not."
-    if mode not in MODES: raise MicronetError(f"no mode {mode!r}: choose {', '.join(MODES)}")
+    if mode not in MODES:
+        raise MicronetError(f"no mode {mode!r}: choose {', '.join(MODES)}")
     cuda = torch.device(device).type == 'cuda'
     net = create_model(name, classes, small=True).to(device, memory_format=torch.channels_last).train()
-    forward, optimizer = net if MODES[mode] is None else torch.compile(net, **MODES[mode]), torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, nesterov=True)
-    x, y = torch.randn(batch_size, 3, side, side, device=device).to(memory_format=torch.channels_last), torch.randint(classes, (batch_size,), device=device)
+    forward, optimizer = (
+        net if MODES[mode] is None else torch.compile(net, **MODES[mode]),
+        torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True),
+    )
+    x, y = (
+        torch.randn(batch_size, 3, side, side, device=device).to(memory_format=torch.channels_last),
+        torch.randint(classes, (batch_size,), device=device),
+    )
+
     def step(f):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda): out = f(x)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
+            out = f(x)
         nn.functional.cross_entropy(out.float(), y).backward()
-        optimizer.step(); optimizer.zero_grad(set_to_none=True)
-    with Traffic() as t: step(net)
-    for _ in range(3): step(forward)
-    if cuda: torch.cuda.synchronize()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with Traffic() as t:
+        step(net)
+    for _ in range(3):
+        step(forward)
+    if cuda:
+        torch.cuda.synchronize()
     start, n = time.perf_counter(), 0
     while time.perf_counter() - start < seconds or not n:
-        for _ in range(10 if cuda else 1): step(forward); n += 1
-        if cuda: torch.cuda.synchronize()
-    return dict(images_s=n*batch_size/(time.perf_counter() - start), bytes_image=t.bytes/batch_size)
+        for _ in range(10 if cuda else 1):
+            step(forward)
+            n += 1
+        if cuda:
+            torch.cuda.synchronize()
+    return dict(images_s=n * batch_size / (time.perf_counter() - start), bytes_image=t.bytes / batch_size)
+
 
 def copy_bandwidth(
-    device='cuda',      # torch device
-    mib: int = 1024     # size of the copy
-) -> float:             # bytes a second, read and written
+    device='cuda',  # torch device
+    mib: int = 1024,  # size of the copy
+) -> float:  # bytes a second, read and written
     "What a device's memory moves in plain copies."
-    a = torch.empty(mib*2**20, dtype=torch.uint8, device=device); b = torch.empty_like(a)
+    a = torch.empty(mib * 2**20, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
     wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
-    b.copy_(a); wait()
-    start = time.perf_counter()
-    for _ in range(10): b.copy_(a)
+    b.copy_(a)
     wait()
-    return 20*a.numel()/(time.perf_counter() - start)
+    start = time.perf_counter()
+    for _ in range(10):
+        b.copy_(a)
+    wait()
+    return 20 * a.numel() / (time.perf_counter() - start)
 
 # %% ../nbs/20_cifar100.ipynb #6a10bc1c
 def speed(
-    profile: str,           # embedded, laptop or paper: its nets
+    profile: str,  # embedded, laptop or paper: its nets
     batch_sizes=(64, 256, 512),  # images
-    modes=None,             # of MODES; None: all on CUDA, eager elsewhere
-    minutes: float = 3.,    # after which nothing new is begun
-    seconds: float = 3.,    # a row
-    device=None,            # None: CUDA where there is one
-    folder=None             # of the record
+    modes=None,  # of MODES; None: all on CUDA, eager elsewhere
+    minutes: float = 3.0,  # after which nothing new is begun
+    seconds: float = 3.0,  # a row
+    device=None,  # None: CUDA where there is one
+    folder=None,  # of the record
 ) -> list:
     "A row for student and teachers, mode and batch size, the most telling first: images and epoch seconds, share of the copy bandwidth on CUDA. Written as a record after each row."
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     cuda, ((train, _), _, _) = torch.device(device).type == 'cuda', study_data(profile)
-    end = time.monotonic() + 60*minutes
+    end = time.monotonic() + 60 * minutes
     bandwidth = copy_bandwidth(device) if cuda else None
     names = list(dict.fromkeys(s.model for r in ('ours', 'study') for s in RECIPES[profile][r][1::-1]))
     rows = []
     for name in names:
         for mode in modes or (MODES if cuda else ['eager']):
             for b in batch_sizes:
-                if rows and time.monotonic() > end: continue
+                if rows and time.monotonic() > end:
+                    continue
                 r = trained_a_second(name, b, mode, seconds, train.images.shape[-1], len(train.classes), device)
-                rows.append(dict(net=name, mode=mode, batch=b, **r, epoch_seconds=len(train)/r['images_s'], bandwidth_share=r['images_s']*r['bytes_image']/bandwidth if cuda else None))
-                config = dict(seconds=seconds, bandwidth=bandwidth, n_train=len(train), batch_sizes=list(batch_sizes),
-                              images='random')
+                rows.append(
+                    dict(
+                        net=name,
+                        mode=mode,
+                        batch=b,
+                        **r,
+                        epoch_seconds=len(train) / r['images_s'],
+                        bandwidth_share=r['images_s'] * r['bytes_image'] / bandwidth if cuda else None,
+                    )
+                )
+                config = dict(
+                    seconds=seconds,
+                    bandwidth=bandwidth,
+                    n_train=len(train),
+                    batch_sizes=list(batch_sizes),
+                    images='random',
+                )
                 record('20_cifar100.speed', rows, profile, config, device=device, folder=folder, stages=[])
     return rows
 
 # %% ../nbs/20_cifar100.ipynb #94a87f1c
-CARRIED, PIECE, UNDER_WAY = ('teacher', 'student', 'compressed', 'norms', 'rates', 'bits', 'figures', 'top1-test'), 15*2**20, 32*2**20
+CARRIED, PIECE, UNDER_WAY = (
+    ('teacher', 'student', 'compressed', 'norms', 'rates', 'bits', 'figures', 'top1-test'),
+    15 * 2**20,
+    32 * 2**20,
+)
 ENTRY = re.compile(r'([\w-]+)/(?:checkpoints/(step-\d+)/)?(\w[\w.]*)')  # stage, step, file
+
 
 def _files(folder):
     "A stage's files by their names in the archive: of what is finished, or of the newest checkpoint; those of a checkpoint that goes away meanwhile are not."
-    kept = checkpoints(folder/'checkpoints')
-    whole = [f for f in (folder/'done.json', folder/'model.safetensors') if f.exists()]
-    if (folder/'done.json') in whole: found = whole
-    else: found = [*sorted(kept[-1].iterdir()), *folder.glob('pieces.json')] if kept else []
+    kept = checkpoints(folder / 'checkpoints')
+    whole = [f for f in (folder / 'done.json', folder / 'model.safetensors') if f.exists()]
+    if (folder / 'done.json') in whole:
+        found = whole
+    else:
+        found = [*sorted(kept[-1].iterdir()), *folder.glob('pieces.json')] if kept else []
     return {f.relative_to(folder.parent).as_posix(): f.read_bytes() for f in found}
+
 
 def _local(root):
     "Stage's name to its files, for the stages that travel."
     found = {}
     for d in sorted(Path(root).glob('*-*')):
-        if d.name.rsplit('-', 1)[0] not in CARRIED: continue
-        with contextlib.suppress(FileNotFoundError): found[d.name] = _files(d)
+        if d.name.rsplit('-', 1)[0] not in CARRIED:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            found[d.name] = _files(d)
     return {name: files for name, files in found.items() if files}
+
 
 def _reached(files):
     "How far a stage is: its checkpoint's step, or what sorts after all steps."
@@ -553,38 +833,51 @@ def _reached(files):
 def _pieces(source):
     "The archives of a folder: digest and number of pieces to the pieces that are there, in order."
     groups = {}
-    for f in Path(source).glob('stages-*.*of*'): groups.setdefault((f.name[7:23], int(f.name.rsplit('of')[-1])), []).append(f)
+    for f in Path(source).glob('stages-*.*of*'):
+        groups.setdefault((f.name[7:23], int(f.name.rsplit('of')[-1])), []).append(f)
     return {k: sorted(files, key=lambda f: int(f.name.rsplit('.')[-1].split('of')[0])) for k, files in groups.items()}
+
 
 def _travelled(source):
     "Stage's name to its files, the furthest there is. MicronetError for an archive that is damaged, or for nothing but parts of one."
     found, groups = {}, _pieces(source)
     whole = {digest: files for (digest, n), files in groups.items() if len(files) == n}
-    if groups and not whole: raise MicronetError(f'{source} has {", ".join(f"{len(files)} of {n} pieces of archive {digest}" for (digest, n), files in groups.items())}: copy the others too, or remove these')
+    if groups and not whole:
+        raise MicronetError(
+            f'{source} has {", ".join(f"{len(files)} of {n} pieces of archive {digest}" for (digest, n), files in groups.items())}: copy the others too, or remove these'
+        )
     for digest, files in whole.items():
         packed = b''.join(f.read_bytes() for f in files)
-        if hashlib.sha256(packed).hexdigest()[:16] != digest: raise MicronetError(f'{files[0]} and what follows it are damaged: copy them again, or remove them')
-        with zipfile.ZipFile(io.BytesIO(packed)) as z: entries = {n: z.read(n) for n in z.namelist()}
-        if stray := next((n for n in entries if not ENTRY.fullmatch(n)), None): raise MicronetError(f'{stray!r} is no file of a stage: the archive {digest} was not made by `send`')
+        if hashlib.sha256(packed).hexdigest()[:16] != digest:
+            raise MicronetError(f'{files[0]} and what follows it are damaged: copy them again, or remove them')
+        with zipfile.ZipFile(io.BytesIO(packed)) as z:
+            entries = {n: z.read(n) for n in z.namelist()}
+        if stray := next((n for n in entries if not ENTRY.fullmatch(n)), None):
+            raise MicronetError(f'{stray!r} is no file of a stage: the archive {digest} was not made by `send`')
         stages = {}
-        for n, value in entries.items(): stages.setdefault(ENTRY.fullmatch(n)[1], {})[n] = value
+        for n, value in entries.items():
+            stages.setdefault(ENTRY.fullmatch(n)[1], {})[n] = value
         _merge(found, stages)
     return found
+
 
 def _merge(found, more):
     "Adds stages that are new or further."
     for name, files in more.items():
-        if name not in found or _reached(files) > _reached(found[name]): found[name] = files
+        if name not in found or _reached(files) > _reached(found[name]):
+            found[name] = files
 
 # %% ../nbs/20_cifar100.ipynb #62702c10
 def send(
-    root,                    # folder of all stages
-    target,                  # folder that travels
-    most: int = UNDER_WAY    # bytes: a larger checkpoint stays here
-) -> list:                   # names of the stages whose checkpoint stays here
+    root,  # folder of all stages
+    target,  # folder that travels
+    most: int = UNDER_WAY,  # bytes: a larger checkpoint stays here
+) -> list:  # names of the stages whose checkpoint stays here
     "Puts finished stages, and the checkpoints of those under way, into one archive in pieces small enough to travel, beside what the folder has already. MicronetError for files that are damaged."
     target, here = Path(target), _local(root)
-    heavy = [name for name, files in here.items() if _reached(files) != 'whole' and sum(map(len, files.values())) > most]
+    heavy = [
+        name for name, files in here.items() if _reached(files) != 'whole' and sum(map(len, files.values())) > most
+    ]
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f'.{target.name}.lock')):  # two recipes may share a folder
         stages = _travelled(target)
@@ -592,64 +885,97 @@ def send(
         _replace(target, _zipped(stages))
     return heavy
 
+
 def _zipped(stages):
     "The bytes of an archive; the same for the same files."
     with zipfile.ZipFile(made := io.BytesIO(), 'w') as z:
         for name in sorted(stages):
-            for path, value in stages[name].items(): z.writestr(zipfile.ZipInfo(path), value)
+            for path, value in stages[name].items():
+                z.writestr(zipfile.ZipInfo(path), value)
     return made.getvalue()
+
 
 def _replace(target, packed):
     "The pieces of a new archive under their names, then the old ones away."
-    pieces, digest = [packed[i:i + PIECE] for i in range(0, len(packed), PIECE)], hashlib.sha256(packed).hexdigest()[:16]
-    named = {target/f'stages-{digest}.{i:02d}of{len(pieces):02d}': piece for i, piece in enumerate(pieces, 1)}
+    pieces, digest = (
+        [packed[i : i + PIECE] for i in range(0, len(packed), PIECE)],
+        hashlib.sha256(packed).hexdigest()[:16],
+    )
+    named = {target / f'stages-{digest}.{i:02d}of{len(pieces):02d}': piece for i, piece in enumerate(pieces, 1)}
     for path, piece in named.items():
-        with atomic_path(path) as tmp: tmp.write_bytes(piece)
+        with atomic_path(path) as tmp:
+            tmp.write_bytes(piece)
     for f in target.glob('stages-*.*of*'):
-        if f not in named: f.unlink(missing_ok=True)
+        if f not in named:
+            f.unlink(missing_ok=True)
+
 
 def take_in(
     source,  # folder that `send` has filled; one that is not there holds nothing
-    root     # folder of all stages
-) -> list:   # names of the stages that are new here, or further than they were
+    root,  # folder of all stages
+) -> list:  # names of the stages that are new here, or further than they were
     "Stages from another machine; what is here already, or being worked on, stays. MicronetError for files that are damaged or missing."
     new = []
     for name, files in _travelled(source).items():
-        folder = Path(root)/name
+        folder = Path(root) / name
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout), FileLock(folder/'.lock', timeout=0):
-            if not (mine := _files(folder)) or _reached(files) > _reached(mine): _unpack(files, folder); new.append(name)
+        with contextlib.suppress(Timeout), FileLock(folder / '.lock', timeout=0):
+            if not (mine := _files(folder)) or _reached(files) > _reached(mine):
+                _unpack(files, folder)
+                new.append(name)
     return new
+
 
 def _unpack(files, folder):
     "Writes a stage's files; the one that says that all are there comes last."
     step = _reached(files)
-    part = folder/('.came.part' if step == 'whole' else f'checkpoints/.{step}.part')
-    shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-    for path, value in files.items(): (part/Path(path).name).write_bytes(value)
+    part = folder / ('.came.part' if step == 'whole' else f'checkpoints/.{step}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for path, value in files.items():
+        (part / Path(path).name).write_bytes(value)
     if step != 'whole':
         # how it was made until then
-        if (part/'pieces.json').exists(): (part/'pieces.json').replace(folder/'pieces.json')
-        part.rename(folder/'checkpoints'/step)
+        if (part / 'pieces.json').exists():
+            (part / 'pieces.json').replace(folder / 'pieces.json')
+        part.rename(folder / 'checkpoints' / step)
         return
-    for f in sorted(part.iterdir(), key=lambda f: f.name == 'done.json'): f.replace(folder/f.name)
+    for f in sorted(part.iterdir(), key=lambda f: f.name == 'done.json'):
+        f.replace(folder / f.name)
     part.rmdir()
 
 # %% ../nbs/20_cifar100.ipynb #e2dad845
 STOPPED = 75  # exit code: the time was over, the same command goes on
 
+
 def _parser():
-    p = argparse.ArgumentParser(prog='python -m micronet_nb.cifar100', description='The CIFAR-100 track: all steps of a recipe, in pieces that go on where the last one ended; or a profile of the speed.',
-        epilog=f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on')
-    p.add_argument('what', nargs='?', choices=('run', 'speed'), default='run', help='run the recipe (default), or measure how fast its nets train')
+    p = argparse.ArgumentParser(
+        prog='python -m micronet_nb.cifar100',
+        description='The CIFAR-100 track: all steps of a recipe, in pieces that go on where the last one ended; or a profile of the speed.',
+        epilog=f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on',
+    )
+    p.add_argument(
+        'what',
+        nargs='?',
+        choices=('run', 'speed'),
+        default='run',
+        help='run the recipe (default), or measure how fast its nets train',
+    )
     p.add_argument('--profile', default='embedded', help='embedded (default), laptop or paper')
     p.add_argument('--recipe', default='study', help='study (default) or ours')
     p.add_argument('--minutes', type=float, help='stop after so many minutes (run: default never; speed: default 3)')
     p.add_argument('--seed', type=int, default=0, help='of all steps (default: 0)')
     p.add_argument('--last-seed', type=int, help='of the last step, all others as they are')
-    p.add_argument('--whole', action='store_true', help='train on the validation split, too: nothing is judged until the test')
+    p.add_argument(
+        '--whole', action='store_true', help='train on the validation split, too: nothing is judged until the test'
+    )
     p.add_argument('--graphs', action='store_true', help='CUDA graphs, where the profile compiles')
-    p.add_argument('--out', type=Path, metavar='FOLDER', help="for records, packed nets and stages that travel (default: the run folder, nothing travels)")
+    p.add_argument(
+        '--out',
+        type=Path,
+        metavar='FOLDER',
+        help="for records, packed nets and stages that travel (default: the run folder, nothing travels)",
+    )
     return p
 
 # %% ../nbs/20_cifar100.ipynb #ae84d9b6
@@ -657,23 +983,40 @@ def _say(rows):
     "The newest row, on a line."
     f = rows[-1].figures
     top = f"{f['top1_valid']:.2f} % (validation)" if 'top1_valid' in f else 'not judged'
-    print(f"{rows[-1].step.row}: {top}, {f['sparsity']:.1%} zeros, score {f['score_tree']:.6f}, corrected {f['corrected_tree']:.6f}", flush=True)
+    print(
+        f"{rows[-1].step.row}: {top}, {f['sparsity']:.1%} zeros, score {f['score_tree']:.6f}, corrected {f['corrected_tree']:.6f}",
+        flush=True,
+    )
+
 
 def _run(args):
     "What `main` does with a recipe."
-    if args.minutes is not None and not args.minutes > 0: raise MicronetError(f'--minutes {args.minutes:g}: more than 0')
-    root, folder = runs_dir()/'stages', args.out and args.out/'results'
-    for bag in (project_root()/'data'/'checkpoints', args.out and args.out/'stages'):
-        if bag and (new := take_in(bag, root)): print(f'{len(new)} stages taken in from {bag}')
+    if args.minutes is not None and not args.minutes > 0:
+        raise MicronetError(f'--minutes {args.minutes:g}: more than 0')
+    root, folder = runs_dir() / 'stages', args.out and args.out / 'results'
+    for bag in (project_root() / 'data' / 'checkpoints', args.out and args.out / 'stages'):
+        if bag and (new := take_in(bag, root)):
+            print(f'{len(new)} stages taken in from {bag}')
+
     def pack_up():
-        for name in send(root, args.out/'stages') if args.out else (): print(f'the checkpoint of {name} is too large to travel: finish this step on this machine')
-    def after(rows): _say(rows); pack_up()
+        for name in send(root, args.out / 'stages') if args.out else ():
+            print(f'the checkpoint of {name} is too large to travel: finish this step on this machine')
+
+    def after(rows):
+        _say(rows)
+        pack_up()
+
     import torch._inductor.config as inductor
+
     try:
         with inductor.patch({'triton.cudagraphs': True} if args.graphs else {}):
-            rows = run_recipe(args.profile, args.recipe, args.seed, args.last_seed, args.whole, args.minutes, root, folder, after)
+            rows = run_recipe(
+                args.profile, args.recipe, args.seed, args.last_seed, args.whole, args.minutes, root, folder, after
+            )
         _judge(rows, args, root, folder)
-    finally: pack_up()
+    finally:
+        pack_up()
+
 
 def _judge(rows, args, root, folder):
     "The test split, read once, for a recipe that is done; the packed net."
@@ -681,21 +1024,25 @@ def _judge(rows, args, root, folder):
     n = STUDIES[args.profile].n_test or None
     tops = on_test(rows, test, stats, n, root)
     write_rows(rows, args.profile, args.recipe, args.seed, args.last_seed, args.whole, folder, tops)
-    path = (args.out or results_dir(args.profile))/f"{args.recipe}-{rows[-1].key}.safetensors"
+    path = (args.out or results_dir(args.profile)) / f"{args.recipe}-{rows[-1].key}.safetensors"
     made = fold(rows[-1].net, path, train, test, stats, n)
     print(f"all {len(rows)} steps are done. Test: " + ', '.join(f'{k} {v:.2f} %' for k, v in tops.items()))
-    print(f"{path}: {made['bytes']:,} bytes, {made['top1']:.2f} % of {made['n']:,} test images, score {made['score_tree']:.6f}, corrected {made['corrected_tree']:.6f}")
+    print(
+        f"{path}: {made['bytes']:,} bytes, {made['top1']:.2f} % of {made['n']:,} test images, score {made['score_tree']:.6f}, corrected {made['corrected_tree']:.6f}"
+    )
 
 # %% ../nbs/20_cifar100.ipynb #609b66df
 def main(
-    argv=None  # arguments; None: those of the process
+    argv=None,  # arguments; None: those of the process
 ) -> int:
     "The command: 0, 1 after one line that says what is wrong, 75 where the time was over."
     args = _parser().parse_args(argv)
     try:
-        if args.what == 'run': _run(args)
+        if args.what == 'run':
+            _run(args)
         else:
-            for r in speed(args.profile, minutes=args.minutes or 3., folder=args.out and args.out/'results'): print(', '.join(f'{k} {v:,.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in r.items()))
+            for r in speed(args.profile, minutes=args.minutes or 3.0, folder=args.out and args.out / 'results'):
+                print(', '.join(f'{k} {v:,.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in r.items()))
     except OutOfTime as e:
         print(f'time is over: {e}')
         return STOPPED
@@ -705,4 +1052,5 @@ def main(
     return 0
 
 # %% ../nbs/20_cifar100.ipynb #28c2e2c6
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-warnings.filterwarnings('ignore', message='IProgress not found')  # tqdm, in a kernel without widgets: `progress` needs none
+warnings.filterwarnings(
+    'ignore', message='IProgress not found'
+)  # tqdm, in a kernel without widgets: `progress` needs none
 
 # %% ../nbs/00_core.ipynb #72147ec7
 class MicronetError(ValueError):
@@ -28,35 +30,54 @@ class MicronetError(ValueError):
 @dataclass(frozen=True)
 class Profile:
     "How large a run is."
+
     name: str
     dataset: str  # name for `load_dataset`
     purpose: str
-    budget: str   # what all notebooks together take
+    budget: str  # what all notebooks together take
 
 # %% ../nbs/00_core.ipynb #f279d81e
-PROFILES = {p.name: p for p in (
-    Profile('embedded', 'digits', 'a first look, tests, CI; no data set to download', '6 minutes on 2 cores'),
-    Profile('laptop', 'cifar100', "the study's trends without a GPU", '2 hours on 2 cores'),
-    Profile('paper', 'cifar100', "the study's own models and data: the tables of the slides", 'GPU hours, in pieces of 9 minutes'))}
+PROFILES = {
+    p.name: p
+    for p in (
+        Profile('embedded', 'digits', 'a first look, tests, CI; no data set to download', '6 minutes on 2 cores'),
+        Profile('laptop', 'cifar100', "the study's trends without a GPU", '2 hours on 2 cores'),
+        Profile(
+            'paper',
+            'cifar100',
+            "the study's own models and data: the tables of the slides",
+            'GPU hours, in pieces of 9 minutes',
+        ),
+    )
+}
 
 # %% ../nbs/00_core.ipynb #31052a40
 def get_profile(
-    name: str  # embedded, laptop or paper
+    name: str,  # embedded, laptop or paper
 ) -> Profile:
     "The profile called `name`; MicronetError where there is none."
-    if name not in PROFILES: raise MicronetError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
+    if name not in PROFILES:
+        raise MicronetError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
     return PROFILES[name]
 
 # %% ../nbs/00_core.ipynb #befd6432
-_KINDS = {bool: (bool, 'True or False'), int: (int, 'a whole number'), float: ((int, float), 'a number'), str: (str, 'a text')}
+_KINDS = {
+    bool: (bool, 'True or False'),
+    int: (int, 'a whole number'),
+    float: ((int, float), 'a number'),
+    str: (str, 'a text'),
+}
+
 
 def _check_kind(name, default, value, annotation=None):
     "Is the value of the default's kind? A default of None is a number's place, of the annotated kind if there is one."
-    if default is None and value is None: return
+    if default is None and value is None:
+        return
     kind = {'int': int, 'float': float}.get(annotation, float) if default is None else type(default)
     wanted, words = _KINDS.get(kind, (object, ''))
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise MicronetError(f'{name} = {value!r}: {words} belongs there (the default is {default!r})')
+
 
 def _assigned(source):
     "Name to (value, annotation) of the literals that a cell assigns."
@@ -71,16 +92,30 @@ def _assigned(source):
 def _names_assigned(source):
     "The names that a cell of nothing but assignments assigns, none for any other cell."
     import ast
-    try: body = ast.parse(source).body
-    except SyntaxError: return []
-    if not all(isinstance(n, (ast.Assign, ast.AnnAssign)) for n in body): return []
-    return [n.id for statement in body for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return []
+    if not all(isinstance(n, (ast.Assign, ast.AnnAssign)) for n in body):
+        return []
+    return [
+        n.id
+        for statement in body
+        for n in ast.walk(statement)
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    ]
+
 
 def unknown_parameters(
-    history: list  # the sources of the cells that have run, in order
+    history: list,  # the sources of the cells that have run, in order
 ) -> list:
     "The parameters that papermill put in and that the `parameters` cell before them does not have."
-    pairs = ((own, given) for a, b in zip(history, history[1:]) if b.startswith('# Parameters\n') and (own := _names_assigned(a)) and (given := _names_assigned(b)))
+    pairs = (
+        (own, given)
+        for a, b in zip(history, history[1:])
+        if b.startswith('# Parameters\n') and (own := _names_assigned(a)) and (given := _names_assigned(b))
+    )
     own, given = next(pairs, ([], []))
     return [name for name in given if name not in own]
 
@@ -88,45 +123,56 @@ def unknown_parameters(
 def _refuse_unknown_parameters():
     "MicronetError where this kernel was given a parameter that its notebook does not have."
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-    if not (unknown := unknown_parameters(list(shell.user_ns.get('In', []))) if shell else []): return
-    raise MicronetError(f"this notebook has no parameter {', '.join(map(repr, unknown))}: it changed nothing, so no result is written; "
-                        "give a name of the cell tagged parameters and run again")
+    if not (unknown := unknown_parameters(list(shell.user_ns.get('In', []))) if shell else []):
+        return
+    raise MicronetError(
+        f"this notebook has no parameter {', '.join(map(repr, unknown))}: it changed nothing, so no result is written; "
+        "give a name of the cell tagged parameters and run again"
+    )
 
 # %% ../nbs/00_core.ipynb #760a4f24
 def check_parameters(
-    cells=None  # sources of the cells that have run; None: those that this kernel remembers
+    cells=None,  # sources of the cells that have run; None: those that this kernel remembers
 ):
     "MicronetError where papermill has injected a parameter that the cell before it does not have, or a value of another kind than the default."
-    if cells is None: _refuse_unknown_parameters()
+    if cells is None:
+        _refuse_unknown_parameters()
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     cells = list(shell.user_ns.get('In', ())) if cells is None and shell else cells or []
     at = max((i for i, c in enumerate(cells) if i and c.startswith('# Parameters\n')), default=0)
     given, defaults = (_assigned(c) if at else {} for c in (cells[at], cells[at - 1])) if at else ({}, {})
-    for name in given.keys() & defaults.keys(): _check_kind(name, defaults[name][0], given[name][0], defaults[name][1])
+    for name in given.keys() & defaults.keys():
+        _check_kind(name, defaults[name][0], given[name][0], defaults[name][1])
 
 # %% ../nbs/00_core.ipynb #97269d18
 def project_root() -> Path:
     "The checkout that this library was imported from, else the user's cache folder for it."
-    return here if ((here := _imported_root())/'settings.ini').exists() else Path.home()/'.cache'/'micronet_nb'
+    return here if ((here := _imported_root()) / 'settings.ini').exists() else Path.home() / '.cache' / 'micronet_nb'
+
 
 def published_dir() -> Path:
     "The study's own numbers: `data/published` of the checkout, else the copy that the wheel has brought."
     here = _imported_root()
-    return here/'data'/'published' if (here/'settings.ini').exists() else here/'micronet_nb'/'published'
+    return here / 'data' / 'published' if (here / 'settings.ini').exists() else here / 'micronet_nb' / 'published'
 
 # %% ../nbs/00_core.ipynb #d1c17a58
 def _imported_root():
     "The folder that holds the package. In this very notebook there is no `__file__`: ask where the installed library lies."
-    if '__file__' in globals(): return Path(__file__).resolve().parent.parent
+    if '__file__' in globals():
+        return Path(__file__).resolve().parent.parent
     import micronet_nb
+
     return Path(micronet_nb.__file__).resolve().parent.parent
 
 # %% ../nbs/00_core.ipynb #7d90e725
-def _folder(variable, default): return Path(os.environ.get(variable) or project_root()/default).expanduser()
+def _folder(variable, default):
+    return Path(os.environ.get(variable) or project_root() / default).expanduser()
+
 
 def cache_dir() -> Path:
     "Where downloads and decoded data sets are kept."
     return _folder('MICRONET_CACHE', 'data/cache')
+
 
 def runs_dir() -> Path:
     "Where stages, checkpoints and this machine's own results are kept."
@@ -135,78 +181,104 @@ def runs_dir() -> Path:
 # %% ../nbs/00_core.ipynb #76cd9793
 def committed_dir() -> Path:
     "The committed results: one folder a profile, one JSON file a record."
-    return project_root()/'data'/'results'
+    return project_root() / 'data' / 'results'
+
 
 def results_dir(
-    profile: str  # embedded, laptop or paper
+    profile: str,  # embedded, laptop or paper
 ) -> Path:
     "Where this run's results go: `MICRONET_OUT` (set by the runner), else below `runs_dir()`."
-    return Path(os.environ.get('MICRONET_OUT') or runs_dir()/'results'/get_profile(profile).name)
+    return Path(os.environ.get('MICRONET_OUT') or runs_dir() / 'results' / get_profile(profile).name)
 
 # %% ../nbs/00_core.ipynb #0b0a1cb8
 def _data_dir():
     "`MICRONET_DATA`, None where it is not set."
-    if not (text := os.environ.get('MICRONET_DATA')): return None
-    if (folder := Path(text).expanduser()).is_dir(): return folder
-    raise MicronetError(f'MICRONET_DATA={text} is not a folder: set it to one that holds cifar100/ or riair/, or unset it')
+    if not (text := os.environ.get('MICRONET_DATA')):
+        return None
+    if (folder := Path(text).expanduser()).is_dir():
+        return folder
+    raise MicronetError(
+        f'MICRONET_DATA={text} is not a folder: set it to one that holds cifar100/ or riair/, or unset it'
+    )
+
 
 def _note(name):
     "Writes down, for the runner, what this machine was asked for: a result depends on it, whether it is there or not."
-    if not (path := os.environ.get('MICRONET_SOUGHT')): return
-    with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8') as f: f.write(f'{name}\n')
+    if not (path := os.environ.get('MICRONET_SOUGHT')):
+        return
+    with contextlib.suppress(OSError), open(path, 'a', encoding='utf-8') as f:
+        f.write(f'{name}\n')
+
 
 def find_file(
-    relative: str,      # such as 'riair/densenet-100.pth.tar'
-    root=None           # folder to look in first, else MICRONET_DATA, data/, the cache
+    relative: str,  # such as 'riair/densenet-100.pth.tar'
+    root=None,  # folder to look in first, else MICRONET_DATA, data/, the cache
 ) -> Path | None:
     "The first existing file called `relative` below `root`, `MICRONET_DATA`, `data/` or the cache, else None."
-    if root is None: _note(relative)
-    places = [root] if root is not None else [_data_dir(), project_root()/'data', cache_dir()]
-    return next((f for p in places if p and (f := Path(p).expanduser()/relative).is_file()), None)
+    if root is None:
+        _note(relative)
+    places = [root] if root is not None else [_data_dir(), project_root() / 'data', cache_dir()]
+    return next((f for p in places if p and (f := Path(p).expanduser() / relative).is_file()), None)
 
 # %% ../nbs/00_core.ipynb #2842a57c
 @contextlib.contextmanager
 def atomic_path(
-    path  # the file to make; its folder is made where missing
+    path,  # the file to make; its folder is made where missing
 ):
     "Yields a temporary path beside `path`, renamed to it when the block ends, removed when it raises."
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}.part')
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise MicronetError(f'cannot make the folder {path.parent}: {e.strerror}; choose one that you may write to') from e
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise MicronetError(
+            f'cannot make the folder {path.parent}: {e.strerror}; choose one that you may write to'
+        ) from e
     try:
         yield tmp
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        with open(tmp, 'rb') as f:
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (PermissionError, FileNotFoundError) as e: raise MicronetError(f'cannot write {path}: {e.strerror}; choose a folder that you may write to') from e
+    except (PermissionError, FileNotFoundError) as e:
+        raise MicronetError(f'cannot write {path}: {e.strerror}; choose a folder that you may write to') from e
     finally:
-        with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #cc20787f
 def write_json(
     path,  # file to make or replace
-    value  # anything that JSON holds; NaN is refused
+    value,  # anything that JSON holds; NaN is refused
 ) -> Path:
     "Writes `value` as JSON, atomically."
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding='utf-8')
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #b246d36b
 def read_json(
-    path  # file to read
+    path,  # file to read
 ):
     "Reads JSON; MicronetError that names the file where it is missing or broken."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise MicronetError(f'{path} does not exist') from None
-    except json.JSONDecodeError as e: raise MicronetError(f'{path} is not valid JSON ({e}); remove it and run again') from None
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise MicronetError(f'{path} does not exist') from None
+    except json.JSONDecodeError as e:
+        raise MicronetError(f'{path} is not valid JSON ({e}); remove it and run again') from None
 
 # %% ../nbs/00_core.ipynb #45b07b1d
 def sha256(
-    path  # file
+    path,  # file
 ) -> str:
     "The SHA-256 of a file, in hexadecimal."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
+    with open(path, 'rb') as f:
+        return (
+            hashlib.file_digest(f, 'sha256').hexdigest()
+            if hasattr(hashlib, 'file_digest')
+            else hashlib.sha256(f.read()).hexdigest()
+        )
 
 # %% ../nbs/00_core.ipynb #d2d12973
 def offline() -> bool:
@@ -218,75 +290,106 @@ def offline() -> bool:
 def _download(url, path, digest):
     "To `path`, whole and of the right digest, or not at all."
     import socket, torch.hub
+
     wait = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try: torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
-    except RuntimeError as e: raise MicronetError(f'{url} is not what was expected: {e}. Nothing was kept; try again, or fetch it by hand') from None
-    except OSError as e: raise MicronetError(f'could not download {url}: {e}. Check the network, or put the file at {path}') from None
-    finally: socket.setdefaulttimeout(wait)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
+    except RuntimeError as e:
+        raise MicronetError(
+            f'{url} is not what was expected: {e}. Nothing was kept; try again, or fetch it by hand'
+        ) from None
+    except OSError as e:
+        raise MicronetError(f'could not download {url}: {e}. Check the network, or put the file at {path}') from None
+    finally:
+        socket.setdefaulttimeout(wait)
 
 # %% ../nbs/00_core.ipynb #6fd93472
 def fetch(
     relative: str,  # such as 'riair/densenet-100.pth.tar': its place below a data folder
-    url: str,       # public source
-    digest: str,    # SHA-256, 64 hexadecimal digits
-    root=None       # folder to look in first (see `find_file`)
+    url: str,  # public source
+    digest: str,  # SHA-256, 64 hexadecimal digits
+    root=None,  # folder to look in first (see `find_file`)
 ) -> Path:
     "A file with the right SHA-256: found on this machine, else downloaded to the cache. MicronetError where neither works."
     path = find_file(relative, root)
     if path is None:
-        path = (Path(root).expanduser() if root is not None else cache_dir())/relative
-        if offline() and not url.startswith('file:'): raise MicronetError(f'{relative} is not on this machine and MICRONET_OFFLINE is set: put it at {path}, or below MICRONET_DATA (source: {url})')
+        path = (Path(root).expanduser() if root is not None else cache_dir()) / relative
+        if offline() and not url.startswith('file:'):
+            raise MicronetError(
+                f'{relative} is not on this machine and MICRONET_OFFLINE is set: put it at {path}, or below MICRONET_DATA (source: {url})'
+            )
         _download(url, path, digest)
-    if (got := sha256(path)) != digest: raise MicronetError(f'{path} has SHA-256 {got[:12]}..., expected {digest[:12]}...: it is truncated or another file; remove it and run again')
+    if (got := sha256(path)) != digest:
+        raise MicronetError(
+            f'{path} has SHA-256 {got[:12]}..., expected {digest[:12]}...: it is truncated or another file; remove it and run again'
+        )
     return path
 
 # %% ../nbs/00_core.ipynb #5dc57c2f
 _PACKAGES = ('torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'pandas', 'scikit-learn', 'onnxruntime')
 
+
 def _version(package):
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 # %% ../nbs/00_core.ipynb #d7dfbbc9
 def _git(*args):
     "What git says in this checkout."
     return subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True, check=True).stdout
 
+
 def _code(text):
     "What of a file can change a number: of a notebook its cells without their outputs, of any other file all."
-    try: return [(c['cell_type'], ''.join(c['source']), c['metadata'].get('tags')) for c in json.loads(text)['cells']]
-    except (ValueError, KeyError, TypeError): return text
+    try:
+        return [(c['cell_type'], ''.join(c['source']), c['metadata'].get('tags')) for c in json.loads(text)['cells']]
+    except (ValueError, KeyError, TypeError):
+        return text
+
 
 def _dirty():
     "Whether a notebook's cells or a module differ from the commit."
     changed = [line for line in _git('status', '--porcelain', '-z', '--', 'nbs', 'micronet_nb').split('\0') if line]
     top = Path(_git('rev-parse', '--show-toplevel').strip())
-    def differs(path): return _code(_git('show', f'HEAD:{path}')) != _code((top/path).read_text(encoding='utf-8'))
+
+    def differs(path):
+        return _code(_git('show', f'HEAD:{path}')) != _code((top / path).read_text(encoding='utf-8'))
+
     return any(line[:2] != ' M' or not line.endswith('.ipynb') or differs(line[3:]) for line in changed)
 
 # %% ../nbs/00_core.ipynb #b6af6a0b
 def commit() -> str:
     "The commit of this checkout, with '+' where its notebooks or modules differ from it; 'unknown' outside one."
-    try: return _git('rev-parse', 'HEAD')[:12] + ('+' if _dirty() else '')
-    except (OSError, subprocess.CalledProcessError): return os.environ.get('MICRONET_COMMIT', 'unknown')
+    try:
+        return _git('rev-parse', 'HEAD')[:12] + ('+' if _dirty() else '')
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get('MICRONET_COMMIT', 'unknown')
 
 # %% ../nbs/00_core.ipynb #93c192d3
 def environment(
-    device: str = 'cpu'  # torch device the numbers are measured on
+    device: str = 'cpu',  # torch device the numbers are measured on
 ) -> dict:
     "Versions, device and threads of this process, for a result record."
     import torch
+
     cuda = str(device).startswith('cuda')
-    return {'commit': commit(), 'python': platform.python_version(), 'versions': {p: v for p in _PACKAGES if (v := _version(p))},
-            'device': torch.cuda.get_device_name(device) if cuda else f'cpu ({platform.machine()})', 'threads': torch.get_num_threads()}
+    return {
+        'commit': commit(),
+        'python': platform.python_version(),
+        'versions': {p: v for p in _PACKAGES if (v := _version(p))},
+        'device': torch.cuda.get_device_name(device) if cuda else f'cpu ({platform.machine()})',
+        'threads': torch.get_num_threads(),
+    }
 
 # %% ../nbs/00_core.ipynb #feaf9e95
 def config_key(
-    config,           # anything that JSON holds
-    upstream=(),      # keys of the stages that this one builds on
-    version: int = 1  # of the code that makes it; 1 leaves no trace in the key
+    config,  # anything that JSON holds
+    upstream=(),  # keys of the stages that this one builds on
+    version: int = 1,  # of the code that makes it; 1 leaves no trace in the key
 ) -> str:
     "Sixteen hexadecimal digits that stand for a configuration."
     text = json.dumps([config, list(upstream), *([version] if version != 1 else [])], sort_keys=True, default=str)
@@ -296,26 +399,40 @@ def config_key(
 @contextlib.contextmanager
 def _piece(folder, device):
     "Yields the pieces of a stage, this one last: where and when it began is kept at once, its seconds however it ends."
-    path = folder/'pieces.json'
+    path = folder / 'pieces.json'
     start = time.perf_counter()
     pieces = [*(read_json(path) if path.exists() else []), environment(device) | dict(began=_moment(), seconds=None)]
     write_json(path, pieces)
-    try: yield pieces
+    try:
+        yield pieces
     finally:
         pieces[-1]['seconds'] = time.perf_counter() - start
         write_json(path, pieces)
 
-def _moment(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
+
+def _moment():
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')
+
 
 def _whole(pieces):
     "The last piece's circumstances, the seconds of all; every commit and device, where there are several."
-    def of_all(k): return ', '.join(dict.fromkeys(p[k] for p in pieces))
-    seconds = sum(p['seconds'] or 0. for p in pieces)  # a killed piece has none
-    return pieces[-1] | dict(commit=of_all('commit'), device=of_all('device'), began=pieces[0]['began'],
-                             finished=_moment(), seconds=seconds, pieces=len(pieces))
+
+    def of_all(k):
+        return ', '.join(dict.fromkeys(p[k] for p in pieces))
+
+    seconds = sum(p['seconds'] or 0.0 for p in pieces)  # a killed piece has none
+    return pieces[-1] | dict(
+        commit=of_all('commit'),
+        device=of_all('device'),
+        began=pieces[0]['began'],
+        finished=_moment(),
+        seconds=seconds,
+        pieces=len(pieces),
+    )
 
 # %% ../nbs/00_core.ipynb #7f0dbd44
 _seen = {}  # folder's name to the stage's upstream keys and its making: all that this process has computed or found
+
 
 def _found(done):
     "A stored stage's result; that it was read is noted, for `record`."
@@ -325,33 +442,39 @@ def _found(done):
 
 # %% ../nbs/00_core.ipynb #6c7d5a65
 def stage(
-    name: str,       # for people: the folder is called <name>-<key>
-    config: dict,    # all that the result depends on
-    run,             # function of the stage's folder (Path) that returns what JSON holds
-    upstream=(),     # keys of the stages that this one builds on
-    root=None,       # folder of all stages; default `runs_dir()/'stages'`
-    fresh=False,     # compute again even where it is stored
+    name: str,  # for people: the folder is called <name>-<key>
+    config: dict,  # all that the result depends on
+    run,  # function of the stage's folder (Path) that returns what JSON holds
+    upstream=(),  # keys of the stages that this one builds on
+    root=None,  # folder of all stages; default `runs_dir()/'stages'`
+    fresh=False,  # compute again even where it is stored
     version: int = 1,  # of the code of this kind of stage: raised when the same configuration gives another result
-    device='cpu'     # torch device that it is computed on, for its provenance
+    device='cpu',  # torch device that it is computed on, for its provenance
 ):
     "`run(folder)`, computed once per configuration; the answer and how it was made are stored, atomically, at the end."
-    folder = Path(root or runs_dir()/'stages')/f'{name}-{config_key(config, upstream, version)}'
-    done = folder/'done.json'
-    if fresh: done.unlink(missing_ok=True)
-    if done.exists(): return _found(done)
+    folder = Path(root or runs_dir() / 'stages') / f'{name}-{config_key(config, upstream, version)}'
+    done = folder / 'done.json'
+    if fresh:
+        done.unlink(missing_ok=True)
+    if done.exists():
+        return _found(done)
     folder.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get('RANK', 0)): return run(folder)  # a helper of a distributed run works along; the first process stores
-    with FileLock(folder/'.lock'):  # whoever comes second waits, and finds it done
+    if int(os.environ.get('RANK', 0)):
+        return run(folder)  # a helper of a distributed run works along; the first process stores
+    with FileLock(folder / '.lock'):  # whoever comes second waits, and finds it done
         if not done.exists():
-            with _piece(folder, device) as made: result = run(folder)
-            write_json(done, dict(config=config, upstream=list(upstream), version=version, result=result,
-                                  made=_whole(made)))
-            (folder/'pieces.json').unlink(missing_ok=True)
+            with _piece(folder, device) as made:
+                result = run(folder)
+            write_json(
+                done, dict(config=config, upstream=list(upstream), version=version, result=result, made=_whole(made))
+            )
+            (folder / 'pieces.json').unlink(missing_ok=True)
         return _found(done)
 
 # %% ../nbs/00_core.ipynb #25edce8a
 # of before stages kept it
 _UNKNOWN = dict(commit='unknown', device='unknown', versions={}, finished=None, seconds=None)
+
 
 def _made(keys):
     "How the stages with these keys were made, and all that they build on; None: all that this process has read."
@@ -366,22 +489,32 @@ def _made(keys):
 
 # %% ../nbs/00_core.ipynb #d1c35982
 def record(
-    name: str,        # '<notebook>.<what>', such as '13_released.accuracy'
-    rows: list,       # list of dicts: the measured rows, plain numbers and strings
-    profile: str,     # profile that it was measured under
-    config: dict,     # all that the numbers depend on
-    seed=None,        # the random seed, None where nothing is random
-    dataset=None,     # name, split and fingerprint, None where no data is read
-    n=None,           # images that the numbers were measured on
-    device='cpu',     # torch device
-    folder=None,      # default `results_dir(profile)`
-    stages=None       # keys of the stages that the rows come from; None: of all that this process has read
+    name: str,  # '<notebook>.<what>', such as '13_released.accuracy'
+    rows: list,  # list of dicts: the measured rows, plain numbers and strings
+    profile: str,  # profile that it was measured under
+    config: dict,  # all that the numbers depend on
+    seed=None,  # the random seed, None where nothing is random
+    dataset=None,  # name, split and fingerprint, None where no data is read
+    n=None,  # images that the numbers were measured on
+    device='cpu',  # torch device
+    folder=None,  # default `results_dir(profile)`
+    stages=None,  # keys of the stages that the rows come from; None: of all that this process has read
 ) -> dict:
     "Writes measured rows with everything needed to repeat them; returns what it wrote."
     rows = [{k: _plain(v) for k, v in r.items()} for r in rows]
-    value = dict(name=name, profile=get_profile(profile).name, config=config, seed=seed, dataset=dataset, n=n,
-                 measured=_moment(), **environment(device), stages=_made(stages), rows=rows)
-    write_json(Path(folder or results_dir(profile))/f'{name}.json', value)
+    value = dict(
+        name=name,
+        profile=get_profile(profile).name,
+        config=config,
+        seed=seed,
+        dataset=dataset,
+        n=n,
+        measured=_moment(),
+        **environment(device),
+        stages=_made(stages),
+        rows=rows,
+    )
+    write_json(Path(folder or results_dir(profile)) / f'{name}.json', value)
     return value
 
 # %% ../nbs/00_core.ipynb #4b5e43d3
@@ -392,26 +525,27 @@ def _plain(v):
 
 # %% ../nbs/00_core.ipynb #bee52d22
 def load_record(
-    name: str,    # as given to `record`
-    profile: str, # embedded, laptop or paper
-    folder=None   # default: the committed results of that profile
+    name: str,  # as given to `record`
+    profile: str,  # embedded, laptop or paper
+    folder=None,  # default: the committed results of that profile
 ) -> dict | None:
     "A stored record, None where there is none."
-    path = Path(folder or committed_dir()/get_profile(profile).name)/f'{name}.json'
+    path = Path(folder or committed_dir() / get_profile(profile).name) / f'{name}.json'
     return read_json(path) if path.exists() else None
 
 # %% ../nbs/00_core.ipynb #865b9329
 def amend(
-    name: str,      # of a stored record
-    profile: str,   # embedded, laptop or paper
-    why: str,       # what is mended, and from which source
-    config=None,    # what its config lacks; None: nothing
-    folder=None,    # default: the committed results of that profile
-    **fields        # other fields and their new values; not the rows, nor what was there when they were measured
+    name: str,  # of a stored record
+    profile: str,  # embedded, laptop or paper
+    why: str,  # what is mended, and from which source
+    config=None,  # what its config lacks; None: nothing
+    folder=None,  # default: the committed results of that profile
+    **fields,  # other fields and their new values; not the rows, nor what was there when they were measured
 ) -> dict:
     "Completes a record, whose rows stay; returns it. MicronetError where that would change what it has said before."
     value = load_record(name, profile, folder)
-    if value is None: raise MicronetError(f'there is no record {name!r} of {profile}: amend one that there is')
+    if value is None:
+        raise MicronetError(f'there is no record {name!r} of {profile}: amend one that there is')
     if fixed := {*fields} - {'seed', 'dataset', 'n', 'stages'}:
         raise MicronetError(f'{min(fixed)!r} of {name} was measured, not said: measure again')
     config, there = json.loads(json.dumps(config or {})), value['config']
@@ -419,88 +553,134 @@ def amend(
         raise MicronetError(f'{name} has {changed[0]!r} in its config already, with another value: give what it lacks')
     rows = value.pop('rows')
     value |= fields | dict(config=there | config, amended=[*value.get('amended', []), why], rows=rows)
-    write_json(Path(folder or committed_dir()/get_profile(profile).name)/f'{name}.json', value)
+    write_json(Path(folder or committed_dir() / get_profile(profile).name) / f'{name}.json', value)
     return value
 
 # %% ../nbs/00_core.ipynb #2d8b1f04
 def published() -> dict:
     "Every number that the slides print (data/published/published.json)."
-    return read_json(published_dir()/'published.json')
+    return read_json(published_dir() / 'published.json')
+
 
 def released_schedule() -> dict:
     "RIAIR's sparsity, weight bits, activation sign and activation step for each of MixNet-S's 124 layers."
-    return read_json(published_dir()/'mixnet_s_schedule.json')
+    return read_json(published_dir() / 'mixnet_s_schedule.json')
+
 
 def released_figures() -> dict:
     "What RIAIR's released scorers and files give, beyond the slides; where the files lie (data/published/released.json)."
-    return read_json(published_dir()/'released.json')
+    return read_json(published_dir() / 'released.json')
 
 # %% ../nbs/00_core.ipynb #53a229d4
 def compare(
-    name: str,          # the record's name
-    key: str,           # column that names a row, such as 'model'
-    metric: str,        # column to show, such as 'top1'
-    published=(),       # list of dicts with `key` and `metric`: the published rows
-    folder=None,        # this run's records; default `results_dir` of each profile
-    profile='embedded'  # this run's profile
+    name: str,  # the record's name
+    key: str,  # column that names a row, such as 'model'
+    metric: str,  # column to show, such as 'top1'
+    published=(),  # list of dicts with `key` and `metric`: the published rows
+    folder=None,  # this run's records; default `results_dir` of each profile
+    profile='embedded',  # this run's profile
 ) -> 'pd.DataFrame':
     "Published, committed and this run's value of `metric`, a row per `key`; every cell is read from a file."
     import pandas as pd
+
     replaced = profile if os.environ.get('MICRONET_RECORD') else None  # this run's record takes its place in a moment
     sources = {'published': list(published)}
-    for p in ('laptop', 'paper'): sources[p] = (load_record(name, p) or {}).get('rows', []) if p != replaced else []
-    sources[f'this run ({profile})'] = (load_record(name, profile, folder or results_dir(profile)) or {}).get('rows', [])
-    columns = {c: pd.Series({r[key]: r[metric] for r in rows if r.get(metric) is not None}, dtype=float) for c, rows in sources.items()}
+    for p in ('laptop', 'paper'):
+        sources[p] = (load_record(name, p) or {}).get('rows', []) if p != replaced else []
+    sources[f'this run ({profile})'] = (load_record(name, profile, folder or results_dir(profile)) or {}).get(
+        'rows', []
+    )
+    columns = {
+        c: pd.Series({r[key]: r[metric] for r in rows if r.get(metric) is not None}, dtype=float)
+        for c, rows in sources.items()
+    }
     order = dict.fromkeys(r[key] for rows in sources.values() for r in rows)
     return pd.DataFrame(columns).reindex(order).dropna(axis=1, how='all').rename_axis(key)
 
 # %% ../nbs/00_core.ipynb #9ff740fc
 def finish(
-    notebook: str,       # the notebook's stem, such as '13_released'
-    profile: str,        # profile that it ran under
-    headline=None,       # DataFrame: the table for the index page
-    picture=None,        # matplotlib Figure for the index page
-    says: str = ''       # one sentence: what this run showed
+    notebook: str,  # the notebook's stem, such as '13_released'
+    profile: str,  # profile that it ran under
+    headline=None,  # DataFrame: the table for the index page
+    picture=None,  # matplotlib Figure for the index page
+    says: str = '',  # one sentence: what this run showed
 ) -> Path:
     "Writes the notebook's result file, atomically: the one proof that it ran to its end."
     _refuse_unknown_parameters()
     folder = results_dir(profile)
     if picture is not None:
-        with atomic_path(folder/f'{notebook}.png') as tmp: picture.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
-    table = None if headline is None else json.loads(headline.reset_index().to_json(orient='split', index=False, double_precision=15))
-    return write_json(folder/f'{notebook}.json', dict(
-        notebook=notebook, profile=get_profile(profile).name, status='done', run=os.environ.get('MICRONET_RUN'), says=says, headline=table,
-        picture=None if picture is None else f'{notebook}.png', finished=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=commit()))
+        with atomic_path(folder / f'{notebook}.png') as tmp:
+            picture.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
+    table = (
+        None
+        if headline is None
+        else json.loads(headline.reset_index().to_json(orient='split', index=False, double_precision=15))
+    )
+    return write_json(
+        folder / f'{notebook}.json',
+        dict(
+            notebook=notebook,
+            profile=get_profile(profile).name,
+            status='done',
+            run=os.environ.get('MICRONET_RUN'),
+            says=says,
+            headline=table,
+            picture=None if picture is None else f'{notebook}.png',
+            finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+            commit=commit(),
+        ),
+    )
 
 # %% ../nbs/00_core.ipynb #86a3f65f
 class _Display:
     "A text stream for tqdm that redraws one notebook display."
+
     def __init__(self):
         from IPython.display import display
+
         self.handle = display({'text/plain': ''}, raw=True, display_id=True)
-    def write(self, s): self.handle.update({'text/plain': s.strip('\r\n ')}, raw=True)
-    def flush(self): pass
+
+    def write(self, s):
+        self.handle.update({'text/plain': s.strip('\r\n ')}, raw=True)
+
+    def flush(self):
+        pass
 
 # %% ../nbs/00_core.ipynb #81e4e24a
 def progress(
-    iterable=None,   # what to go through; None for a bar moved by hand
+    iterable=None,  # what to go through; None for a bar moved by hand
     desc: str = '',  # what is being done
-    total=None,      # number of steps where len(iterable) is not known
-    unit='it'        # what one step is
+    total=None,  # number of steps where len(iterable) is not known
+    unit='it',  # what one step is
 ):
     "tqdm that leaves nothing behind, in a terminal or in a saved notebook."
     from tqdm import tqdm
-    kernel = 'ipykernel' in sys.modules and 'IPython' in sys.modules and sys.modules['IPython'].get_ipython() is not None
-    return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, mininterval=0.5, file=_Display() if kernel else None,
-                ncols=80 if kernel else None, disable=None if not kernel else False)
+
+    kernel = (
+        'ipykernel' in sys.modules and 'IPython' in sys.modules and sys.modules['IPython'].get_ipython() is not None
+    )
+    return tqdm(
+        iterable,
+        desc=desc,
+        total=total,
+        unit=unit,
+        leave=False,
+        mininterval=0.5,
+        file=_Display() if kernel else None,
+        ncols=80 if kernel else None,
+        disable=None if not kernel else False,
+    )
 
 # %% ../nbs/00_core.ipynb #4fd23f52
 SWIFT = {'OMP_WAIT_POLICY': 'PASSIVE', 'MALLOC_MMAP_THRESHOLD_': str(2**32), 'MALLOC_TRIM_THRESHOLD_': str(2**33)}
 
+
 def swiftly():
     "Starts this command again under SWIFT where a setting is missing; not where PyTorch is loaded, for then it is not alone in its process."
-    if os.name != 'posix' or not sys.executable or 'torch' in sys.modules or SWIFT.keys() <= os.environ.keys(): return
-    sys.stdout.flush(); sys.stderr.flush()
+    if os.name != 'posix' or not sys.executable or 'torch' in sys.modules or SWIFT.keys() <= os.environ.keys():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**SWIFT, **os.environ})
 
 # %% ../nbs/00_core.ipynb #5dfceef5
@@ -509,13 +689,16 @@ def _main(module, function):
     swiftly()
     return getattr(importlib.import_module(f'micronet_nb.{module}'), function)()
 
+
 def micronet_score() -> int:
     "The command of that name."
     return _main('scoring', 'main')
 
+
 def micronet_pack() -> int:
     "The command of that name."
     return _main('packing', 'main_pack')
+
 
 def micronet_eval() -> int:
     "The command of that name."
@@ -524,22 +707,28 @@ def micronet_eval() -> int:
 # %% ../nbs/00_core.ipynb #7ba9615f
 def settle(
     prefix=sys.prefix,  # the environment
-    checkout=None       # folder of the repository; None: the one that this module lies in
-) -> list:              # of what was written
+    checkout=None,  # folder of the repository; None: the one that this module lies in
+) -> list:  # of what was written
     "Tells the environment's Jupyter, and the checkout's Git, how to start, save and merge notebooks."
     from ipykernel.kernelspec import install
+
     done = [install(prefix=str(prefix), env=SWIFT)]
     root = Path(checkout or _imported_root())
-    if not importlib.util.find_spec('nbdev'): return done
-    config = Path(prefix)/'etc'/'jupyter'/'jupyter_server_config.json'
+    if not importlib.util.find_spec('nbdev'):
+        return done
+    config = Path(prefix) / 'etc' / 'jupyter' / 'jupyter_server_config.json'
     value = json.loads(config.read_text(encoding='utf-8')) if config.exists() else {}
     value.setdefault('ContentsManager', {})['pre_save_hook'] = 'nbdev.clean.clean_jupyter'
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(value, indent=1) + '\n', encoding='utf-8')
     done.append(str(config))
-    driver = f'"{Path(sys.executable).parent/"nbdev_merge"}" %O %A %B %P'
-    if (root/'.git').exists() and subprocess.run(['git', 'config', 'merge.nbdev-merge.driver', driver], cwd=root).returncode == 0: done.append('merge.nbdev-merge.driver')
+    driver = f'"{Path(sys.executable).parent / "nbdev_merge"}" %O %A %B %P'
+    if (root / '.git').exists() and subprocess.run(
+        ['git', 'config', 'merge.nbdev-merge.driver', driver], cwd=root
+    ).returncode == 0:
+        done.append('merge.nbdev-merge.driver')
     return done
 
 # %% ../nbs/00_core.ipynb #fc646831
-if __name__ == '__main__' and '__file__' in globals(): print('\n'.join(settle()))
+if __name__ == '__main__' and '__file__' in globals():
+    print('\n'.join(settle()))

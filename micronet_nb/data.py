@@ -16,61 +16,88 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import MicronetError, atomic_path, cache_dir, config_key, find_file, offline, progress, read_json, write_json
+from micronet_nb.core import (
+    MicronetError,
+    atomic_path,
+    cache_dir,
+    config_key,
+    find_file,
+    offline,
+    progress,
+    read_json,
+    write_json,
+)
 
 # %% ../nbs/01_data.ipynb #c2b4b4fd
 def fingerprint(
     images,  # (n,3,h,w) uint8, on the CPU
     labels,  # (n,) int64
-    classes  # list of names, label -> name
+    classes,  # list of names, label -> name
 ) -> str:
     "Sixteen hexadecimal digits that stand for every pixel, label and class name, and for their order."
     h = hashlib.sha256(json.dumps([list(images.shape), list(classes)]).encode())
     h.update(np.asarray(labels).astype('<i8').tobytes())
-    for i in range(0, len(images), 1024): h.update(np.asarray(images[i:i+1024]).tobytes())
+    for i in range(0, len(images), 1024):
+        h.update(np.asarray(images[i : i + 1024]).tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #8aaca16b
 def _check(images, labels, classes):
     "MicronetError unless images, labels and class names fit together."
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise MicronetError(f'images must be uint8 of shape (n,3,h,w), these are {images.dtype} of shape {tuple(images.shape)}')
+        raise MicronetError(
+            f'images must be uint8 of shape (n,3,h,w), these are {images.dtype} of shape {tuple(images.shape)}'
+        )
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise MicronetError(f'labels must be int64 of shape ({len(images)},), these are {labels.dtype} of shape {tuple(labels.shape)}')
-    if len(labels) == 0: raise MicronetError('a data set needs at least one image')
+        raise MicronetError(
+            f'labels must be int64 of shape ({len(images)},), these are {labels.dtype} of shape {tuple(labels.shape)}'
+        )
+    if len(labels) == 0:
+        raise MicronetError('a data set needs at least one image')
     if not 0 <= labels.min() <= labels.max() < len(classes):
-        raise MicronetError(f'labels run from {labels.min()} to {labels.max()}, but there are {len(classes)} class names')
+        raise MicronetError(
+            f'labels run from {labels.min()} to {labels.max()}, but there are {len(classes)} class names'
+        )
 
 # %% ../nbs/01_data.ipynb #18290601
 def _indices(which, n):
     "int64 indices below n, from a number, indices or a mask; MicronetError where they are out of range."
     if isinstance(which, int):
-        if not 1 <= which <= n: raise MicronetError(f'cannot take {which} of {n} images')
-        return torch.arange(which)*n//which
+        if not 1 <= which <= n:
+            raise MicronetError(f'cannot take {which} of {n} images')
+        return torch.arange(which) * n // which
     ids = torch.as_tensor(which)
-    if ids.dtype == torch.bool and len(ids) == n: ids = ids.nonzero().flatten()
+    if ids.dtype == torch.bool and len(ids) == n:
+        ids = ids.nonzero().flatten()
     if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 1 or not len(ids):
         raise MicronetError('indices must be a non-empty list of integers, or a mask with an entry per image')
-    if ids.min() < 0 or ids.max() >= n: raise MicronetError(f'indices run from {ids.min()} to {ids.max()}, there are {n} images')
+    if ids.min() < 0 or ids.max() >= n:
+        raise MicronetError(f'indices run from {ids.min()} to {ids.max()}, there are {n} images')
     return ids.long()
 
 # %% ../nbs/01_data.ipynb #2b74a9a5
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     "Decoded images with labels, class names and a fingerprint; indexing gives `(images, labels)`."
-    images: torch.Tensor   # (n,3,h,w) uint8
-    labels: torch.Tensor   # (n,) int64
-    classes: list          # names, label -> name
-    name: str              # such as 'cifar100'
-    split: str             # train, valid, test or trainvalid; with [n] behind it where it is a subset
+
+    images: torch.Tensor  # (n,3,h,w) uint8
+    labels: torch.Tensor  # (n,) int64
+    classes: list  # names, label -> name
+    name: str  # such as 'cifar100'
+    split: str  # train, valid, test or trainvalid; with [n] behind it where it is a subset
     fingerprint: str = ''  # of images, labels and classes; computed where empty
 
     def __post_init__(self):
         _check(self.images, self.labels, self.classes)
-        if not self.fingerprint: object.__setattr__(self, 'fingerprint', fingerprint(self.images, self.labels, self.classes))
+        if not self.fingerprint:
+            object.__setattr__(self, 'fingerprint', fingerprint(self.images, self.labels, self.classes))
 
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i): return self.images[i], self.labels[i]
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], self.labels[i]
+
     def __repr__(self):
         shape = 'x'.join(map(str, self.images.shape[1:]))
         return f'Dataset({self.name} {self.split}: {len(self):,} images {shape}, {len(self.classes)} classes, {self.fingerprint})'
@@ -79,8 +106,9 @@ class Dataset:
         "Name, split, n and fingerprint: what `record(dataset=...)` wants."
         return dict(name=self.name, split=self.split, n=len(self), fingerprint=self.fingerprint)
 
-    def subset(self,
-        which  # how many, spread evenly; or indices (n,); or a boolean mask (len(self),)
+    def subset(
+        self,
+        which,  # how many, spread evenly; or indices (n,); or a boolean mask (len(self),)
     ) -> 'Dataset':
         "Some of the images, with a fingerprint of their own."
         ids = _indices(which, len(self))
@@ -88,10 +116,10 @@ class Dataset:
 
 # %% ../nbs/01_data.ipynb #ad239250
 def held_out(
-    labels,      # (n,) integers
-    one_in: int, # hold out one image in this many, class by class
-    salt: str,   # 'valid' or 'test': so that the two do not depend on each other
-    keys=None    # (n,) what names an image for ever; default its index
+    labels,  # (n,) integers
+    one_in: int,  # hold out one image in this many, class by class
+    salt: str,  # 'valid' or 'test': so that the two do not depend on each other
+    keys=None,  # (n,) what names an image for ever; default its index
 ) -> np.ndarray:
     "Sorted indices of a stratified part, chosen by the SHA-256 of each key."
     labels = np.asarray(labels)
@@ -99,14 +127,14 @@ def held_out(
     chosen = []
     for c in np.unique(labels):
         members = sorted(np.flatnonzero(labels == c), key=lambda i: rank[i])
-        chosen += members[:(len(members) + one_in//2)//one_in]
+        chosen += members[: (len(members) + one_in // 2) // one_in]
     return np.sort(np.array(chosen, dtype=np.int64))
 
 # %% ../nbs/01_data.ipynb #20f71976
 def make_splits(
-    labels,     # (n,) integers
+    labels,  # (n,) integers
     keys=None,  # (n,) what names an image for ever; default its index
-    test=False  # hold out a fifth as `test` first
+    test=False,  # hold out a fifth as `test` first
 ) -> dict:
     "Sorted index arrays `train`, `valid` and, where asked for, `test`: disjoint, and together everything."
     labels, keys = np.asarray(labels), np.arange(len(labels)) if keys is None else np.asarray(keys)
@@ -117,189 +145,254 @@ def make_splits(
 
 # %% ../nbs/01_data.ipynb #a311cb28
 def grey_to_rgb(
-    grey  # (n,h,w) levels 0..16
+    grey,  # (n,h,w) levels 0..16
 ) -> np.ndarray:
     "uint8 (n,3,h,w), levels 0..255, three equal channels."
-    level = (255*np.asarray(grey).astype(np.int64) + 8)//16
+    level = (255 * np.asarray(grey).astype(np.int64) + 8) // 16
     return np.ascontiguousarray(np.broadcast_to(level[:, None], (len(level), 3, *level.shape[1:])).astype(np.uint8))
 
 # %% ../nbs/01_data.ipynb #2600d614
 def _digits(split, root=None, size=None):
     "scikit-learn's digits: nothing to download, nothing to cache."
-    try: from sklearn.datasets import load_digits
-    except ImportError: raise MicronetError('digits come with scikit-learn, which is not installed: pip install scikit-learn') from None
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise MicronetError('digits come with scikit-learn, which is not installed: pip install scikit-learn') from None
     raw = load_digits()
     images, labels, classes = grey_to_rgb(raw.images), raw.target.astype(np.int64), [str(c) for c in raw.target_names]
     parts = make_splits(labels, test=True)
     parts['trainvalid'] = np.concatenate([parts['train'], parts['valid']])
-    return Dataset(torch.from_numpy(images[parts[split]]), torch.from_numpy(labels[parts[split]]), classes, 'digits', split)
+    return Dataset(
+        torch.from_numpy(images[parts[split]]), torch.from_numpy(labels[parts[split]]), classes, 'digits', split
+    )
 
 # %% ../nbs/01_data.ipynb #4f6c9394
 def pixels(
-    image,    # bytes of a PNG or JPEG, or its path
-    size=None # side of the square to crop and resample to; None leaves it as it is
+    image,  # bytes of a PNG or JPEG, or its path
+    size=None,  # side of the square to crop and resample to; None leaves it as it is
 ) -> np.ndarray:
     "uint8 (3,h,w). Pillow's own errors where the image is broken, ValueError where it has more than 8 bits a channel."
     from PIL import Image, ImageOps
+
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
-        if im.mode[0] in 'IF': raise ValueError(f'mode {im.mode}, which does not fit 8 bits a channel')
+        if im.mode[0] in 'IF':
+            raise ValueError(f'mode {im.mode}, which does not fit 8 bits a channel')
         im = im.convert('RGB')
-    if size is not None and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
+    if size is not None and im.size != (size, size):
+        im = ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(im).transpose(2, 0, 1)
 
 # %% ../nbs/01_data.ipynb #74fbf7d1
 def _pixels_of(name, image, shape, size=None):
     "`pixels`, of the given shape, else a MicronetError that names the image."
-    try: x = pixels(image, size)
-    except Exception as e: raise MicronetError(f'{name} is not a readable image ({e}): replace or remove it') from None
-    if x.shape != tuple(shape): raise MicronetError(f"{name} is {x.shape[2]}x{x.shape[1]} pixels, expected {shape[2]}x{shape[1]}: it belongs to another data set")
+    try:
+        x = pixels(image, size)
+    except Exception as e:
+        raise MicronetError(f'{name} is not a readable image ({e}): replace or remove it') from None
+    if x.shape != tuple(shape):
+        raise MicronetError(
+            f"{name} is {x.shape[2]}x{x.shape[1]} pixels, expected {shape[2]}x{shape[1]}: it belongs to another data set"
+        )
     return x
 
 # %% ../nbs/01_data.ipynb #76831682
 def decode(
-    items,       # list of (name for errors, bytes or path)
-    shape,       # (3,h,w) that every image must have
-    size=None,   # see `pixels`
-    workers=None # threads; default one per core
+    items,  # list of (name for errors, bytes or path)
+    shape,  # (3,h,w) that every image must have
+    size=None,  # see `pixels`
+    workers=None,  # threads; default one per core
 ):
     "Yields the images as uint8 arrays (256,3,h,w), in order, decoded in parallel; MicronetError that names the first bad one."
-    chunks = [items[i:i+256] for i in range(0, len(items), 256)]
+    chunks = [items[i : i + 256] for i in range(0, len(items), 256)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         done = pool.map(lambda chunk: np.stack([_pixels_of(*item, shape, size) for item in chunk]), chunks)
-        try: yield from done if len(chunks) < 8 else progress(done, 'decoding', total=len(chunks), unit='chunk')
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            yield from done if len(chunks) < 8 else progress(done, 'decoding', total=len(chunks), unit='chunk')
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/01_data.ipynb #dd123513
 @dataclass(frozen=True)
 class Raw:
     "What a source holds before decoding."
-    items: list    # n pairs: name for errors; bytes or path
-    labels: list   # n integers
+
+    items: list  # n pairs: name for errors; bytes or path
+    labels: list  # n integers
     classes: list  # names, label -> name
-    splits: dict   # split -> indices; `train` and `valid` in this order, where it has both
-    shape: tuple   # (3,h,w)
+    splits: dict  # split -> indices; `train` and `valid` in this order, where it has both
+    shape: tuple  # (3,h,w)
 
 # %% ../nbs/01_data.ipynb #561af207
 def decoded_path(
     name: str,  # data set and part, such as 'cifar100-train'
-    files,      # the source files
-    options=()  # anything else that the decoding depends on
+    files,  # the source files
+    options=(),  # anything else that the decoding depends on
 ) -> Path:
     "Where the decoding of just these files, in just this state, is kept; the sidecar has the suffix .json."
-    def state(f): return [f.stat().st_size, f.stat().st_mtime_ns]
+
+    def state(f):
+        return [f.stat().st_size, f.stat().st_mtime_ns]
+
     files = [Path(f).absolute() for f in files]
     which = config_key([name, [str(f) for f in files], options])[:8]
-    return cache_dir()/'decoded'/f'{name}-{which}-{config_key([1, [state(f) for f in files]])}.npy'  # 1: version of this format
+    return (
+        cache_dir() / 'decoded' / f'{name}-{which}-{config_key([1, [state(f) for f in files]])}.npy'
+    )  # 1: version of this format
 
 # %% ../nbs/01_data.ipynb #d52f4b26
 def _sweep(path):
     "Removes what earlier states of the same sources, and decodings killed over an hour ago, have left beside `path`."
-    def dead(f): return f.suffix == '.part' and f.stat().st_mtime < time.time() - 3600
+
+    def dead(f):
+        return f.suffix == '.part' and f.stat().st_mtime < time.time() - 3600
+
     for f in path.parent.iterdir():
         with contextlib.suppress(OSError):  # somebody else was faster
-            if f.stem != path.stem and f.name.startswith(path.stem.rpartition('-')[0] + '-') or dead(f): f.unlink()
+            if f.stem != path.stem and f.name.startswith(path.stem.rpartition('-')[0] + '-') or dead(f):
+                f.unlink()
 
 # %% ../nbs/01_data.ipynb #538f86a6
 def _meta(images, raw, labels, expected):
     "The sidecar: where each split lies, and its fingerprint, compared with the expected one."
     ends = np.cumsum([len(ids) for ids in raw.splits.values()]).tolist()
     slices = {split: [end - len(ids), end] for (split, ids), end in zip(raw.splits.items(), ends)}
-    if 'train' in slices and 'valid' in slices: slices['trainvalid'] = [slices['train'][0], slices['valid'][1]]
-    splits = {s: dict(start=a, stop=b, fingerprint=fingerprint(images[a:b], labels[a:b], raw.classes)) for s, (a, b) in slices.items()}
+    if 'train' in slices and 'valid' in slices:
+        slices['trainvalid'] = [slices['train'][0], slices['valid'][1]]
+    splits = {
+        s: dict(start=a, stop=b, fingerprint=fingerprint(images[a:b], labels[a:b], raw.classes))
+        for s, (a, b) in slices.items()
+    }
     for s, want in expected.items():
         if (got := splits[s]['fingerprint']) != want:
-            raise MicronetError(f'{s} has the fingerprint {got}, expected {want}: pixels, labels, names or order differ; fetch the files again')
+            raise MicronetError(
+                f'{s} has the fingerprint {got}, expected {want}: pixels, labels, names or order differ; fetch the files again'
+            )
     return dict(splits=splits, classes=list(raw.classes), labels=labels.tolist())
 
 # %% ../nbs/01_data.ipynb #cd5b4f0f
 def write_decoded(
-    path,         # as `decoded_path` gives it
-    raw: Raw,     # the source
-    size=None,    # see `pixels`
-    expected=None # split -> fingerprint that it must have
+    path,  # as `decoded_path` gives it
+    raw: Raw,  # the source
+    size=None,  # see `pixels`
+    expected=None,  # split -> fingerprint that it must have
 ):
     "Decodes `raw` into `path` and its sidecar, atomically; MicronetError that names what is wrong."
     order = np.concatenate(list(raw.splits.values()))
     try:
         with atomic_path(path) as tmp:
             with open(tmp, 'wb') as f:
-                np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(len(order), *raw.shape)))
-                for chunk in decode([raw.items[i] for i in order], raw.shape, size): f.write(chunk.tobytes())
+                np.lib.format.write_array_header_1_0(
+                    f, dict(descr='|u1', fortran_order=False, shape=(len(order), *raw.shape))
+                )
+                for chunk in decode([raw.items[i] for i in order], raw.shape, size):
+                    f.write(chunk.tobytes())
             meta = _meta(np.load(tmp, mmap_mode='r'), raw, np.asarray(raw.labels)[order], expected or {})
         write_json(Path(path).with_suffix('.json'), meta)
         _sweep(Path(path))
-    except OSError as e: raise MicronetError(f'cannot write {path}: {e.strerror or e}; free some space, or set MICRONET_CACHE to another folder') from e
+    except OSError as e:
+        raise MicronetError(
+            f'cannot write {path}: {e.strerror or e}; free some space, or set MICRONET_CACHE to another folder'
+        ) from e
 
 # %% ../nbs/01_data.ipynb #ff2ef02f
 def open_decoded(
-    path,      # as `decoded_path` gives it
-    name: str, # data set
-    split: str # train, valid, test or trainvalid
+    path,  # as `decoded_path` gives it
+    name: str,  # data set
+    split: str,  # train, valid, test or trainvalid
 ) -> Dataset | None:
     "A split of a decoding, memory-mapped; None where there is no whole one. MicronetError where it has no such split."
-    if not Path(path).with_suffix('.json').exists(): return None
+    if not Path(path).with_suffix('.json').exists():
+        return None
     meta = read_json(Path(path).with_suffix('.json'))
-    try: images = np.load(path, mmap_mode='c')
-    except (OSError, ValueError, EOFError): return None
-    if len(images) != len(meta['labels']): return None
-    if split not in meta['splits']: raise MicronetError(f"{name} has no split {split!r} here: choose one of {', '.join(meta['splits'])}")
+    try:
+        images = np.load(path, mmap_mode='c')
+    except (OSError, ValueError, EOFError):
+        return None
+    if len(images) != len(meta['labels']):
+        return None
+    if split not in meta['splits']:
+        raise MicronetError(f"{name} has no split {split!r} here: choose one of {', '.join(meta['splits'])}")
     at = meta['splits'][split]
-    if at['start'] == at['stop']: raise MicronetError(f'{name} {split} is empty: its classes have too few images to hold any out')
+    if at['start'] == at['stop']:
+        raise MicronetError(f'{name} {split} is empty: its classes have too few images to hold any out')
     part = slice(at['start'], at['stop'])
-    return Dataset(torch.from_numpy(images[part]), torch.tensor(meta['labels'][part]), meta['classes'], name, split, at['fingerprint'])
+    return Dataset(
+        torch.from_numpy(images[part]),
+        torch.tensor(meta['labels'][part]),
+        meta['classes'],
+        name,
+        split,
+        at['fingerprint'],
+    )
 
 # %% ../nbs/01_data.ipynb #43eb251e
 def decoded(
-    name: str,    # data set
-    split: str,   # train, valid, test or trainvalid
-    path,         # as `decoded_path` gives it
-    read,         # function without arguments that gives the `Raw`; called where nothing whole is at `path`
-    size=None,    # see `pixels`
-    expected=None # split -> fingerprint that it must have
+    name: str,  # data set
+    split: str,  # train, valid, test or trainvalid
+    path,  # as `decoded_path` gives it
+    read,  # function without arguments that gives the `Raw`; called where nothing whole is at `path`
+    size=None,  # see `pixels`
+    expected=None,  # split -> fingerprint that it must have
 ) -> Dataset:
     "A split, from the cache where it is there whole, else decoded into it first."
     found = open_decoded(path, name, split)
     if found is None:
         write_decoded(path, read(), size, expected)
         found = open_decoded(path, name, split)
-        if found is None: raise MicronetError(f'{path} was changed by something else while it was made: run again, or set MICRONET_CACHE to another folder')
+        if found is None:
+            raise MicronetError(
+                f'{path} was changed by something else while it was made: run again, or set MICRONET_CACHE to another folder'
+            )
     return found
 
 # %% ../nbs/01_data.ipynb #7fb18f38
 def _class_names(path, schema, column):
     "The names that a Hugging Face data set keeps in the schema's metadata."
-    try: return json.loads(schema.metadata[b'huggingface'])['info']['features'][column]['names']
+    try:
+        return json.loads(schema.metadata[b'huggingface'])['info']['features'][column]['names']
     except (KeyError, TypeError, ValueError):
-        raise MicronetError(f"{path} does not say the names of {column}: it was not written by Hugging Face's datasets; fetch the original") from None
+        raise MicronetError(
+            f"{path} does not say the names of {column}: it was not written by Hugging Face's datasets; fetch the original"
+        ) from None
 
 # %% ../nbs/01_data.ipynb #8c35a10b
 def _open_parquet(path, columns):
     "The file as a table of these columns (an image, a label), and its class names; MicronetError that names the file."
     import pyarrow as pa, pyarrow.parquet as pq
+
     try:
         schema = pq.read_schema(path)
         missing = [c for c in columns if c not in schema.names]
-        if missing: raise MicronetError(f"{path} has no column {', '.join(missing)} (it has {', '.join(schema.names)}): it is another data set")
+        if missing:
+            raise MicronetError(
+                f"{path} has no column {', '.join(missing)} (it has {', '.join(schema.names)}): it is another data set"
+            )
         table = pq.read_table(path, columns=list(columns))
     except (pa.ArrowException, OSError) as e:
-        raise MicronetError(f'{path} is cut short or not a parquet file ({str(e).splitlines()[0]}): remove it and fetch it again') from None
+        raise MicronetError(
+            f'{path} is cut short or not a parquet file ({str(e).splitlines()[0]}): remove it and fetch it again'
+        ) from None
     kinds = [schema.field(c).type for c in columns]
     if not (pa.types.is_struct(kinds[0]) and kinds[0].get_field_index('bytes') >= 0 and pa.types.is_integer(kinds[1])):
-        raise MicronetError(f"{path}: {' and '.join(columns)} are {' and '.join(map(str, kinds))}, not images with bytes and integers: it is of another layout, fetch the original")
+        raise MicronetError(
+            f"{path}: {' and '.join(columns)} are {' and '.join(map(str, kinds))}, not images with bytes and integers: it is of another layout, fetch the original"
+        )
     return table, _class_names(path, schema, columns[1])
 
 # %% ../nbs/01_data.ipynb #16ed10e9
 def read_parquet(
-    paths,              # the shards, in order
-    image='img',        # column of structs with `bytes`
-    label='fine_label'  # column of integers
+    paths,  # the shards, in order
+    image='img',  # column of structs with `bytes`
+    label='fine_label',  # column of integers
 ) -> tuple:
     "Items for `decode`, int64 labels (n,), class names. MicronetError that names a file which is cut short or of another layout."
     items, labels, classes = [], [], None
     for path in map(Path, paths):
         table, names = _open_parquet(path, (image, label))
-        if names != (classes or names): raise MicronetError(f'{path} has other class names than {paths[0]}: they belong to different data sets')
-        if table[label].null_count or table[image].null_count: raise MicronetError(f'{path} has empty rows: fetch it again')
+        if names != (classes or names):
+            raise MicronetError(f'{path} has other class names than {paths[0]}: they belong to different data sets')
+        if table[label].null_count or table[image].null_count:
+            raise MicronetError(f'{path} has empty rows: fetch it again')
         classes = names
         items += [(f'{path} row {i}', row['bytes']) for i, row in enumerate(table[image].to_pylist())]
         labels.append(table[label].to_numpy().astype(np.int64))
@@ -309,30 +402,45 @@ def read_parquet(
 @dataclass(frozen=True)
 class ParquetSet:
     "What is known of a data set of parquet files."
-    name: str           # for `load_dataset`, and the folder of the files
-    repo: str           # on the Hugging Face hub
-    files: dict         # part -> file names
-    counts: dict        # part -> images
-    n_classes: int      # classes, all equally frequent
-    shape: tuple        # (3,h,w)
+
+    name: str  # for `load_dataset`, and the folder of the files
+    repo: str  # on the Hugging Face hub
+    files: dict  # part -> file names
+    counts: dict  # part -> images
+    n_classes: int  # classes, all equally frequent
+    shape: tuple  # (3,h,w)
     fingerprints: dict  # part -> split -> fingerprint
 
 # %% ../nbs/01_data.ipynb #62777752
 CIFAR100 = ParquetSet(
-    'cifar100', 'uoft-cs/cifar100',
-    {'train': ['train-00000-of-00002.parquet', 'train-00001-of-00002.parquet'], 'test': ['test-00000-of-00001.parquet']},
-    {'train': 50_000, 'test': 10_000}, 100, (3, 32, 32),
-    {'train': {'train': '450c178eee54f682', 'valid': '5bdc6fdc43dfe88a', 'trainvalid': 'e46c7d22c5cdc9f3'}, 'test': {'test': '95ad54b50ebe239b'}})
+    'cifar100',
+    'uoft-cs/cifar100',
+    {
+        'train': ['train-00000-of-00002.parquet', 'train-00001-of-00002.parquet'],
+        'test': ['test-00000-of-00001.parquet'],
+    },
+    {'train': 50_000, 'test': 10_000},
+    100,
+    (3, 32, 32),
+    {
+        'train': {'train': '450c178eee54f682', 'valid': '5bdc6fdc43dfe88a', 'trainvalid': 'e46c7d22c5cdc9f3'},
+        'test': {'test': '95ad54b50ebe239b'},
+    },
+)
 
 # %% ../nbs/01_data.ipynb #de673179
 def _check_counts(source, part, labels):
     "MicronetError unless there are as many images, in all and in each class, as the set has."
-    files, each = ' and '.join(source.files[part]), source.counts[part]//source.n_classes
+    files, each = ' and '.join(source.files[part]), source.counts[part] // source.n_classes
     if len(labels) != (n := source.counts[part]):
-        raise MicronetError(f'{files}: {len(labels):,} images, but {source.name} {part} has {n:,}; a file is cut short or of another data set, fetch it again')
+        raise MicronetError(
+            f'{files}: {len(labels):,} images, but {source.name} {part} has {n:,}; a file is cut short or of another data set, fetch it again'
+        )
     count = np.bincount(labels, minlength=source.n_classes) if labels.min() >= 0 else np.zeros(0)
     if len(count) != source.n_classes or (count != each).any():
-        raise MicronetError(f'{files}: the labels are not 0 to {source.n_classes - 1}, {each} times each; a shard is there twice or a file is damaged, fetch it again')
+        raise MicronetError(
+            f'{files}: the labels are not 0 to {source.n_classes - 1}, {each} times each; a shard is there twice or a file is damaged, fetch it again'
+        )
 
 # %% ../nbs/01_data.ipynb #f6e0f578
 def _hub(source, relative):
@@ -342,12 +450,16 @@ def _hub(source, relative):
     logger.setLevel(logging.ERROR)  # it announces each of its five retries; our error says it once
     try:
         from huggingface_hub import hf_hub_download
+
         logger.setLevel(logging.ERROR)  # the first import has set it
         return Path(hf_hub_download(source.repo, relative, repo_type='dataset', local_dir=cache_dir()))
     except Exception as e:  # the hub's own classes, those of two HTTP libraries, and the disk's
-        raise MicronetError(f"could not download {relative} of {source.repo} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}). "
-                            f'Check the network, or fetch it by hand and put it at {cache_dir()/relative}, or at {relative} below MICRONET_DATA') from None
-    finally: logger.setLevel(was)
+        raise MicronetError(
+            f"could not download {relative} of {source.repo} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}). "
+            f'Check the network, or fetch it by hand and put it at {cache_dir() / relative}, or at {relative} below MICRONET_DATA'
+        ) from None
+    finally:
+        logger.setLevel(was)
 
 # %% ../nbs/01_data.ipynb #62feba25
 def _parquet_files(source, part, root=None):
@@ -355,10 +467,15 @@ def _parquet_files(source, part, root=None):
     wanted = [f'{source.name}/{f}' for f in source.files[part]]
     found = [find_file(w, root) for w in wanted]
     missing = ', '.join(w for w, f in zip(wanted, found) if f is None)
-    if missing and root is not None: raise MicronetError(f'{missing} is missing below {root}: put it there, or leave root out to search this machine and download it')
+    if missing and root is not None:
+        raise MicronetError(
+            f'{missing} is missing below {root}: put it there, or leave root out to search this machine and download it'
+        )
     if missing and offline():
-        raise MicronetError(f'{missing} is not on this machine and MICRONET_OFFLINE is set: put it below MICRONET_DATA, or allow the network '
-                            f'(source: huggingface.co/datasets/{source.repo})')
+        raise MicronetError(
+            f'{missing} is not on this machine and MICRONET_OFFLINE is set: put it below MICRONET_DATA, or allow the network '
+            f'(source: huggingface.co/datasets/{source.repo})'
+        )
     return [f or _hub(source, w) for w, f in zip(wanted, found)]
 
 # %% ../nbs/01_data.ipynb #b8b66394
@@ -366,26 +483,45 @@ def _parquet_set(source, split, root=None):
     "A split of a parquet data set: files found, decoded once, everything checked."
     part = 'test' if split == 'test' else 'train'
     files = _parquet_files(source, part, root)
+
     def read():
         items, labels, classes = read_parquet(files)
         _check_counts(source, part, labels)
-        return Raw(items, labels, classes, make_splits(labels) if part == 'train' else {'test': np.arange(len(labels))}, source.shape)
-    return decoded(source.name, split, decoded_path(f'{source.name}-{part}', files, asdict(source)), read, expected=source.fingerprints[part])
+        return Raw(
+            items,
+            labels,
+            classes,
+            make_splits(labels) if part == 'train' else {'test': np.arange(len(labels))},
+            source.shape,
+        )
+
+    return decoded(
+        source.name,
+        split,
+        decoded_path(f'{source.name}-{part}', files, asdict(source)),
+        read,
+        expected=source.fingerprints[part],
+    )
 
 # %% ../nbs/01_data.ipynb #8e6532ca
-def _folders(path): return sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith('.')), key=lambda p: p.name)
+def _folders(path):
+    return sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith('.')), key=lambda p: p.name)
+
 
 def list_images(
-    folder  # holds one folder per class
+    folder,  # holds one folder per class
 ) -> tuple:
     "Class names, and the images (paths) with their labels, in the order of the names. MicronetError that names what is no image."
     found, classes = [], _folders(Path(folder))
-    if not classes: raise MicronetError(f'{folder} holds no class folders: images are expected as class/image.png')
+    if not classes:
+        raise MicronetError(f'{folder} holds no class folders: images are expected as class/image.png')
     for label, c in enumerate(classes):
         files = sorted((f for f in c.iterdir() if not f.name.startswith('.')), key=lambda f: f.name)
-        if not files: raise MicronetError(f'{c} is empty: remove it, or put images there')
+        if not files:
+            raise MicronetError(f'{c} is empty: remove it, or put images there')
         odd = [f for f in files if f.suffix.lower() not in ('.png', '.jpg', '.jpeg') or not f.is_file()]
-        if odd: raise MicronetError(f'{odd[0]} is not a png or jpg file: convert, move or remove it')
+        if odd:
+            raise MicronetError(f'{odd[0]} is not a png or jpg file: convert, move or remove it')
         found += [(f, label) for f in files]
     return [c.name for c in classes], found
 
@@ -396,7 +532,9 @@ def _split_folders(root):
     have = _folders(root)
     found = {names[p.name]: p for p in have if p.name in names}
     if found and len(found) != len(have):
-        raise MicronetError(f"{root} mixes split folders with others ({', '.join(p.name for p in have)}): keep train, valid (or val, not both), test, or only classes")
+        raise MicronetError(
+            f"{root} mixes split folders with others ({', '.join(p.name for p in have)}): keep train, valid (or val, not both), test, or only classes"
+        )
     classes = {s: [c.name for c in _folders(p)] for s, p in found.items()}
     for s in classes:
         if differ := set(classes[s]) ^ set(next(iter(classes.values()))):
@@ -407,104 +545,135 @@ def _split_folders(root):
 def _first_size(files):
     "The shorter side of the first image, in pixels."
     from PIL import Image
+
     try:
-        with Image.open(files[0]) as im: return min(im.size)
-    except Exception as e: raise MicronetError(f'{files[0]} is not a readable image ({e}): replace or remove it') from None
+        with Image.open(files[0]) as im:
+            return min(im.size)
+    except Exception as e:
+        raise MicronetError(f'{files[0]} is not a readable image ({e}): replace or remove it') from None
 
 # %% ../nbs/01_data.ipynb #34c75b0b
 def _imagefolder(split, root=None, size=None):
     "A folder of images as squares of `size` pixels; default: the shorter side of the first (training) image."
-    if root is None or not Path(root).is_dir(): raise MicronetError(f'imagefolder needs the folder of the images: root={root!r} is not one')
+    if root is None or not Path(root).is_dir():
+        raise MicronetError(f'imagefolder needs the folder of the images: root={root!r} is not one')
     root = Path(root).absolute()
     have = _split_folders(root)
     part = split if split in have else 'train' if split in ('valid', 'trainvalid') and 'valid' not in have else None
-    if have and part not in have: raise MicronetError(f"{root} has no split {split!r}: it has {', '.join(have)}")
+    if have and part not in have:
+        raise MicronetError(f"{root} has no split {split!r}: it has {', '.join(have)}")
     folder = have[part] if have else root
     classes, found = list_images(folder)
     files, labels = [f for f, _ in found], [y for _, y in found]
-    if size is None: size = _first_size(files if not have else [f for f, _ in list_images(have.get('train', folder))[1]])
+    if size is None:
+        size = _first_size(files if not have else [f for f, _ in list_images(have.get('train', folder))[1]])
     keys = [f.relative_to(folder).as_posix() for f in files]
     whole = bool(have) and (part != 'train' or 'valid' in have)  # the folder is one split
+
     def read():
         splits = {part: np.arange(len(files))} if whole else make_splits(labels, keys, test=not have)
         return Raw([(str(f), f) for f in files], labels, classes, splits, (3, size, size))
-    return decoded('imagefolder', split, decoded_path(f"imagefolder-{part if have else 'all'}", files, [str(root), size, whole]), read, size)
+
+    return decoded(
+        'imagefolder',
+        split,
+        decoded_path(f"imagefolder-{part if have else 'all'}", files, [str(root), size, whole]),
+        read,
+        size,
+    )
 
 # %% ../nbs/01_data.ipynb #8f588707
-_LOADERS = {'cifar100': lambda split, root, size: _parquet_set(CIFAR100, split, root), 'digits': _digits, 'imagefolder': _imagefolder}
+_LOADERS = {
+    'cifar100': lambda split, root, size: _parquet_set(CIFAR100, split, root),
+    'digits': _digits,
+    'imagefolder': _imagefolder,
+}
+
 
 def load_dataset(
     name: str,  # cifar100, digits or imagefolder
-    split: str, # train, valid (a fixed tenth of the training set), trainvalid (both), or test
+    split: str,  # train, valid (a fixed tenth of the training set), trainvalid (both), or test
     root=None,  # where the files are: a folder that holds cifar100/, or the image folder; default see `find_file`
-    size=None   # imagefolder only: side of the images in pixels
+    size=None,  # imagefolder only: side of the images in pixels
 ) -> Dataset:
     "A split of a data set, decoded once and memory-mapped after. MicronetError where anything is missing, cut short or different."
-    if name not in _LOADERS: raise MicronetError(f"unknown data set {name!r}: choose one of {', '.join(_LOADERS)}")
-    if split not in ('train', 'valid', 'trainvalid', 'test'): raise MicronetError(f'unknown split {split!r}: choose one of train, valid, trainvalid, test')
+    if name not in _LOADERS:
+        raise MicronetError(f"unknown data set {name!r}: choose one of {', '.join(_LOADERS)}")
+    if split not in ('train', 'valid', 'trainvalid', 'test'):
+        raise MicronetError(f'unknown split {split!r}: choose one of train, valid, trainvalid, test')
     if size is not None and (name != 'imagefolder' or not isinstance(size, int) or size < 1):
         raise MicronetError(f'size={size!r}: only imagefolder takes a size, a whole number of pixels')
     return _LOADERS[name](split, root, size)
 
 # %% ../nbs/01_data.ipynb #8079b224
 def overlap(
-    a: Dataset, # such as a test set
-    b: Dataset  # such as the training set
+    a: Dataset,  # such as a test set
+    b: Dataset,  # such as the training set
 ) -> int:
     "How many images of `a` are in `b` too, pixel for pixel."
-    def keys(ds): return [hashlib.sha256(x.numpy().tobytes()).digest() for x in ds.images]
+
+    def keys(ds):
+        return [hashlib.sha256(x.numpy().tobytes()).digest() for x in ds.images]
+
     seen = set(keys(b))
     return sum(k in seen for k in keys(a))
 
 # %% ../nbs/01_data.ipynb #d2b02f73
 def batches(
     ds: Dataset,  # anything that gives (images, labels) for a slice
-    size: int     # images a batch; the last one may be smaller
+    size: int,  # images a batch; the last one may be smaller
 ):
     "Yields (images, labels) in order, without copying: for evaluation."
-    if size < 1: raise MicronetError(f'a batch holds at least one image, not {size}')
-    for i in range(0, len(ds), size): yield ds[i:i+size]
+    if size < 1:
+        raise MicronetError(f'a batch holds at least one image, not {size}')
+    for i in range(0, len(ds), size):
+        yield ds[i : i + size]
 
 # %% ../nbs/01_data.ipynb #611a09ac
 def dataset_stats(
-    ds: Dataset  # uint8 images
+    ds: Dataset,  # uint8 images
 ) -> tuple:
     "Mean and standard deviation of each channel, of pixels in [0,1]; float64, from the histogram, exact but for the last rounding."
     hist = np.zeros((3, 256), dtype=np.int64)
     for images, _ in batches(ds, 1024):
-        for c in range(3): hist[c] += np.bincount(images[:, c].flatten().numpy(), minlength=256)  # ten times as fast as torch's
+        for c in range(3):
+            hist[c] += np.bincount(images[:, c].flatten().numpy(), minlength=256)  # ten times as fast as torch's
     n, v = int(hist[0].sum()), np.arange(256)
-    sums, squares = (hist*v).sum(1).tolist(), (hist*v*v).sum(1).tolist()
-    return tuple(s/(255*n) for s in sums), tuple((n*q - s*s)**.5/(255*n) for s, q in zip(sums, squares))
+    sums, squares = (hist * v).sum(1).tolist(), (hist * v * v).sum(1).tolist()
+    return tuple(s / (255 * n) for s in sums), tuple((n * q - s * s) ** 0.5 / (255 * n) for s, q in zip(sums, squares))
 
 # %% ../nbs/01_data.ipynb #48060cb9
-CIFAR100_STATS = ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047))  # of the 50,000 training images
+CIFAR100_STATS = (
+    (0.50707516, 0.48654887, 0.44091784),
+    (0.26733429, 0.25643846, 0.27615047),
+)  # of the 50,000 training images
+
 
 def normalise(
-    images, # (n,3,h,w) uint8
-    mean,   # 3 numbers, of pixels in [0,1]
-    std     # 3 numbers
+    images,  # (n,3,h,w) uint8
+    mean,  # 3 numbers, of pixels in [0,1]
+    std,  # 3 numbers
 ) -> torch.Tensor:
     "float32 (n,3,h,w): (images/255 - mean)/std."
     mean, std = (torch.as_tensor(t, dtype=torch.float32, device=images.device).view(3, 1, 1) for t in (mean, std))
-    return (images.float()/255 - mean)/std
+    return (images.float() / 255 - mean) / std
 
 # %% ../nbs/01_data.ipynb #8ba97706
 def has_cifar100(
-    root=None  # folder to look in, else MICRONET_DATA, data/, the cache
+    root=None,  # folder to look in, else MICRONET_DATA, data/, the cache
 ) -> bool:
     "True where all three files are on this machine."
     return all(find_file(f'cifar100/{f}', root) for part in CIFAR100.files.values() for f in part)
 
 # %% ../nbs/01_data.ipynb #edd4f651
 def mosaic(
-    images,       # (n,3,h,w) uint8
-    columns: int, # images a row; missing ones at the end are white
-    gap=1         # white pixels to the right of each image and below it
+    images,  # (n,3,h,w) uint8
+    columns: int,  # images a row; missing ones at the end are white
+    gap=1,  # white pixels to the right of each image and below it
 ) -> np.ndarray:
     "uint8 (rows*(h+gap), columns*(w+gap), 3): all images in one, row by row, for `imshow`."
     n, _, h, w = images.shape
-    rows, h, w = -(-n//columns), h + gap, w + gap
-    grid = torch.full((rows*columns, 3, h, w), 255, dtype=torch.uint8)
-    grid[:n, :, :h-gap, :w-gap] = images
-    return grid.view(rows, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(rows*h, columns*w, 3).numpy()
+    rows, h, w = -(-n // columns), h + gap, w + gap
+    grid = torch.full((rows * columns, 3, h, w), 255, dtype=torch.uint8)
+    grid[:n, :, : h - gap, : w - gap] = images
+    return grid.view(rows, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3).numpy()

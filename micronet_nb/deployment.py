@@ -30,92 +30,127 @@ from .core import MicronetError
 # %% ../nbs/11_deployment.ipynb #74327e34
 class Quantise(nn.Module):
     "Round half to even, then clamp to the range of `bits`: 0 to 2^b - 1, or +-(2^(b-1) - 1) where signed (one signed bit: the sign). Slide 'Quantization'."
+
     counts_as = 'quantise'
-    def __init__(self,
-        bits: int,           # bits of the result
-        signed: bool = False, # symmetric around 0?
-        low: int = 0         # unsigned: the smallest integer, 1 - 2^bits to 0; the largest is low + 2^bits - 1
+
+    def __init__(
+        self,
+        bits: int,  # bits of the result
+        signed: bool = False,  # symmetric around 0?
+        low: int = 0,  # unsigned: the smallest integer, 1 - 2^bits to 0; the largest is low + 2^bits - 1
     ):
         super().__init__()
-        if not 1 <= bits <= 16: raise MicronetError(f'a quantiser has 1 to 16 bits, not {bits}')
+        if not 1 <= bits <= 16:
+            raise MicronetError(f'a quantiser has 1 to 16 bits, not {bits}')
         if not (isinstance(low, int) and 1 - 2**bits <= low <= 0) or signed and low:
-            raise MicronetError(f'the lower end of {bits} unsigned bits is a whole number from {1 - 2**bits} to 0, not {low!r}; a signed quantiser has none')
+            raise MicronetError(
+                f'the lower end of {bits} unsigned bits is a whole number from {1 - 2**bits} to 0, not {low!r}; a signed quantiser has none'
+            )
         self.bits, self.signed, self.low = bits, signed, low
-        self.top = max(2**(bits - signed) - 1, 1) + low
+        self.top = max(2 ** (bits - signed) - 1, 1) + low
 
     @property
-    def bottom(self): return -self.top if self.signed else self.low
+    def bottom(self):
+        return -self.top if self.signed else self.low
 
     def forward(self, x):
-        if self.signed and self.bits == 1: return x.sign()
+        if self.signed and self.bits == 1:
+            return x.sign()
         return x.round().clamp(self.bottom, self.top)
-    def extra_repr(self): return f"{'int' if self.signed else 'uint'}{self.bits}{f', {self.low} to {self.top}' if self.low else ''}"
+
+    def extra_repr(self):
+        return f"{'int' if self.signed else 'uint'}{self.bits}{f', {self.low} to {self.top}' if self.low else ''}"
 
 # %% ../nbs/11_deployment.ipynb #c422c25a
 class ScaleBias(nn.Module):
     "One scale and one bias a channel: x (n, C, ...) * scale (C,) + bias (C,). With one channel, the same for all."
+
     counts_as = 'scale'
-    def __init__(self,
-        channels: int  # C, or 1
+
+    def __init__(
+        self,
+        channels: int,  # C, or 1
     ):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels), False), nn.Parameter(torch.zeros(channels), False)
+
     @property
-    def has_bias(self): return bool((self.bias != 0).any())
+    def has_bias(self):
+        return bool((self.bias != 0).any())
+
     def forward(self, x):
-        shape = (-1,) + (1,)*(x.dim() - 2)
-        return x*self.weight.view(shape) + self.bias.view(shape)
-    def extra_repr(self): return f"{len(self.weight)}, bias={self.has_bias}"
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+    def extra_repr(self):
+        return f"{len(self.weight)}, bias={self.has_bias}"
 
 # %% ../nbs/11_deployment.ipynb #c4a04795
 def check_integers(
     weight: torch.Tensor,  # any shape; integers, whatever the dtype
-    bits: int,             # bits of two's complement; 1: -1, 0 (where there is no weight) and 1
-    name: str = 'weight'   # for the error
+    bits: int,  # bits of two's complement; 1: -1, 0 (where there is no weight) and 1
+    name: str = 'weight',  # for the error
 ):
     "MicronetError where a weight is not a whole number of so many bits."
     w = weight.detach()
-    if not bool((w == w.round()).all()): raise MicronetError(f'{name} has values that are not whole numbers, such as {float(w[w != w.round()][0]):g}: quantise it first')
-    if w.min() < -2**(bits - 1) or w.max() > max(2**(bits - 1) - 1, 1): raise MicronetError(f'{name} holds {int(w.min())} to {int(w.max())}, more than {bits} bits')
+    if not bool((w == w.round()).all()):
+        raise MicronetError(
+            f'{name} has values that are not whole numbers, such as {float(w[w != w.round()][0]):g}: quantise it first'
+        )
+    if w.min() < -(2 ** (bits - 1)) or w.max() > max(2 ** (bits - 1) - 1, 1):
+        raise MicronetError(f'{name} holds {int(w.min())} to {int(w.max())}, more than {bits} bits')
 
 # %% ../nbs/11_deployment.ipynb #8add715d
 class IntWeights:
     "What an integer layer adds to an ordinary one: no bias, no gradient, and the bits of its weights."
+
     explicit_scale = True  # a `ScaleBias` does what a scale and a bias of its own would do
     wide = False
-    def __init__(self,
-        *args,                # of the ordinary layer
-        weight_bits: int = 4, # bits of a weight
-        wide: bool = False,   # can a sum pass 2^24, where float32 ends to hold whole numbers? It is then made in float64
-        **kwargs              # of the ordinary layer
+
+    def __init__(
+        self,
+        *args,  # of the ordinary layer
+        weight_bits: int = 4,  # bits of a weight
+        wide: bool = False,  # can a sum pass 2^24, where float32 ends to hold whole numbers? It is then made in float64
+        **kwargs,  # of the ordinary layer
     ):
         super().__init__(*args, bias=False, **kwargs)
         self.weight_bits = weight_bits
-        if wide: self.wide = True
+        if wide:
+            self.wide = True
         self.weight.requires_grad_(False)
 
     def forward(self, x):
-        if not self.wide or x.dtype != torch.float32: return super().forward(x)
+        if not self.wide or x.dtype != torch.float32:
+            return super().forward(x)
         return self.sums(x.double(), self.weight.double()).to(x.dtype)
 
-    def extra_repr(self): return f"{super().extra_repr()}, {self.weight_bits}-bit{', wide sums' if self.wide else ''}"
+    def extra_repr(self):
+        return f"{super().extra_repr()}, {self.weight_bits}-bit{', wide sums' if self.wide else ''}"
+
 
 class IntConv2d(IntWeights, nn.Conv2d):
     "A convolution whose weights are `weight_bits`-bit integers; a `ScaleBias` follows sooner or later."
-    def sums(self, x, weight): return self._conv_forward(x, weight, None)
+
+    def sums(self, x, weight):
+        return self._conv_forward(x, weight, None)
+
 
 class IntLinear(IntWeights, nn.Linear):
     "A linear layer whose weights are `weight_bits`-bit integers; a `ScaleBias` follows."
-    def sums(self, x, weight): return F.linear(x, weight)
+
+    def sums(self, x, weight):
+        return F.linear(x, weight)
 
 # %% ../nbs/11_deployment.ipynb #06e5b915
 class Recorder(TorchFunctionMode):
     "Writes every function that works on a net's input into a torch.fx graph, as it happens."
+
     def __init__(self, model, x):
         super().__init__()
         self.graph, self.batch, self.stack, self.muted = fx.Graph(), len(x), [('', model)], 0
-        self.weights = {}                   # memory of a weight that a parametrization makes, to its module and the weight
-        self.made, self.alive = {}, []      # id of a tensor to its node; tensors are kept, so that no id is used twice
+        self.weights = {}  # memory of a weight that a parametrization makes, to its module and the weight
+        self.made, self.alive = {}, []  # id of a tensor to its node; tensors are kept, so that no id is used twice
         self.known = {id(t): t for t in [*model.parameters(), *model.buffers()]}  # stored, or made of what is stored
         self.mark(x, self.graph.placeholder('x'))
 
@@ -126,56 +161,108 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not self.muted: self.see(func, args, kwargs or {}, out)
+        if not self.muted:
+            self.see(func, args, kwargs or {}, out)
         return out
 
 # %% ../nbs/11_deployment.ipynb #6501565b
-def _tensors(nested): return [t for t in tree_leaves(nested) if isinstance(t, torch.Tensor)]
+def _tensors(nested):
+    return [t for t in tree_leaves(nested) if isinstance(t, torch.Tensor)]
+
 
 READS = {'__bool__', 'item', 'tolist', 'numpy', '__float__', '__int__', '__array__', '__index__'}
+
 
 def _see(self, func, args, kwargs, out):
     "One function: a node where it works on the input, a constant where it does not."
     outs, tensors, name = _tensors(out), _tensors([args, kwargs]), getattr(func, '__name__', str(func))
     if not any(id(t) in self.made for t in tensors):
-        if all(id(t) in self.known for t in tensors): self.known.update((id(t), t) for t in outs)
-    elif name in READS: raise MicronetError(f'{self.where()} decides by values of an activation ({name.strip("_")}): such a net is no fixed graph')
-    elif outs: self.note('call_function', func, OPS.get(op := name.strip('_'), op), args, kwargs, out)
+        if all(id(t) in self.known for t in tensors):
+            self.known.update((id(t), t) for t in outs)
+    elif name in READS:
+        raise MicronetError(
+            f'{self.where()} decides by values of an activation ({name.strip("_")}): such a net is no fixed graph'
+        )
+    elif outs:
+        self.note('call_function', func, OPS.get(op := name.strip('_'), op), args, kwargs, out)
+
 
 Recorder.see = _see
 
 # %% ../nbs/11_deployment.ipynb #11624529
-OPS = {'iadd': 'add', 'radd': 'add', 'isub': 'sub', 'imul': 'mul', 'rmul': 'mul', 'truediv': 'div', 'itruediv': 'div', 'multiply': 'mul', 'subtract': 'sub',
-       'concat': 'cat', 'concatenate': 'cat', 'view': 'reshape', 'flatten': 'reshape', 'squeeze': 'reshape', 'unsqueeze': 'reshape', 'unflatten': 'reshape',
-       'swapaxes': 'transpose', 'clone': 'same', 'contiguous': 'same', 'detach': 'same', 'alias': 'same', 'to': 'same', 'type_as': 'same', 'double': 'same', 'dropout2d': 'dropout'}
+OPS = {
+    'iadd': 'add',
+    'radd': 'add',
+    'isub': 'sub',
+    'imul': 'mul',
+    'rmul': 'mul',
+    'truediv': 'div',
+    'itruediv': 'div',
+    'multiply': 'mul',
+    'subtract': 'sub',
+    'concat': 'cat',
+    'concatenate': 'cat',
+    'view': 'reshape',
+    'flatten': 'reshape',
+    'squeeze': 'reshape',
+    'unsqueeze': 'reshape',
+    'unflatten': 'reshape',
+    'swapaxes': 'transpose',
+    'clone': 'same',
+    'contiguous': 'same',
+    'detach': 'same',
+    'alias': 'same',
+    'to': 'same',
+    'type_as': 'same',
+    'double': 'same',
+    'dropout2d': 'dropout',
+}
+
 
 def _note(self, kind, target, op, args, kwargs, out):
     "Adds a node; MicronetError for an input whose origin was not seen."
+
     def node_of(v):
-        if not isinstance(v, torch.Tensor): return v
+        if not isinstance(v, torch.Tensor):
+            return v
         if id(v) not in self.made and id(v) not in self.known:
-            raise MicronetError(f'{self.where()} reads a tensor of unknown origin in {op!r}: of a scripted function or numpy, perhaps; '
-                                'if it is a constant, register it as a buffer')
+            raise MicronetError(
+                f'{self.where()} reads a tensor of unknown origin in {op!r}: of a scripted function or numpy, perhaps; '
+                'if it is a constant, register it as a buffer'
+            )
         return self.made.get(id(v), v)
+
     args, kwargs = _in_front(*tree_map(node_of, (tuple(args), dict(kwargs))))
+
     def add(target, op, args, kwargs, tensor):
         node = self.graph.create_node(kind, target, args, kwargs)
-        node.meta.update(op=op, layer=self.stack[-1][0], module=self.stack[-1][1], batch=self.batch, weights=self.weights)
+        node.meta.update(
+            op=op, layer=self.stack[-1][0], module=self.stack[-1][1], batch=self.batch, weights=self.weights
+        )
         self.mark(tensor, node)
-    if isinstance(out, torch.Tensor): add(target, op, args, kwargs, out)
-    elif op in ('split', 'chunk', 'split_with_sizes'): _pieces(add, args, kwargs, out)
-    else: raise MicronetError(f'{self.where()} calls {op!r}, which returns several tensors: it cannot be lowered')
+
+    if isinstance(out, torch.Tensor):
+        add(target, op, args, kwargs, out)
+    elif op in ('split', 'chunk', 'split_with_sizes'):
+        _pieces(add, args, kwargs, out)
+    else:
+        raise MicronetError(f'{self.where()} calls {op!r}, which returns several tensors: it cannot be lowered')
+
 
 def _in_front(args, kwargs):
     "Arguments with the first one in its place, where it came by its name."
-    if args or not kwargs: return args, kwargs
+    if args or not kwargs:
+        return args, kwargs
     first = next((k for k in ('input', 'tensors') if k in kwargs), next(iter(kwargs)))
     return (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
+
 
 Recorder.note = _note
 Recorder.where = lambda self: _place(*self.stack[-1])
 
-def _place(layer, module): return f'module {layer!r} ({type(module).__name__})' if layer else type(module).__name__
+
+def _place(layer, module):
+    return f'module {layer!r} ({type(module).__name__})' if layer else type(module).__name__
 
 # %% ../nbs/11_deployment.ipynb #24686780
 def _pieces(add, args, kwargs, outs):
@@ -183,7 +270,7 @@ def _pieces(add, args, kwargs, outs):
     dim = kwargs.get('dim', args[2] if len(args) > 2 else 0)
     dim, start = dim % outs[0].dim(), 0
     for t in outs:
-        add(operator.getitem, 'getitem', (args[0], (slice(None),)*dim + (slice(start, start + t.shape[dim]),)), {}, t)
+        add(operator.getitem, 'getitem', (args[0], (slice(None),) * dim + (slice(start, start + t.shape[dim]),)), {}, t)
         start += t.shape[dim]
 
 # %% ../nbs/11_deployment.ipynb #05473843
@@ -191,69 +278,105 @@ def _enter(recorder, name):
     def hook(module, args):
         recorder.stack.append((name, module))
         recorder.muted += _is_leaf(module)
+
     return hook
+
 
 def _leave(recorder):
     def hook(module, args, kwargs, out):
         if _is_leaf(module):
             recorder.muted -= 1
-            if not recorder.muted: recorder.note('call_module', recorder.stack[-1][0], 'leaf', args, kwargs, out)
+            if not recorder.muted:
+                recorder.note('call_module', recorder.stack[-1][0], 'leaf', args, kwargs, out)
         recorder.stack.pop()
+
     return hook
 
-def _is_leaf(module): return hasattr(module, 'counts_as') or isinstance(module, IntWeights)
+
+def _is_leaf(module):
+    return hasattr(module, 'counts_as') or isinstance(module, IntWeights)
 
 # %% ../nbs/11_deployment.ipynb #900fcfa2
-_HOOKS = {f'torch.nn.utils.{k}': v for k, v in dict(weight_norm=('weight_norm', 'remove_weight_norm'), spectral_norm=('spectral_norm', 'remove_spectral_norm'),
-                                                     prune=("torch's pruning", 'prune.remove')).items()}  # module of a hook's class to what made it and what takes it away
+_HOOKS = {
+    f'torch.nn.utils.{k}': v
+    for k, v in dict(
+        weight_norm=('weight_norm', 'remove_weight_norm'),
+        spectral_norm=('spectral_norm', 'remove_spectral_norm'),
+        prune=("torch's pruning", 'prune.remove'),
+    ).items()
+}  # module of a hook's class to what made it and what takes it away
+
 
 def check_plain(
-    model: nn.Module  # any model
+    model: nn.Module,  # any model
 ):
     "MicronetError where a module cannot be copied and recorded, with what to do about it."
     for n, m in model.named_modules():
         if isinstance(m, torch.jit.ScriptModule):
-            raise MicronetError(f'module {n!r} is scripted, which hides what it does: lower the model that it was scripted from')
+            raise MicronetError(
+                f'module {n!r} is scripted, which hides what it does: lower the model that it was scripted from'
+            )
         if any(nn.parameter.is_lazy(t) for t in (*m._parameters.values(), *m._buffers.values())):
             raise MicronetError(f'{_place(n, m)} is lazy and has no weights yet: run the model on one batch first')
         for hook in m._forward_pre_hooks.values():
-            what, remedy = next((_HOOKS[c.__module__] for c in type(hook).__mro__ if c.__module__ in _HOOKS), (None, None))
-            if what: raise MicronetError(f'the weight of {_place(n, m)} is made in a hook by {what}: call torch.nn.utils.{remedy} on it first')
+            what, remedy = next(
+                (_HOOKS[c.__module__] for c in type(hook).__mro__ if c.__module__ in _HOOKS), (None, None)
+            )
+            if what:
+                raise MicronetError(
+                    f'the weight of {_place(n, m)} is made in a hook by {what}: call torch.nn.utils.{remedy} on it first'
+                )
 
 # %% ../nbs/11_deployment.ipynb #8304d03a
 @torch.no_grad()
 def capture(
     model: nn.Module,  # left as it was; runs in evaluation mode
-    x: torch.Tensor    # (n, ...) example, n > 1
-) -> tuple:            # (fx.Graph, output of the model)
+    x: torch.Tensor,  # (n, ...) example, n > 1
+) -> tuple:  # (fx.Graph, output of the model)
     "All that a net does with an example, as a graph. MicronetError where it does not run, or is not one tensor to one tensor."
     check_plain(model)
     recorder, hooks, modes = Recorder(model, x), [], {m: m.training for m in model.modules()}
     try:
         for n, m in model.named_modules():
-            hooks += [m.register_forward_pre_hook(_enter(recorder, n)), m.register_forward_hook(_leave(recorder), with_kwargs=True)]
+            hooks += [
+                m.register_forward_pre_hook(_enter(recorder, n)),
+                m.register_forward_hook(_leave(recorder), with_kwargs=True),
+            ]
         model.eval()
         with parametrize.cached():
             recorder.keep_weights(model)
-            with recorder: out = model(x)
-    except MicronetError: raise
+            with recorder:
+                out = model(x)
+    except MicronetError:
+        raise
     except Exception as e:  # a model of one's own may raise anything
-        raise MicronetError(f"{recorder.where()} does not run on an example of {'x'.join(map(str, x.shape))}: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
+        raise MicronetError(
+            f"{recorder.where()} does not run on an example of {'x'.join(map(str, x.shape))}: {(str(e).splitlines() or [type(e).__name__])[0]}"
+        ) from e
     finally:
-        for h in hooks: h.remove()
-        for m, training in modes.items(): m.training = training
+        for h in hooks:
+            h.remove()
+        for m, training in modes.items():
+            m.training = training
     name = type(model).__name__
-    if not isinstance(out, torch.Tensor): raise MicronetError(f'{name} returns a {type(out).__name__}: only nets that return one tensor can be lowered; wrap it in a module that picks one')
-    if id(out) not in recorder.made: raise MicronetError(f'what {name} returns was not seen to come from its input: of a scripted function, perhaps')
+    if not isinstance(out, torch.Tensor):
+        raise MicronetError(
+            f'{name} returns a {type(out).__name__}: only nets that return one tensor can be lowered; wrap it in a module that picks one'
+        )
+    if id(out) not in recorder.made:
+        raise MicronetError(f'what {name} returns was not seen to come from its input: of a scripted function, perhaps')
     recorder.graph.output(recorder.made[id(out)])
     return recorder.graph, out
+
 
 def _keep_weights(self, model):
     "Remembers the weights that parametrizations make, so that a slice of one is known for what it is."
     for m in model.modules():
-        if not parametrize.is_parametrized(m, 'weight'): continue
+        if not parametrize.is_parametrized(m, 'weight'):
+            continue
         self.weights[m.weight.untyped_storage().data_ptr()] = m, m.weight
         self.known[id(m.weight)] = m.weight
+
 
 Recorder.keep_weights = _keep_weights
 
@@ -261,39 +384,53 @@ Recorder.keep_weights = _keep_weights
 @dataclass(eq=False)
 class Value:
     "A value of the trained net: scale*node + bias, a channel at a time (dimension 1)."
+
     node: fx.Node
     scale: torch.Tensor = None  # (C,) or (1,) float64
-    bias: torch.Tensor = None   # (C,) or (1,) float64
-    name: str = ''              # of the module that last had a hand in them
-    plain: fx.Node = None       # the value itself, where it has been made
+    bias: torch.Tensor = None  # (C,) or (1,) float64
+    name: str = ''  # of the module that last had a hand in them
+    plain: fx.Node = None  # the value itself, where it has been made
     quantised: dict = field(default_factory=dict)  # (step, bits, signed) to Value
+
     def __post_init__(self):
         like = dict(dtype=torch.float64)
         self.scale = torch.ones(1, **like) if self.scale is None else self.scale.detach().to(torch.float64).flatten()
         self.bias = torch.zeros(1, **like) if self.bias is None else self.bias.detach().to(torch.float64).flatten()
+
     @property
-    def unbiased(self): return not bool(self.bias.any())
+    def unbiased(self):
+        return not bool(self.bias.any())
+
     @property
-    def single(self): return self.unbiased and len(self.scale) == 1
+    def single(self):
+        return self.unbiased and len(self.scale) == 1
+
     @property
-    def trivial(self): return self.unbiased and bool((self.scale == 1).all())
-    def then(self, scale, bias, name=None): return Value(self.node, self.scale*scale, self.bias*scale + bias, name or self.name)
+    def trivial(self):
+        return self.unbiased and bool((self.scale == 1).all())
+
+    def then(self, scale, bias, name=None):
+        return Value(self.node, self.scale * scale, self.bias * scale + bias, name or self.name)
 
 # %% ../nbs/11_deployment.ipynb #ea31d740
 class Lowering:
     "A lowered graph in the making: its modules, and the `Value` of every recorded node."
-    def __init__(self): self.graph, self.modules, self.values, self.layers = fx.Graph(), {}, {}, {}
+
+    def __init__(self):
+        self.graph, self.modules, self.values, self.layers = fx.Graph(), {}, {}, {}
 
     def known(self, module, origin):
         "A layer made before from the weight stored at `origin` and equal in all to this one; else this one."
         made = self.layers.setdefault(origin, [])
-        if (same := next((m for m in made if _equal(m, module)), None)) is None: made.append(same := module)
+        if (same := next((m for m in made if _equal(m, module)), None)) is None:
+            made.append(same := module)
         return same
 
     def call(self, name, module, x):
         "A node that calls a new module."
         name, n = name or 'net', 0
-        while (target := f'{name}_{n}' if n else name) in self.modules: n += 1
+        while (target := f'{name}_{n}' if n else name) in self.modules:
+            n += 1
         self.modules[target] = module
         return self.graph.call_module(target, (x,))
 
@@ -305,8 +442,10 @@ class Lowering:
 
     def plain(self, v):
         "The node of a value as it is; made once."
-        if v.plain is None: v.plain = v.node if v.trivial else self.scaled(v.node, v.scale, v.bias, v.name)
+        if v.plain is None:
+            v.plain = v.node if v.trivial else self.scaled(v.node, v.scale, v.bias, v.name)
         return v.plain
+
 
 def _equal(a, b):
     "Are two layers of the same class, arguments and numbers?"
@@ -316,81 +455,115 @@ def _equal(a, b):
 # %% ../nbs/11_deployment.ipynb #1fa5988a
 RULES = {}  # name of a function to its rule: function of (Lowering, recorded node) that returns a Value
 
+
 def rule(*ops):
     "Registers the rule of some functions."
+
     def register(f):
         RULES.update(dict.fromkeys(ops, f))
         return f
+
     return register
+
 
 def bound(
     node: fx.Node,  # recorded
-    names: str,     # of the arguments, in order
-    **defaults      # where an argument was not given: else None
+    names: str,  # of the arguments, in order
+    **defaults,  # where an argument was not given: else None
 ) -> dict:
     "Arguments by name."
     return dict.fromkeys(names.split()) | defaults | dict(zip(names.split(), node.args)) | node.kwargs
 
+
 def _refuse(node, why=''):
-    raise MicronetError(f"{node.meta['op']!r} in {_place(node.meta['layer'], node.meta['module'])} cannot be lowered{why and ': '}{why}")
+    raise MicronetError(
+        f"{node.meta['op']!r} in {_place(node.meta['layer'], node.meta['module'])} cannot be lowered{why and ': '}{why}"
+    )
 
 # %% ../nbs/11_deployment.ipynb #aa9c70e8
 def weight_quantiser(
-    module: nn.Module  # a layer
+    module: nn.Module,  # a layer
 ):
     "The parametrization of `weight` that has `bits` and a `scale`, None where there is none."
     chain = module.parametrizations.weight if parametrize.is_parametrized(module, 'weight') else []
     return next((p for p in chain if hasattr(p, 'bits') and hasattr(p, 'scale')), None)
 
+
 def integers_of(
     weight: torch.Tensor,  # (out, ...) as the layer uses it
-    scale: torch.Tensor,   # steps, broadcasting to it
-    name: str              # for the error
+    scale: torch.Tensor,  # steps, broadcasting to it
+    name: str,  # for the error
 ) -> torch.Tensor:
     "weight/scale, whole numbers; MicronetError where they are not."
-    q = (weight/scale).round()
-    if not bool(((q*scale - weight).abs() <= 1e-6*scale.abs()).all()):
-        raise MicronetError(f'the weights of {name!r} are no multiples of their steps: something changes them after the quantiser')
+    q = (weight / scale).round()
+    if not bool(((q * scale - weight).abs() <= 1e-6 * scale.abs()).all()):
+        raise MicronetError(
+            f'the weights of {name!r} are no multiples of their steps: something changes them after the quantiser'
+        )
     return q
 
 # %% ../nbs/11_deployment.ipynb #bfdb5c57
 def steps_of(
-    node: fx.Node,        # a recorded layer
-    weight: torch.Tensor  # that it used: all of a stored or made weight, or a view of it
-) -> tuple:               # (quantiser, its steps for this weight, (out,) or (1,)); None, None where there is none
+    node: fx.Node,  # a recorded layer
+    weight: torch.Tensor,  # that it used: all of a stored or made weight, or a view of it
+) -> tuple:  # (quantiser, its steps for this weight, (out,) or (1,)); None, None where there is none
     "The quantiser behind a weight. A view that mixes kernels of different steps has none: it is a float weight."
     owner = node.meta['module']
-    like = owner if isinstance(owner, (nn.Conv2d, nn.Linear)) and owner.weight.shape == weight.shape else None   # changed behind the quantiser: `integers_of` will say so
+    like = (
+        owner if isinstance(owner, (nn.Conv2d, nn.Linear)) and owner.weight.shape == weight.shape else None
+    )  # changed behind the quantiser: `integers_of` will say so
     module, whole = node.meta['weights'].get(weight.untyped_storage().data_ptr(), (like, weight))
-    if module is None or (q := weight_quantiser(module)) is None: return None, None
+    if module is None or (q := weight_quantiser(module)) is None:
+        return None, None
     steps = q.scale.detach()
-    if weight.shape == whole.shape and weight.stride() == whole.stride(): return q, steps.flatten()
-    each = torch.empty_like(whole).copy_(steps.expand_as(whole)).as_strided(weight.shape, weight.stride(), weight.storage_offset() - whole.storage_offset()).flatten(1)
+    if weight.shape == whole.shape and weight.stride() == whole.stride():
+        return q, steps.flatten()
+    each = (
+        torch.empty_like(whole)
+        .copy_(steps.expand_as(whole))
+        .as_strided(weight.shape, weight.stride(), weight.storage_offset() - whole.storage_offset())
+        .flatten(1)
+    )
     return (q, each[:, 0]) if bool((each == each[:, :1]).all()) else (None, None)
 
 # %% ../nbs/11_deployment.ipynb #9949abd2
 def _new_layer(op, weight, a, **kwargs):
     "An empty layer for such a weight."
-    if op == 'linear': return (IntLinear if kwargs else nn.Linear)(weight.shape[1], len(weight), **kwargs or dict(bias=a['bias'] is not None))
+    if op == 'linear':
+        return (IntLinear if kwargs else nn.Linear)(
+            weight.shape[1], len(weight), **kwargs or dict(bias=a['bias'] is not None)
+        )
     make = IntConv2d if kwargs else nn.Conv2d
-    shape = weight.shape[1]*a['groups'], len(weight), tuple(weight.shape[2:]), a['stride'], a['padding'], a['dilation'], a['groups']
+    shape = (
+        weight.shape[1] * a['groups'],
+        len(weight),
+        tuple(weight.shape[2:]),
+        a['stride'],
+        a['padding'],
+        a['dilation'],
+        a['groups'],
+    )
     return make(*shape, **kwargs or dict(bias=a['bias'] is not None))
+
 
 @rule('conv2d', 'linear')
 def _layer(low, node):
     "An integer layer whose steps travel on, or a float layer that takes the input's step into its weights."
     a = bound(node, 'input weight bias stride padding dilation groups', stride=1, padding=0, dilation=1, groups=1)
     op, name, owner = node.meta['op'], node.meta['layer'], node.meta['module']
-    if isinstance(a['weight'], fx.Node) or isinstance(a['bias'], fx.Node): _refuse(node, 'it multiplies or adds two activations')
-    if op == 'linear' and len(node.meta['shape']) != 2: _refuse(node, f"a linear layer works on (n, features), not on {len(node.meta['shape'])} dimensions")
-    if not isinstance(owner, (nn.Conv2d, nn.Linear)): name = f'{name}_{op}'.lstrip('_')
+    if isinstance(a['weight'], fx.Node) or isinstance(a['bias'], fx.Node):
+        _refuse(node, 'it multiplies or adds two activations')
+    if op == 'linear' and len(node.meta['shape']) != 2:
+        _refuse(node, f"a linear layer works on (n, features), not on {len(node.meta['shape'])} dimensions")
+    if not isinstance(owner, (nn.Conv2d, nn.Linear)):
+        name = f'{name}_{op}'.lstrip('_')
     x = low.values[a['input']]
     u, step = (x.node, x.scale) if x.single else (low.plain(x), torch.ones(1, dtype=torch.float64))
     q, steps = steps_of(node, a['weight'])
     module = low.known(_make_layer(op, a, q, steps, step, name), _origin(node, a['weight']))
     target = next((t for t, m in low.modules.items() if m is module), None)
     y = low.graph.call_module(target, (u,)) if target else low.call(name, module, u)
-    return Value(y) if q is None else Value(y, step*steps, a['bias'], name)
+    return Value(y) if q is None else Value(y, step * steps, a['bias'], name)
 
 # %% ../nbs/11_deployment.ipynb #535f5c3b
 def _make_layer(op, a, quantiser, steps, step, name):
@@ -398,13 +571,15 @@ def _make_layer(op, a, quantiser, steps, step, name):
     w = a['weight'].detach()
     if quantiser is None:
         m = _new_layer(op, w, a)
-        m.weight.data = w*step
-        if a['bias'] is not None: m.bias.data = a['bias'].detach().clone()
+        m.weight.data = w * step
+        if a['bias'] is not None:
+            m.bias.data = a['bias'].detach().clone()
         return m.requires_grad_(False)
     m = _new_layer(op, w, a, weight_bits=quantiser.bits)
-    m.weight.data = integers_of(w, steps.view(-1, *[1]*(w.dim() - 1)), name)
+    m.weight.data = integers_of(w, steps.view(-1, *[1] * (w.dim() - 1)), name)
     check_integers(m.weight, quantiser.bits, f'{name}.weight')
     return m
+
 
 def _origin(node, weight):
     "Where a weight is stored in the end."
@@ -415,11 +590,17 @@ def _origin(node, weight):
 # %% ../nbs/11_deployment.ipynb #1037dc2c
 @rule('batch_norm')
 def _batch_norm(low, node):
-    a = bound(node, 'input running_mean running_var weight bias training momentum eps', weight=None, bias=None, eps=1e-5)
-    if a['running_mean'] is None or a['training']: _refuse(node, 'it uses the statistics of the batch')
-    mean, gamma, beta = a['running_mean'], *(torch.full_like(a['running_mean'], d) if v is None else v for v, d in ((a['weight'], 1), (a['bias'], 0)))
-    scale = gamma/(a['running_var'] + a['eps']).sqrt()
-    return low.values[a['input']].then(scale, beta - mean*scale, node.meta['layer'])
+    a = bound(
+        node, 'input running_mean running_var weight bias training momentum eps', weight=None, bias=None, eps=1e-5
+    )
+    if a['running_mean'] is None or a['training']:
+        _refuse(node, 'it uses the statistics of the batch')
+    mean, gamma, beta = (
+        a['running_mean'],
+        *(torch.full_like(a['running_mean'], d) if v is None else v for v, d in ((a['weight'], 1), (a['bias'], 0))),
+    )
+    scale = gamma / (a['running_var'] + a['eps']).sqrt()
+    return low.values[a['input']].then(scale, beta - mean * scale, node.meta['layer'])
 
 # %% ../nbs/11_deployment.ipynb #c46dfa61
 @rule('leaf')
@@ -429,18 +610,27 @@ def _leaf(low, node):
     if isinstance(m, (Quantise, ScaleBias, IntWeights)):
         low.modules.setdefault(name or 'net', m)
         return Value(low.graph.call_module(name or 'net', (low.plain(x),)))
-    if (step := _step_of(node)) is None: _refuse(node, f'a module that counts as {m.counts_as!r}, but is no quantiser with one step')
+    if (step := _step_of(node)) is None:
+        _refuse(node, f'a module that counts as {m.counts_as!r}, but is no quantiser with one step')
     if (key := (step, m.bits, bool(m.signed), bottom := getattr(m, 'low', 0))) not in x.quantised:
-        if not x.single and _summed(node.args[0]): low.plain(x)  # the sum needs it, and what is left is one number
+        if not x.single and _summed(node.args[0]):
+            low.plain(x)  # the sum needs it, and what is left is one number
         name, v = name.replace('.input_quantiser', '_input'), x if x.plain is None else Value(x.plain)
-        v = Value(v.node, v.scale/step, v.bias/step)
+        v = Value(v.node, v.scale / step, v.bias / step)
         u = v.node if v.trivial else low.scaled(v.node, v.scale, v.bias, name)
-        x.quantised[key] = Value(low.call(f'{name}_quantise', Quantise(m.bits, m.signed, bottom), u), torch.tensor([step]))
+        x.quantised[key] = Value(
+            low.call(f'{name}_quantise', Quantise(m.bits, m.signed, bottom), u), torch.tensor([step])
+        )
     return x.quantised[key]
+
 
 def _summed(node):
     "Is a value added to another as well, as a shortcut is?"
-    return any(u.meta.get('op') in ('add', 'sub') and all(isinstance(a, fx.Node) for a in u.args[:2]) for u in _readers(node, {'same', 'dropout'}))
+    return any(
+        u.meta.get('op') in ('add', 'sub') and all(isinstance(a, fx.Node) for a in u.args[:2])
+        for u in _readers(node, {'same', 'dropout'})
+    )
+
 
 def _step_of(node):
     "The step of a quantiser of the trained net, else None."
@@ -449,38 +639,68 @@ def _step_of(node):
     return float(step.detach().abs()) if isinstance(step, torch.Tensor) and step.numel() == 1 else None
 
 # %% ../nbs/11_deployment.ipynb #f4598431
-SELECT = {'max_pool2d', 'relu', 'reshape', 'getitem', 'same', 'dropout', 'transpose', 'permute', 'cat', 'pad'}  # let values through, or zeros
+SELECT = {
+    'max_pool2d',
+    'relu',
+    'reshape',
+    'getitem',
+    'same',
+    'dropout',
+    'transpose',
+    'permute',
+    'cat',
+    'pad',
+}  # let values through, or zeros
 AVERAGES = {'avg_pool2d', 'adaptive_avg_pool2d', 'mean'}
+
 
 def _readers(node, through):
     "What reads a value in the end, seen through some functions."
     for user in node.users:
-        if user.meta.get('op') in through and not (user.meta['op'] == 'pad' and _fills(user)): yield from _readers(user, through)
-        else: yield user
+        if user.meta.get('op') in through and not (user.meta['op'] == 'pad' and _fills(user)):
+            yield from _readers(user, through)
+        else:
+            yield user
+
 
 def _fills(node):
     "Does a pad put in anything but zeros and copies?"
     return bool(bound(node, 'input pad mode value', mode='constant')['value'])
 
+
 def absorbed(
-    node: fx.Node  # a recorded relu
+    node: fx.Node,  # a recorded relu
 ) -> bool:
     "Do unsigned quantisers alone read it?"
     readers = list(_readers(node, SELECT))
-    return bool(readers) and all((_step_of(r) is not None or isinstance(r.meta.get('module'), Quantise)) and not (r.meta['module'].signed or getattr(r.meta['module'], 'low', 0)) for r in readers)
+    return bool(readers) and all(
+        (_step_of(r) is not None or isinstance(r.meta.get('module'), Quantise))
+        and not (r.meta['module'].signed or getattr(r.meta['module'], 'low', 0))
+        for r in readers
+    )
+
 
 def capped(
     node: fx.Node,  # a recorded relu6 or hardtanh
-    low: float,     # its smallest value
-    high: float     # its largest
+    low: float,  # its smallest value
+    high: float,  # its largest
 ) -> bool:
     "Do unsigned quantisers alone read it, which end before it does?"
-    ends = {(_step_of(r) or 1.)*(r.meta['module'].top if isinstance(r.meta['module'], Quantise) else 2**r.meta['module'].bits - 1) for r in _readers(node, SELECT)} if absorbed(node) else {math.inf}
+    ends = (
+        {
+            (_step_of(r) or 1.0)
+            * (r.meta['module'].top if isinstance(r.meta['module'], Quantise) else 2 ** r.meta['module'].bits - 1)
+            for r in _readers(node, SELECT)
+        }
+        if absorbed(node)
+        else {math.inf}
+    )
     return low <= 0 and max(ends) <= high
 
+
 def common_step(
-    node: fx.Node  # recorded
-):                 # float, or None
+    node: fx.Node,  # recorded
+):  # float, or None
     "The step of all quantisers that read a value, where nothing else does and there is one step only."
     steps = {_step_of(r) for r in _readers(node, SELECT | AVERAGES)}
     return steps.pop() if len(steps) == 1 else None
@@ -490,44 +710,84 @@ def _emit(low, function, *args, scale=None, bias=None, name='', **kwargs):
     "A node that calls a function, as a Value."
     return Value(low.graph.call_function(function, args, kwargs), scale, bias, name)
 
+
 def _scaled_on(low, node, x, function, *args, ends=()):
     "A function f with f(a v) = a f(v) for a > 0, its ends scaled likewise: on v/a where that spares a scale, else on v."
     step = None if x.trivial or x.plain is not None else common_step(node)
-    if step is None: return _emit(low, function, low.plain(x), *args, *ends)
-    return _emit(low, function, low.scaled(x.node, x.scale/step, x.bias/step, x.name), *args, *[e/step for e in ends], scale=torch.tensor([step], dtype=torch.float64))
+    if step is None:
+        return _emit(low, function, low.plain(x), *args, *ends)
+    return _emit(
+        low,
+        function,
+        low.scaled(x.node, x.scale / step, x.bias / step, x.name),
+        *args,
+        *[e / step for e in ends],
+        scale=torch.tensor([step], dtype=torch.float64),
+    )
+
 
 @rule('relu')
 def _relu(low, node):
     x = low.values[node.args[0]]
     return x if absorbed(node) else _scaled_on(low, node, x, F.relu)
 
+
 @rule('relu6', 'hardtanh')
 def _hardtanh(low, node):
-    a = bound(node, 'input min_val max_val inplace', **dict(min_val=-1., max_val=1.) if node.meta['op'] == 'hardtanh' else dict(min_val=0., max_val=6.))
-    if node.meta['op'] == 'relu6': a.update(min_val=0., max_val=6.)   # its second argument is inplace
+    a = bound(
+        node,
+        'input min_val max_val inplace',
+        **dict(min_val=-1.0, max_val=1.0) if node.meta['op'] == 'hardtanh' else dict(min_val=0.0, max_val=6.0),
+    )
+    if node.meta['op'] == 'relu6':
+        a.update(min_val=0.0, max_val=6.0)  # its second argument is inplace
     x = low.values[a['input']]
-    return x if capped(node, a['min_val'], a['max_val']) else _scaled_on(low, node, x, F.hardtanh, ends=(float(a['min_val']), float(a['max_val'])))
+    return (
+        x
+        if capped(node, a['min_val'], a['max_val'])
+        else _scaled_on(low, node, x, F.hardtanh, ends=(float(a['min_val']), float(a['max_val'])))
+    )
+
 
 @rule('leaky_relu')
 def _leaky_relu(low, node):
-    a = bound(node, 'input negative_slope inplace', negative_slope=.01)
+    a = bound(node, 'input negative_slope inplace', negative_slope=0.01)
     return _scaled_on(low, node, low.values[a['input']], F.leaky_relu, a['negative_slope'])
+
 
 @rule('max_pool2d')
 def _max_pool2d(low, node):
-    a = bound(node, 'input kernel_size stride padding dilation ceil_mode return_indices', padding=0, dilation=1, ceil_mode=False)
+    a = bound(
+        node,
+        'input kernel_size stride padding dilation ceil_mode return_indices',
+        padding=0,
+        dilation=1,
+        ceil_mode=False,
+    )
     x, args = low.values[a['input']], (a['kernel_size'], a['stride'], a['padding'], a['dilation'], a['ceil_mode'])
-    if bool((x.scale > 0).all()): return _emit(low, F.max_pool2d, x.node, *args, scale=x.scale, bias=x.bias, name=x.name)
+    if bool((x.scale > 0).all()):
+        return _emit(low, F.max_pool2d, x.node, *args, scale=x.scale, bias=x.bias, name=x.name)
     return _scaled_on(low, node, x, F.max_pool2d, *args)
 
 # %% ../nbs/11_deployment.ipynb #c26a7f1e
 @rule('avg_pool2d')
 def _avg_pool2d(low, node):
-    a = bound(node, 'input kernel_size stride padding ceil_mode count_include_pad divisor_override', padding=0, ceil_mode=False, count_include_pad=True)
-    x, args = low.values[a['input']], (a['kernel_size'], a['stride'], a['padding'], a['ceil_mode'], a['count_include_pad'], a['divisor_override'])
+    a = bound(
+        node,
+        'input kernel_size stride padding ceil_mode count_include_pad divisor_override',
+        padding=0,
+        ceil_mode=False,
+        count_include_pad=True,
+    )
+    x, args = (
+        low.values[a['input']],
+        (a['kernel_size'], a['stride'], a['padding'], a['ceil_mode'], a['count_include_pad'], a['divisor_override']),
+    )
     even = x.unbiased or a['divisor_override'] is None and (a['padding'] in (0, (0, 0)) or not a['count_include_pad'])
-    if not even: x = Value(low.plain(x))
+    if not even:
+        x = Value(low.plain(x))
     return _emit(low, F.avg_pool2d, x.node, *args, scale=x.scale, bias=x.bias, name=x.name)
+
 
 @rule('adaptive_avg_pool2d')
 def _adaptive_avg_pool2d(low, node):
@@ -535,12 +795,14 @@ def _adaptive_avg_pool2d(low, node):
     x = low.values[a['input']]
     return _emit(low, F.adaptive_avg_pool2d, x.node, a['output_size'], scale=x.scale, bias=x.bias, name=x.name)
 
+
 @rule('mean')
 def _mean(low, node):
     a = bound(node, 'input dim keepdim', keepdim=False)
     x, k = low.values[a['input']], len(a['input'].meta['shape'])
     dims = tuple(d % k for d in ([a['dim']] if isinstance(a['dim'], int) else a['dim'] or range(k)))
-    if min(dims) < 2: _refuse(node, 'it averages over channels or images')
+    if min(dims) < 2:
+        _refuse(node, 'it averages over channels or images')
     return _emit(low, torch.mean, x.node, dims, a['keepdim'], scale=x.scale, bias=x.bias, name=x.name)
 
 # %% ../nbs/11_deployment.ipynb #989ea3d8
@@ -549,18 +811,25 @@ def _cat(low, node):
     "Along channels scales and biases are concatenated too."
     a = bound(node, 'tensors dim', dim=0)
     xs = [low.values.get(t) for t in a['tensors']]
-    if None in xs: _refuse(node, 'it appends a stored tensor')
+    if None in xs:
+        _refuse(node, 'it appends a stored tensor')
     dim = a['dim'] % len(node.meta['shape'])
-    if all(x.single and bool(x.scale == xs[0].scale) for x in xs): return _emit(low, torch.cat, [x.node for x in xs], dim, scale=xs[0].scale)
-    if dim != 1: return _emit(low, torch.cat, [low.plain(x) for x in xs], dim)
+    if all(x.single and bool(x.scale == xs[0].scale) for x in xs):
+        return _emit(low, torch.cat, [x.node for x in xs], dim, scale=xs[0].scale)
+    if dim != 1:
+        return _emit(low, torch.cat, [low.plain(x) for x in xs], dim)
     wide = lambda v, t: v.expand(t.meta['shape'][1])
-    scale, bias = (torch.cat([wide(getattr(x, what), t) for x, t in zip(xs, a['tensors'])]) for what in ('scale', 'bias'))
+    scale, bias = (
+        torch.cat([wide(getattr(x, what), t) for x, t in zip(xs, a['tensors'])]) for what in ('scale', 'bias')
+    )
     return _emit(low, torch.cat, [x.node for x in xs], 1, scale=scale, bias=bias, name=node.meta['layer'])
+
 
 @rule('getitem')
 def _getitem(low, node):
     x, index = low.values[node.args[0]], node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if not all(isinstance(i, slice) for i in index) or index[0] != slice(None): _refuse(node, f'only slices of channels, rows and columns can, not {index}')
+    if not all(isinstance(i, slice) for i in index) or index[0] != slice(None):
+        _refuse(node, f'only slices of channels, rows and columns can, not {index}')
     part = [t[index[1]] if len(t) > 1 and len(index) > 1 else t for t in (x.scale, x.bias)]
     return _emit(low, operator.getitem, x.node, index, scale=part[0], bias=part[1], name=x.name)
 
@@ -569,13 +838,20 @@ def _getitem(low, node):
 def _reshape(low, node):
     "The batch stays in front; a channel that is spread over many features takes its scale along."
     x, old, new = low.values[node.args[0]], node.args[0].meta['shape'], node.meta['shape']
-    if new == old: return x
-    if new[0] != old[0]: _refuse(node, 'it mixes images of the batch')
+    if new == old:
+        return x
+    if new[0] != old[0]:
+        _refuse(node, 'it mixes images of the batch')
     scale, bias = x.scale, x.bias
-    if len(new) == 2 and len(old) > 2: scale, bias = (t.repeat_interleave(math.prod(old[2:])) if len(t) > 1 else t for t in (scale, bias))
-    elif not x.single and new[1:2] != old[1:2]: x = Value(low.plain(x)); scale, bias = x.scale, x.bias
-    if len(new) == 2: return _emit(low, torch.flatten, x.node, 1, scale=scale, bias=bias, name=x.name)
+    if len(new) == 2 and len(old) > 2:
+        scale, bias = (t.repeat_interleave(math.prod(old[2:])) if len(t) > 1 else t for t in (scale, bias))
+    elif not x.single and new[1:2] != old[1:2]:
+        x = Value(low.plain(x))
+        scale, bias = x.scale, x.bias
+    if len(new) == 2:
+        return _emit(low, torch.flatten, x.node, 1, scale=scale, bias=bias, name=x.name)
     return _emit(low, torch.reshape, x.node, (-1, *new[1:]), scale=scale, bias=bias, name=x.name)
+
 
 @rule('permute', 'transpose')
 def _permute(low, node):
@@ -585,56 +861,72 @@ def _permute(low, node):
         a, dims = bound(node, 'input dim0 dim1'), list(range(k))
         i, j = (a.get(f'axis{n}', a[f'dim{n}']) % k for n in (0, 1))
         dims[i], dims[j] = j, i
-    elif len(dims) == 1: dims = dims[0]
+    elif len(dims) == 1:
+        dims = dims[0]
     dims, x = tuple(d % k for d in dims), low.values[node.args[0]]
-    if dims[0]: _refuse(node, 'the batch must stay in front')
-    if dims[1] != 1 and not x.single: x = Value(low.plain(x))
+    if dims[0]:
+        _refuse(node, 'the batch must stay in front')
+    if dims[1] != 1 and not x.single:
+        x = Value(low.plain(x))
     return _emit(low, torch.permute, x.node, dims, scale=x.scale, bias=x.bias, name=x.name)
 
 # %% ../nbs/11_deployment.ipynb #d426e933
 @rule('same')
 def _same(low, node):
-    if node.meta['dtype'] != node.args[0].meta['dtype']: _refuse(node, f"it makes {node.meta['dtype']} of the activations")
+    if node.meta['dtype'] != node.args[0].meta['dtype']:
+        _refuse(node, f"it makes {node.meta['dtype']} of the activations")
     return low.values[node.args[0]]
+
 
 @rule('dropout')
 def _dropout(low, node):
-    a = bound(node, 'input p training inplace', p=.5, training=True)
-    if a['training'] and a['p']: _refuse(node, 'it drops values in evaluation, too')
+    a = bound(node, 'input p training inplace', p=0.5, training=True)
+    if a['training'] and a['p']:
+        _refuse(node, 'it drops values in evaluation, too')
     return low.values[a['input']]
+
 
 @rule('pad')
 def _pad(low, node):
     "Zeros, which a scale leaves alone and a bias does not; or copies, which both may pass."
     a = bound(node, 'input pad mode value', mode='constant')
-    x, channels = low.values[a['input']], len(a['pad']) > 2*(len(node.meta['shape']) - 2)
-    if not x.single and (channels or a['mode'] == 'constant' and not x.unbiased) or a['value']: x = Value(low.plain(x))
+    x, channels = low.values[a['input']], len(a['pad']) > 2 * (len(node.meta['shape']) - 2)
+    if not x.single and (channels or a['mode'] == 'constant' and not x.unbiased) or a['value']:
+        x = Value(low.plain(x))
     return _emit(low, F.pad, x.node, tuple(a['pad']), a['mode'], a['value'], scale=x.scale, bias=x.bias, name=x.name)
 
 # %% ../nbs/11_deployment.ipynb #fc873a30
 def _constant(node, v):
     "A number, or a stored tensor of one number a channel, as (1,) or (C,)."
-    if not isinstance(v, torch.Tensor): return torch.tensor([float(v)], dtype=torch.float64)
-    shape = (1,)*(len(node.meta['shape']) - v.dim()) + tuple(v.shape)
-    if v.numel() > 1 and v.numel() != shape[1]: _refuse(node, f"a stored tensor of {'x'.join(map(str, v.shape))} is not one number a channel")
+    if not isinstance(v, torch.Tensor):
+        return torch.tensor([float(v)], dtype=torch.float64)
+    shape = (1,) * (len(node.meta['shape']) - v.dim()) + tuple(v.shape)
+    if v.numel() > 1 and v.numel() != shape[1]:
+        _refuse(node, f"a stored tensor of {'x'.join(map(str, v.shape))} is not one number a channel")
     return v.detach().double().flatten()
+
 
 def _widened(low, node, source):
     "The value of `source`, its one channel repeated where a constant has more."
     x, old, new = low.values[source], source.meta['shape'], node.meta['shape']
-    if old == new: return x
-    if len(old) != len(new) or old[:1] + (new[1],) + old[2:] != new or old[1] != 1: _refuse(node, f"a constant makes {'x'.join(map(str, new))} of {'x'.join(map(str, old))}")
-    return _emit(low, torch.cat, [x.node]*new[1], 1, scale=x.scale, bias=x.bias, name=x.name)
+    if old == new:
+        return x
+    if len(old) != len(new) or old[:1] + (new[1],) + old[2:] != new or old[1] != 1:
+        _refuse(node, f"a constant makes {'x'.join(map(str, new))} of {'x'.join(map(str, old))}")
+    return _emit(low, torch.cat, [x.node] * new[1], 1, scale=x.scale, bias=x.bias, name=x.name)
+
 
 @rule('add', 'sub')
 def _add(low, node):
     a = bound(node, 'input other alpha', alpha=1)
-    sign = a['alpha']*(1 if node.meta['op'] == 'add' else -1)
+    sign = a['alpha'] * (1 if node.meta['op'] == 'add' else -1)
     x, y = (low.values.get(v) if isinstance(v, fx.Node) else v for v in (a['input'], a['other']))
     if isinstance(x, Value) and isinstance(y, Value):
-        if sign == 1: return _emit(low, torch.add, low.plain(x), low.plain(y))
-        return _emit(low, torch.sub, low.plain(x), low.plain(y if sign == -1 else y.then(-sign, 0.)))
-    if isinstance(x, Value): return _widened(low, node, a['input']).then(1., sign*_constant(node, y), node.meta['layer'])
+        if sign == 1:
+            return _emit(low, torch.add, low.plain(x), low.plain(y))
+        return _emit(low, torch.sub, low.plain(x), low.plain(y if sign == -1 else y.then(-sign, 0.0)))
+    if isinstance(x, Value):
+        return _widened(low, node, a['input']).then(1.0, sign * _constant(node, y), node.meta['layer'])
     return _widened(low, node, a['other']).then(sign, _constant(node, x), node.meta['layer'])
 
 # %% ../nbs/11_deployment.ipynb #3dd91aa5
@@ -644,81 +936,153 @@ def _mul(low, node):
     x, y = (low.values.get(v) if isinstance(v, fx.Node) else v for v in (a['input'], a['other']))
     if not (isinstance(x, Value) and isinstance(y, Value)):
         source, factor = (a['input'], y) if isinstance(x, Value) else (a['other'], x)
-        return _widened(low, node, source).then(_constant(node, factor), 0., node.meta['layer'])
+        return _widened(low, node, source).then(_constant(node, factor), 0.0, node.meta['layer'])
     step, small = common_step(node), min((a['input'], a['other']), key=lambda n: math.prod(n.meta['shape']))
     z = low.values[small]
-    spared = step is not None and x is not y and z.plain is None and math.prod(small.meta['shape']) < math.prod(node.meta['shape'])
-    if not spared: return _emit(low, torch.mul, low.plain(x), low.plain(y))
+    spared = (
+        step is not None
+        and x is not y
+        and z.plain is None
+        and math.prod(small.meta['shape']) < math.prod(node.meta['shape'])
+    )
+    if not spared:
+        return _emit(low, torch.mul, low.plain(x), low.plain(y))
     other = low.plain(y if z is x else x)
-    return _emit(low, torch.mul, other, low.scaled(z.node, z.scale/step, z.bias/step, z.name or node.meta['layer']), scale=torch.tensor([step]))
+    return _emit(
+        low,
+        torch.mul,
+        other,
+        low.scaled(z.node, z.scale / step, z.bias / step, z.name or node.meta['layer']),
+        scale=torch.tensor([step]),
+    )
+
 
 @rule('div')
 def _div(low, node):
     a = bound(node, 'input other rounding_mode')
-    if isinstance(a['other'], fx.Node) or a['rounding_mode']: _refuse(node, 'it divides by an activation, or rounds')
-    return _widened(low, node, a['input']).then(1/_constant(node, a['other']), 0., node.meta['layer'])
+    if isinstance(a['other'], fx.Node) or a['rounding_mode']:
+        _refuse(node, 'it divides by an activation, or rounds')
+    return _widened(low, node, a['input']).then(1 / _constant(node, a['other']), 0.0, node.meta['layer'])
+
 
 @rule('neg')
-def _neg(low, node): return low.values[node.args[0]].then(-1., 0., node.meta['layer'])
+def _neg(low, node):
+    return low.values[node.args[0]].then(-1.0, 0.0, node.meta['layer'])
+
 
 @rule('rsub')
 def _rsub(low, node):
     a = bound(node, 'input other alpha', alpha=1)
-    if isinstance(a['other'], fx.Node): return _emit(low, torch.sub, low.plain(low.values[a['other']]), low.plain(low.values[a['input']].then(a['alpha'], 0.)))
+    if isinstance(a['other'], fx.Node):
+        return _emit(
+            low, torch.sub, low.plain(low.values[a['other']]), low.plain(low.values[a['input']].then(a['alpha'], 0.0))
+        )
     return _widened(low, node, a['input']).then(-a['alpha'], _constant(node, a['other']), node.meta['layer'])
 
 # %% ../nbs/11_deployment.ipynb #480f810c
-GATES = dict(sigmoid=torch.sigmoid, tanh=torch.tanh, silu=F.silu, hardswish=F.hardswish, hardsigmoid=F.hardsigmoid, gelu=F.gelu,
-             hardtanh=F.hardtanh, relu6=F.relu6, leaky_relu=F.leaky_relu)
+GATES = dict(
+    sigmoid=torch.sigmoid,
+    tanh=torch.tanh,
+    silu=F.silu,
+    hardswish=F.hardswish,
+    hardsigmoid=F.hardsigmoid,
+    gelu=F.gelu,
+    hardtanh=F.hardtanh,
+    relu6=F.relu6,
+    leaky_relu=F.leaky_relu,
+)
+
 
 @rule(*(g for g in GATES if g not in RULES))
 def _gate(low, node):
     "An elementwise function of the value as it is."
     kwargs = {k: v for k, v in node.kwargs.items() if k != 'inplace'}
-    return _emit(low, GATES[node.meta['op']], low.plain(low.values[node.args[0]]), *[v for v in node.args[1:] if not isinstance(v, bool)], **kwargs)
+    return _emit(
+        low,
+        GATES[node.meta['op']],
+        low.plain(low.values[node.args[0]]),
+        *[v for v in node.args[1:] if not isinstance(v, bool)],
+        **kwargs,
+    )
 
-FUNCTIONS = {f.__name__: f for f in (operator.getitem, torch.cat, torch.add, torch.sub, torch.mul, torch.mean, torch.flatten, torch.reshape, torch.permute,
-                                     F.pad, F.relu, F.avg_pool2d, F.adaptive_avg_pool2d, *GATES.values())} | dict(max_pool2d=F.max_pool2d)
-CARRIES = {operator.getitem, torch.cat, torch.flatten, torch.reshape, torch.permute, F.pad, F.max_pool2d}  # leave values as they are
+
+FUNCTIONS = {
+    f.__name__: f
+    for f in (
+        operator.getitem,
+        torch.cat,
+        torch.add,
+        torch.sub,
+        torch.mul,
+        torch.mean,
+        torch.flatten,
+        torch.reshape,
+        torch.permute,
+        F.pad,
+        F.relu,
+        F.avg_pool2d,
+        F.adaptive_avg_pool2d,
+        *GATES.values(),
+    )
+} | dict(max_pool2d=F.max_pool2d)
+CARRIES = {
+    operator.getitem,
+    torch.cat,
+    torch.flatten,
+    torch.reshape,
+    torch.permute,
+    F.pad,
+    F.max_pool2d,
+}  # leave values as they are
 
 # %% ../nbs/11_deployment.ipynb #4265a3b1
 def grid_of(
     graph: fx.GraphModule,  # from `lower`
-    node: fx.Node           # of it
-):                          # (bits, signed), and the lower end where that is not 0; None where its values are not whole
+    node: fx.Node,  # of it
+):  # (bits, signed), and the lower end where that is not 0; None where its values are not whole
     "The grid that a node's values lie on: that of the quantiser they come from."
-    if node.op == 'call_module': m = graph.get_submodule(node.target); return (m.bits, m.signed, *[m.low]*bool(m.low)) if isinstance(m, Quantise) else None
-    if node.op != 'call_function' or node.target not in CARRIES: return None
-    if node.target is F.pad and bound(node, 'input pad mode value')['value']: return None
+    if node.op == 'call_module':
+        m = graph.get_submodule(node.target)
+        return (m.bits, m.signed, *[m.low] * bool(m.low)) if isinstance(m, Quantise) else None
+    if node.op != 'call_function' or node.target not in CARRIES:
+        return None
+    if node.target is F.pad and bound(node, 'input pad mode value')['value']:
+        return None
     grids = {grid_of(graph, i) for i in node.all_input_nodes}
     return grids.pop() if len(grids) == 1 else None
 
+
 def kernel_ranges(
     layer: nn.Module,  # IntConv2d or IntLinear
-    bits: int,         # of its input
-    signed: bool,      # has it a sign?
-    low: int = 0       # lower end of an unsigned one
-) -> tuple:            # low and high, each (out,) int64
+    bits: int,  # of its input
+    signed: bool,  # has it a sign?
+    low: int = 0,  # lower end of an unsigned one
+) -> tuple:  # low and high, each (out,) int64
     "Bounds of every partial sum of each kernel, in whatever order it is added up."
     w, q = layer.weight.detach().flatten(1).long(), Quantise(bits, signed, low)
     pos, neg = w.clamp(min=0).sum(1), w.clamp(max=0).sum(1)
-    return neg*q.top + pos*q.bottom, pos*q.top + neg*q.bottom
+    return neg * q.top + pos * q.bottom, pos * q.top + neg * q.bottom
+
 
 def exact_sums(layer, grid):
     "Does float32 hold every sum of this layer, in whatever order?"
     return max(int(t.abs().max()) for t in kernel_ranges(layer, *grid)) <= 2**24
 
+
 def _widen(graph):
     "Marks the layers whose sums float32 may not hold."
     for node in graph.graph.nodes:
         m = graph.get_submodule(node.target) if node.op == 'call_module' else None
-        if isinstance(m, IntWeights) and (grid := grid_of(graph, node.args[0])) and not exact_sums(m, grid): m.wide = True
+        if isinstance(m, IntWeights) and (grid := grid_of(graph, node.args[0])) and not exact_sums(m, grid):
+            m.wide = True
 
 # %% ../nbs/11_deployment.ipynb #ae599333
 class Largest(fx.Interpreter):
     "Runs a graph and keeps how large the inputs of each `ScaleBias` get, a channel at a time."
-    def __init__(self,
-        graph: fx.GraphModule  # of deployment modules
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,  # of deployment modules
     ):
         super().__init__(graph)
         self.top, self.extra_traceback = {}, False
@@ -731,45 +1095,58 @@ class Largest(fx.Interpreter):
             self.top[target] = torch.maximum(top, self.top.get(target, top))
         return super().call_module(target, args, kwargs)
 
+
 def holds(
-    scale: torch.Tensor, # (C,) or (1,) float64
+    scale: torch.Tensor,  # (C,) or (1,) float64
     bias: torch.Tensor,  # likewise
-    top: torch.Tensor,   # likewise: the largest inputs
-    dtype: torch.dtype   # that scale and bias are to be rounded to
+    top: torch.Tensor,  # likewise: the largest inputs
+    dtype: torch.dtype,  # that scale and bias are to be rounded to
 ) -> bool:
     "Does rounding move scale*x + bias by no more than the last digit of dtype, in every channel (of a 64th of the largest at least)?"
     moved, shifted = (scale.to(dtype).double() - scale).abs(), (bias.to(dtype).double() - bias).abs()
-    for largest in (top, torch.maximum(top, top.max()/64)):   # as seen; and: a channel that is quiet here may be loud elsewhere
-        size = largest*scale.abs() + bias.abs()
-        allowed = torch.finfo(dtype).eps*torch.maximum(size, size.max()/64)
-        if not bool((largest*moved + shifted <= allowed).all()): return False
+    for largest in (
+        top,
+        torch.maximum(top, top.max() / 64),
+    ):  # as seen; and: a channel that is quiet here may be loud elsewhere
+        size = largest * scale.abs() + bias.abs()
+        allowed = torch.finfo(dtype).eps * torch.maximum(size, size.max() / 64)
+        if not bool((largest * moved + shifted <= allowed).all()):
+            return False
     return True
 
+
 def powers(
-    scale: torch.Tensor, # as `holds`
+    scale: torch.Tensor,  # as `holds`
     bias: torch.Tensor,
     top: torch.Tensor,
-    dtype: torch.dtype
-):                       # (i, j), or None where none is good enough
+    dtype: torch.dtype,
+):  # (i, j), or None where none is good enough
     "Exponents with which dtype holds scale/2^(i+j) and bias/2^j: (0, 0) wherever that will do."
-    exponent = lambda t, down=0: min(max(math.frexp(float(t.abs().max()))[1] - down, -72), 45)   # three of FP16's powers of two
+    exponent = lambda t, down=0: min(
+        max(math.frexp(float(t.abs().max()))[1] - down, -72), 45
+    )  # three of FP16's powers of two
     after = dict.fromkeys([0, exponent(bias), exponent(bias, 15), -24, 15])
-    tries = [(0, 0)] + [(exponent(scale*2.**-j, down), j) for j in after for down in (0, 15)]
-    return next(((i, j) for i, j in tries if holds(scale*2.**-(i + j), bias*2.**-j, top*2.**i, dtype)), None)
+    tries = [(0, 0)] + [(exponent(scale * 2.0**-j, down), j) for j in after for down in (0, 15)]
+    return next(((i, j) for i, j in tries if holds(scale * 2.0 ** -(i + j), bias * 2.0**-j, top * 2.0**i, dtype)), None)
 
 # %% ../nbs/11_deployment.ipynb #76ba8e69
 def _build(recorded):
     "A GraphModule from a recorded graph, node by node."
     low = Lowering()
     for node in recorded.nodes:
-        if node.op == 'placeholder': low.values[node] = Value(low.graph.placeholder('x'))
-        elif node.op == 'output': low.graph.output(low.plain(low.values[node.args[0]]))
+        if node.op == 'placeholder':
+            low.values[node] = Value(low.graph.placeholder('x'))
+        elif node.op == 'output':
+            low.graph.output(low.plain(low.values[node.args[0]]))
         else:
             op = node.meta['op']
-            if op not in RULES: _refuse(node, f'no rule is known for it; RULES[{op!r}] takes one')
+            if op not in RULES:
+                _refuse(node, f'no rule is known for it; RULES[{op!r}] takes one')
             low.values[node] = RULES[op](low, node)
     graph = fx.GraphModule(low.modules, low.graph, 'Lowered').eval()
-    graph.graph.eliminate_dead_code(); graph.delete_all_unused_submodules(); graph.recompile()
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
     return graph
 
 # %% ../nbs/11_deployment.ipynb #0b5a69eb
@@ -777,60 +1154,78 @@ def _into_floats(graph):
     "A scale and bias right behind a float layer goes into that layer."
     called = [n.target for n in graph.graph.nodes if n.op == 'call_module']
     for node in list(graph.graph.nodes):
-        if node.op != 'call_module' or not isinstance(s := graph.get_submodule(node.target), ScaleBias): continue
+        if node.op != 'call_module' or not isinstance(s := graph.get_submodule(node.target), ScaleBias):
+            continue
         before = node.args[0]
         layer = graph.get_submodule(before.target) if before.op == 'call_module' else None
-        if type(layer) not in (nn.Conv2d, nn.Linear) or len(before.users) > 1 or called.count(before.target) > 1: continue
-        scale, bias = (t.data.expand(len(layer.weight)) for t in (s.weight, s.bias))   # one number, or one a kernel
-        layer.bias = nn.Parameter(bias + (0 if layer.bias is None else scale*layer.bias.data), False)
-        layer.weight.data *= scale.view(-1, *[1]*(layer.weight.dim() - 1))
+        if type(layer) not in (nn.Conv2d, nn.Linear) or len(before.users) > 1 or called.count(before.target) > 1:
+            continue
+        scale, bias = (t.data.expand(len(layer.weight)) for t in (s.weight, s.bias))  # one number, or one a kernel
+        layer.bias = nn.Parameter(bias + (0 if layer.bias is None else scale * layer.bias.data), False)
+        layer.weight.data *= scale.view(-1, *[1] * (layer.weight.dim() - 1))
         node.replace_all_uses_with(before)
         graph.graph.erase_node(node)
-    graph.delete_all_unused_submodules(); graph.recompile()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
 
 # %% ../nbs/11_deployment.ipynb #f3f7df61
 def _rescale(graph, top, dtype):
     "Puts powers of two beside the scales that dtype cannot hold by itself."
-    scales = {n.target: m for n in graph.graph.nodes if n.op == 'call_module' and isinstance(m := graph.get_submodule(n.target), ScaleBias)}
+    scales = {
+        n.target: m
+        for n in graph.graph.nodes
+        if n.op == 'call_module' and isinstance(m := graph.get_submodule(n.target), ScaleBias)
+    }
     for target, m in scales.items():
         if (found := powers(m.weight, m.bias, top[target], dtype)) is None:
-            raise MicronetError(f'{target} holds {float(m.weight.abs().max()):g}, which {dtype} cannot, not even with a power of two beside it: lower with scales=torch.float{64 if dtype == torch.float32 else 32}')
+            raise MicronetError(
+                f'{target} holds {float(m.weight.abs().max()):g}, which {dtype} cannot, not even with a power of two beside it: lower with scales=torch.float{64 if dtype == torch.float32 else 32}'
+            )
         i, j = found
-        m.weight.data, m.bias.data = m.weight*2.**-(i + j), m.bias*2.**-j
+        m.weight.data, m.bias.data = m.weight * 2.0 ** -(i + j), m.bias * 2.0**-j
         for node in [n for n in graph.graph.nodes if n.op == 'call_module' and n.target == target]:
-            if i: node.replace_input_with(node.args[0], _power(graph, f'{target}_before', i, node.args[0]))
+            if i:
+                node.replace_input_with(node.args[0], _power(graph, f'{target}_before', i, node.args[0]))
             if j:
                 readers = list(node.users)
                 behind = _power(graph, f'{target}_behind', j, node)
-                for r in readers: r.replace_input_with(node, behind)
+                for r in readers:
+                    r.replace_input_with(node, behind)
     graph.recompile()
+
 
 def _power(graph, target, exponent, before):
     "Nodes right behind another that multiply by a power of two, as many as it takes."
-    for k in range(n := math.ceil(exponent/15 if exponent > 0 else exponent/-24)):
-        step = exponent*(k + 1)//n - exponent*k//n
+    for k in range(n := math.ceil(exponent / 15 if exponent > 0 else exponent / -24)):
+        step = exponent * (k + 1) // n - exponent * k // n
         graph.add_submodule(name := f"{target}{f'_{k}' if k else ''}", m := ScaleBias(1).double())
-        m.weight.data.fill_(2.**step)
-        with graph.graph.inserting_after(before): before = graph.graph.call_module(name, (before,))
+        m.weight.data.fill_(2.0**step)
+        with graph.graph.inserting_after(before):
+            before = graph.graph.call_module(name, (before,))
     return before
+
 
 def _round(graph, x, top, scales):
     "Scales and biases to their dtype, and checked; the arithmetic is float32, or float64 where they are."
-    if scales == torch.float64: return graph
+    if scales == torch.float64:
+        return graph
     _rescale(graph, top, scales)
     exact = copy.deepcopy(graph)
     for m in graph.modules():
-        for p in m.parameters() if isinstance(m, ScaleBias) else (): p.data = p.data.to(scales).double()
+        for p in m.parameters() if isinstance(m, ScaleBias) else ():
+            p.data = p.data.to(scales).double()
     SideBySide(exact, graph.float(), torch.finfo(scales).eps).run(x)
     return graph
 
 # %% ../nbs/11_deployment.ipynb #3fc82698
 class SideBySide(fx.Interpreter):
     "Runs every node of an exact graph and of a rounded one on the exact inputs. MicronetError names the first that differs by more than rounding explains."
-    def __init__(self,
-        exact: fx.GraphModule,    # in float64
+
+    def __init__(
+        self,
+        exact: fx.GraphModule,  # in float64
         rounded: fx.GraphModule,  # the same nodes, in float32
-        eps: float                # the last digit of a scale
+        eps: float,  # the last digit of a scale
     ):
         super().__init__(exact)
         self.rounded, self.eps, self.extra_traceback = rounded, eps, False
@@ -838,25 +1233,32 @@ class SideBySide(fx.Interpreter):
     def run_node(self, n):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         want = super().run_node(n)
-        if n.op not in ('call_module', 'call_function'): return want
+        if n.op not in ('call_module', 'call_function'):
+            return want
         call = self.rounded.get_submodule(n.target) if n.op == 'call_module' else n.target
         single = lambda v: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v
         got = call(*tree_map(single, args), **tree_map(single, kwargs))
         off, limit = float((got.double() - want).abs().max()), self.limit(n, args, want)
         if not off <= limit:
-            raise MicronetError(f'{n.target if n.op == "call_module" else n.name} is off by {off:.3g} on the example, {limit:.3g} at most: '
-                                'its numbers are lost in rounding, lower with scales=torch.float64')
+            raise MicronetError(
+                f'{n.target if n.op == "call_module" else n.name} is off by {off:.3g} on the example, {limit:.3g} at most: '
+                'its numbers are lost in rounding, lower with scales=torch.float64'
+            )
         return want
 
     def limit(self, node, args, want):
         "How far a rounded value may be from the exact one."
         m = self.module.get_submodule(node.target) if node.op == 'call_module' else None
         size = max(float(t.abs().max()) for t in [*_tensors(args), want])
-        if isinstance(m, Quantise): return 1.
-        eps = max(self.eps, 2.**-21)   # input, scale, bias, product and sum are rounded to float32 in any case
-        if isinstance(m, ScaleBias): return eps*float((ScaleBias.forward(_absolute(m), args[0].abs())).max())
-        if isinstance(m, IntWeights) and grid_of(self.module, node.args[0]): return float(want.abs().max())*2**-24 if m.wide else 0.   # float32 rounds once, or not at all
-        return 1e-4*size
+        if isinstance(m, Quantise):
+            return 1.0
+        eps = max(self.eps, 2.0**-21)  # input, scale, bias, product and sum are rounded to float32 in any case
+        if isinstance(m, ScaleBias):
+            return eps * float((ScaleBias.forward(_absolute(m), args[0].abs())).max())
+        if isinstance(m, IntWeights) and grid_of(self.module, node.args[0]):
+            return float(want.abs().max()) * 2**-24 if m.wide else 0.0  # float32 rounds once, or not at all
+        return 1e-4 * size
+
 
 def _absolute(scale):
     "A scale layer with the magnitudes of another."
@@ -867,73 +1269,96 @@ def _absolute(scale):
 # %% ../nbs/11_deployment.ipynb #26660d73
 @torch.no_grad()
 def lower(
-    model: nn.Module,       # masked, quantised, both in part or not at all; left as it was
+    model: nn.Module,  # masked, quantised, both in part or not at all; left as it was
     example: torch.Tensor,  # (n, ...) input of the net, normalised
-    scales: torch.dtype = torch.float16  # of scales and biases: torch.float16, float32 or float64
-) -> fx.GraphModule:        # on the CPU; meta['input_size'] is the shape of one input
+    scales: torch.dtype = torch.float16,  # of scales and biases: torch.float16, float32 or float64
+) -> fx.GraphModule:  # on the CPU; meta['input_size'] is the shape of one input
     "The net as a graph of deployment modules, and FUNCTIONS. MicronetError names what cannot be lowered or rounded; in float64 its output on the example is the model's."
-    if scales not in (torch.float16, torch.float32, torch.float64): raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
+    if scales not in (torch.float16, torch.float32, torch.float64):
+        raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
     if not (isinstance(example, torch.Tensor) and example.is_floating_point() and example.dim() > 1 and len(example)):
         raise MicronetError('the example must be a batch of normalised inputs, floating point')
     check_finite(example, 'the example')
-    copied = _copy(getattr(model, '_orig_mod', model)).cpu().to(torch.float64, memory_format=torch.contiguous_format).eval()  # one order of memory, one order of sums
+    copied = (
+        _copy(getattr(model, '_orig_mod', model)).cpu().to(torch.float64, memory_format=torch.contiguous_format).eval()
+    )  # one order of memory, one order of sums
     x = example.detach().cpu().double()
     recorded, expected = capture(copied, torch.cat([x, x]) if len(x) == 1 else x)
     graph = _build(recorded)
     _into_floats(graph)
     _widen(graph)
     run = Largest(graph.double())
-    _verify(run.run(x), expected[:len(x)])
+    _verify(run.run(x), expected[: len(x)])
     graph.meta['input_size'] = tuple(x.shape[1:])
     return _round(graph, x, run.top, scales)
 
 # %% ../nbs/11_deployment.ipynb #671aeeb4
 def check_finite(
     x: torch.Tensor,  # any
-    what: str         # for the error
+    what: str,  # for the error
 ):
     "MicronetError for NaN and infinity: a quantiser that works on integers would make ordinary numbers of them."
-    if not bool(torch.isfinite(x).all()): raise MicronetError(f'{what} has {int((~torch.isfinite(x)).sum()):,} values that are NaN or infinite: find what makes them')
+    if not bool(torch.isfinite(x).all()):
+        raise MicronetError(
+            f'{what} has {int((~torch.isfinite(x)).sum()):,} values that are NaN or infinite: find what makes them'
+        )
+
 
 def _copy(model):
     check_plain(model)
-    try: return copy.deepcopy(model)
-    except (TypeError, RuntimeError, pickle.PickleError) as e: raise MicronetError(f'{type(model).__name__} cannot be copied ({e}), and so not be lowered') from e
+    try:
+        return copy.deepcopy(model)
+    except (TypeError, RuntimeError, pickle.PickleError) as e:
+        raise MicronetError(f'{type(model).__name__} cannot be copied ({e}), and so not be lowered') from e
+
 
 def _verify(out, expected):
     "MicronetError where the graph computes something else."
-    if out.shape != expected.shape: raise MicronetError(f'the lowered graph gives {tuple(out.shape)} and the model {tuple(expected.shape)}')
+    if out.shape != expected.shape:
+        raise MicronetError(f'the lowered graph gives {tuple(out.shape)} and the model {tuple(expected.shape)}')
     off = float((out - expected).abs().max())
-    if not off <= 1e-6*float(expected.abs().max()) + 1e-12:
-        raise MicronetError(f'the lowered graph is off by {off:.3g} on the example: a value lies on a rounding boundary (try another example), '
-                            'or a module does what tensors do not show, such as writing into a view')
+    if not off <= 1e-6 * float(expected.abs().max()) + 1e-12:
+        raise MicronetError(
+            f'the lowered graph is off by {off:.3g} on the example: a value lies on a rounding boundary (try another example), '
+            'or a module does what tensors do not show, such as writing into a view'
+        )
 
 # %% ../nbs/11_deployment.ipynb #94d99086
 def in_evaluation(
-    graph: fx.GraphModule  # left as it was
+    graph: fx.GraphModule,  # left as it was
 ) -> fx.GraphModule:
     "A twin of a graph in evaluation mode, which shares its tensors and nothing else. Arguments that modules get by name have their place."
     nodes, held = fx.Graph(), {}
     out = nodes.graph_copy(graph.graph, {})
     nodes.output(out)
     for n in nodes.nodes:
-        if n.op == 'call_module': n.args, n.kwargs = _in_front(n.args, n.kwargs)
-        if n.op in ('call_module', 'get_attr'): held.setdefault(n.target, _held(graph, n.target))
+        if n.op == 'call_module':
+            n.args, n.kwargs = _in_front(n.args, n.kwargs)
+        if n.op in ('call_module', 'get_attr'):
+            held.setdefault(n.target, _held(graph, n.target))
     twins = {}
-    twin = fx.GraphModule({k: _twin(v, twins) if isinstance(v, nn.Module) else v for k, v in held.items()}, nodes, type(graph).__name__)
+    twin = fx.GraphModule(
+        {k: _twin(v, twins) if isinstance(v, nn.Module) else v for k, v in held.items()}, nodes, type(graph).__name__
+    )
     twin.meta.update(graph.meta)
     return twin.eval()
+
 
 def _held(graph, target):
     "The module, parameter or buffer of this name, even where the graph has a property that is called so."
     *path, last = target.split('.')
     parent = functools.reduce(lambda m, k: m._modules[k], path, graph)
-    return next((d[last] for d in (parent._modules, parent._parameters, parent._buffers) if last in d), None) if last not in vars(parent) else vars(parent)[last]
+    return (
+        next((d[last] for d in (parent._modules, parent._parameters, parent._buffers) if last in d), None)
+        if last not in vars(parent)
+        else vars(parent)[last]
+    )
+
 
 def _twin(module, made):
     "A module of the same tensors, with a mode of its own."
     if module not in made:
-        made[module] = t = type(module).__new__(type(module))   # a copy.copy that parametrized modules allow, too
+        made[module] = t = type(module).__new__(type(module))  # a copy.copy that parametrized modules allow, too
         t.__dict__.update(module.__dict__)
         t._modules = {k: m and _twin(m, made) for k, m in module._modules.items()}
         t.training = False
@@ -942,99 +1367,133 @@ def _twin(module, made):
 # %% ../nbs/11_deployment.ipynb #4b202494
 def padded(
     layer: nn.Conv2d,  # any padding and padding_mode
-    x: torch.Tensor    # (n, C, h, w), of any dtype
+    x: torch.Tensor,  # (n, C, h, w), of any dtype
 ) -> torch.Tensor:
     "What the kernels of a layer see, edges included, so that the rest is a convolution without padding."
-    sides = layer._reversed_padding_repeated_twice   # left, right, top, bottom
-    if layer.padding_mode == 'zeros' or not any(sides): return F.pad(x, sides)
+    sides = layer._reversed_padding_repeated_twice  # left, right, top, bottom
+    if layer.padding_mode == 'zeros' or not any(sides):
+        return F.pad(x, sides)
     mode = layer.padding_mode
     for dim, ends in ((-1, sides[:2]), (-2, sides[2:])):
-        places = F.pad(torch.arange(x.shape[dim], dtype=torch.float64)[None, None], ends, mode)   # not every mode knows integers
+        places = F.pad(
+            torch.arange(x.shape[dim], dtype=torch.float64)[None, None], ends, mode
+        )  # not every mode knows integers
         x = x.index_select(dim, places.flatten().long().to(x.device))
     return x
 
+
 def dilated(
-    layer: nn.Conv2d,    # of any dilation
-    weight: torch.Tensor # (out, in, h, w)
+    layer: nn.Conv2d,  # of any dilation
+    weight: torch.Tensor,  # (out, in, h, w)
 ) -> torch.Tensor:
     "The kernels with zeros between their weights, so that the rest is a convolution without dilation."
-    if set(layer.dilation) == {1}: return weight
+    if set(layer.dilation) == {1}:
+        return weight
     (h, w), (i, j) = weight.shape[2:], layer.dilation
-    spread = weight.new_zeros(*weight.shape[:2], (h - 1)*i + 1, (w - 1)*j + 1)
+    spread = weight.new_zeros(*weight.shape[:2], (h - 1) * i + 1, (w - 1) * j + 1)
     spread[..., ::i, ::j] = weight
     return spread
 
+
 def int_sums(
     layer: nn.Module,  # IntConv2d or IntLinear
-    x: torch.Tensor    # (n, ...) int32, on the CPU
-) -> torch.Tensor:     # int32, or int64 where a sum could leave int32
+    x: torch.Tensor,  # (n, ...) int32, on the CPU
+) -> torch.Tensor:  # int32, or int64 where a sum could leave int32
     "The layer's sums, without any floating point."
-    most = int(x.long().abs().max() if x.numel() else 0)*int(layer.weight.double().abs().flatten(1).sum(1).max())
+    most = int(x.long().abs().max() if x.numel() else 0) * int(layer.weight.double().abs().flatten(1).sum(1).max())
     dtype = torch.int32 if most < 2**31 else torch.int64
     w, x = layer.weight.to(dtype), x.to(dtype)
-    return F.linear(x, w) if isinstance(layer, nn.Linear) else F.conv2d(padded(layer, x), dilated(layer, w), None, layer.stride, 0, 1, layer.groups)
+    return (
+        F.linear(x, w)
+        if isinstance(layer, nn.Linear)
+        else F.conv2d(padded(layer, x), dilated(layer, w), None, layer.stride, 0, 1, layer.groups)
+    )
 
 # %% ../nbs/11_deployment.ipynb #3b3bdeb4
 class IntegerRun(fx.Interpreter):
     "Runs a lowered graph node by node, with whole numbers as integers from each quantiser to the sums behind it."
-    def __init__(self,
+
+    def __init__(
+        self,
         graph: fx.GraphModule,  # from `lower`
-        half: bool = False,     # round what is not whole to FP16 after every step?
-        watch=None              # function of (node, value), called for every node
+        half: bool = False,  # round what is not whole to FP16 after every step?
+        watch=None,  # function of (node, value), called for every node
     ):
         super().__init__(in_evaluation(graph))
         self.half, self.watch, self.extra_traceback = half, watch, False
         self.dtype = next((p.dtype for p in graph.parameters()), torch.float32)
 
-    def floats(self, x): return x if not isinstance(x, torch.Tensor) or x.is_floating_point() else x.to(self.dtype)
-    def rounded(self, x): return x.half().to(self.dtype) if self.half and isinstance(x, torch.Tensor) else x
+    def floats(self, x):
+        return x if not isinstance(x, torch.Tensor) or x.is_floating_point() else x.to(self.dtype)
+
+    def rounded(self, x):
+        return x.half().to(self.dtype) if self.half and isinstance(x, torch.Tensor) else x
 
 # %% ../nbs/11_deployment.ipynb #5cc21bcb
 def _call_module(self, target, args, kwargs):
     m, x = self.fetch_attr(target), args[0]
-    if isinstance(m, IntWeights) and not x.is_floating_point(): return int_sums(m, x)
-    if isinstance(m, Quantise): return m(self.floats(x)).to(torch.int32)
+    if isinstance(m, IntWeights) and not x.is_floating_point():
+        return int_sums(m, x)
+    if isinstance(m, Quantise):
+        return m(self.floats(x)).to(torch.int32)
     return self.rounded(m(self.floats(x)))
 
+
 def _call_function(self, target, args, kwargs):
-    if target in CARRIES: return super(IntegerRun, self).call_function(target, args, kwargs)
+    if target in CARRIES:
+        return super(IntegerRun, self).call_function(target, args, kwargs)
     return self.rounded(super(IntegerRun, self).call_function(target, tree_map(self.floats, args), kwargs))
 
+
 def _call_method(self, target, args, kwargs):
-    if target in ('flatten', 'reshape', 'view', 'permute', 'transpose', 'contiguous'): return super(IntegerRun, self).call_method(target, args, kwargs)
+    if target in ('flatten', 'reshape', 'view', 'permute', 'transpose', 'contiguous'):
+        return super(IntegerRun, self).call_method(target, args, kwargs)
     return self.rounded(super(IntegerRun, self).call_method(target, tree_map(self.floats, args), kwargs))
+
 
 def _run_node(self, n):
     value = super(IntegerRun, self).run_node(n)
-    if self.watch: self.watch(n, value)
+    if self.watch:
+        self.watch(n, value)
     return value
 
-IntegerRun.call_module, IntegerRun.call_function, IntegerRun.call_method, IntegerRun.run_node = _call_module, _call_function, _call_method, _run_node
+
+IntegerRun.call_module, IntegerRun.call_function, IntegerRun.call_method, IntegerRun.run_node = (
+    _call_module,
+    _call_function,
+    _call_method,
+    _run_node,
+)
 
 # %% ../nbs/11_deployment.ipynb #70661521
 @torch.inference_mode()
 def run_integer(
     graph: fx.GraphModule,  # from `lower`
-    x: torch.Tensor,        # (n, ...) normalised inputs, on the CPU, finite
-    half: bool = False      # see `IntegerRun`
-) -> torch.Tensor:          # (n, classes)
+    x: torch.Tensor,  # (n, ...) normalised inputs, on the CPU, finite
+    half: bool = False,  # see `IntegerRun`
+) -> torch.Tensor:  # (n, classes)
     "The graph's output, the sums of its quantised layers added up as integers."
     return _run_whole(IntegerRun(graph, half), x)
+
 
 def _run_whole(run, x):
     "An integer run's output. MicronetError where the input is not finite, or does not fit."
     check_finite(x, 'the input of an integer run')
-    try: return run.run(x.to(run.dtype))
-    except MicronetError: raise
+    try:
+        return run.run(x.to(run.dtype))
+    except MicronetError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
         raise MicronetError(f"the graph does not run on {_told(x)}: {(str(e).splitlines() or ['?'])[0]}") from e
 
-def _told(x): return f"{x.dtype} {'x'.join(map(str, x.shape))}" if isinstance(x, torch.Tensor) else type(x).__name__
+
+def _told(x):
+    return f"{x.dtype} {'x'.join(map(str, x.shape))}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 # %% ../nbs/11_deployment.ipynb #4f9d7a76
 def register_bits(
     low: int,  # smallest value
-    high: int  # largest value
+    high: int,  # largest value
 ) -> int:
     "Bits of the two's complement register that holds low to high."
     return 1 + max(int(high).bit_length() if high > 0 else 0, (-int(low) - 1).bit_length() if low < 0 else 0)
@@ -1043,127 +1502,205 @@ def register_bits(
 @torch.inference_mode()
 def sum_widths(
     graph: fx.GraphModule,  # from `lower`
-    x: torch.Tensor         # (n, ...) inputs to measure on
-) -> pd.DataFrame:          # a row a quantised layer: bits
+    x: torch.Tensor,  # (n, ...) inputs to measure on
+) -> pd.DataFrame:  # a row a quantised layer: bits
     "The tree's width L, what the widest kernel could need, and the widest sum seen; `holds`: every kernel has room. Slide 'Scoring'."
     rows = {}
+
     def watch(node, sums):
         m = graph.get_submodule(node.target) if node.op == 'call_module' else None
-        if not isinstance(m, IntWeights) or (grid := grid_of(graph, node.args[0])) is None: return
+        if not isinstance(m, IntWeights) or (grid := grid_of(graph, node.args[0])) is None:
+            return
         l = m.weight_bits + grid[0] - grid[1]
         low, high = kernel_ranges(m, *grid)
         tree = [l + math.ceil(math.log2(max(int(n), 1))) for n in (m.weight != 0).flatten(1).sum(1)]
         need = [register_bits(a, b) for a, b in zip(low.tolist(), high.tolist())]
-        row = dict(weights=m.weight_bits, inputs=grid[0], product=l, tree=max(tree), worst=max(need),
-                   seen=register_bits(int(sums.min()), int(sums.max())), holds=all(a <= b for a, b in zip(need, tree)))
-        last = rows.get(node.target, row)   # of a layer that is called more than once, the widest
+        row = dict(
+            weights=m.weight_bits,
+            inputs=grid[0],
+            product=l,
+            tree=max(tree),
+            worst=max(need),
+            seen=register_bits(int(sums.min()), int(sums.max())),
+            holds=all(a <= b for a, b in zip(need, tree)),
+        )
+        last = rows.get(node.target, row)  # of a layer that is called more than once, the widest
         rows[node.target] = {k: min(row[k], last[k]) if k == 'holds' else max(row[k], last[k]) for k in row}
+
     _run_whole(IntegerRun(graph, watch=watch), x)
     return pd.DataFrame(rows).T.rename_axis('layer')
 
 # %% ../nbs/11_deployment.ipynb #4c5c5f26
 def _qconv(x, packed, scale, zero, bias, conv, top=None):
     "Bytes from 0 to `top`, or float32."
-    out, *clamp = (torch.float32, 'none', []) if top is None else (torch.uint8, 'hardtanh', [0., float(top)])
-    return torch.ops.onednn.qconv2d_pointwise(x, 1., 0, packed, scale, zero, bias, list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups, 1., 0, out, *clamp, '')
+    out, *clamp = (torch.float32, 'none', []) if top is None else (torch.uint8, 'hardtanh', [0.0, float(top)])
+    return torch.ops.onednn.qconv2d_pointwise(
+        x,
+        1.0,
+        0,
+        packed,
+        scale,
+        zero,
+        bias,
+        list(conv.stride),
+        list(conv.padding),
+        list(conv.dilation),
+        conv.groups,
+        1.0,
+        0,
+        out,
+        *clamp,
+        '',
+    )
+
 
 def _prepack(x, scale, conv):
-    return torch.ops.onednn.qconv_prepack(conv.weight.to(torch.int8), scale, 1., 0, list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups, list(x.shape))
+    return torch.ops.onednn.qconv_prepack(
+        conv.weight.to(torch.int8),
+        scale,
+        1.0,
+        0,
+        list(conv.stride),
+        list(conv.padding),
+        list(conv.dilation),
+        conv.groups,
+        list(x.shape),
+    )
 
 # %% ../nbs/11_deployment.ipynb #95e6abac
 @functools.lru_cache
 def has_int8(
-    bits: int = 4  # of weights and of inputs, at most 8
+    bits: int = 4,  # of weights and of inputs, at most 8
 ) -> bool:
     "Does this machine convolve integers of so many bits exactly? Asked once, by trial with the largest of them."
     g = torch.Generator().manual_seed(0)
     conv = IntConv2d(16, 8, 3, padding=1)
-    conv.weight.data = (2**(bits - 1) - 1.)*torch.where(torch.rand(conv.weight.shape, generator=g) < .9, 1., -1.)
-    x = torch.where(torch.rand(2, 16, 8, 8, generator=g) < .9, 2**bits - 1, 1).to(torch.uint8).contiguous(memory_format=torch.channels_last)
-    scale, bias = torch.rand(8, generator=g)*4**-bits, torch.randn(8, generator=g)
-    try: found = [_qconv(x, _prepack(x, scale, conv), scale, torch.zeros(8, dtype=torch.int32), bias, conv, top) for top in (None, 7)]
-    except (RuntimeError, AttributeError, NotImplementedError): return False
-    y = conv(x.float())*scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    conv.weight.data = (2 ** (bits - 1) - 1.0) * torch.where(
+        torch.rand(conv.weight.shape, generator=g) < 0.9, 1.0, -1.0
+    )
+    x = (
+        torch.where(torch.rand(2, 16, 8, 8, generator=g) < 0.9, 2**bits - 1, 1)
+        .to(torch.uint8)
+        .contiguous(memory_format=torch.channels_last)
+    )
+    scale, bias = torch.rand(8, generator=g) * 4**-bits, torch.randn(8, generator=g)
+    try:
+        found = [
+            _qconv(x, _prepack(x, scale, conv), scale, torch.zeros(8, dtype=torch.int32), bias, conv, top)
+            for top in (None, 7)
+        ]
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    y = conv(x.float()) * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
     return torch.equal(found[0], y) and torch.equal(found[1], y.round().clamp(0, 7).to(torch.uint8))
 
 # %% ../nbs/11_deployment.ipynb #3b849f2a
 class Int8Conv:
     "A convolution of unsigned integers, its scale and bias, and the next quantiser, as one step. Equal to the modules one by one."
-    def __init__(self,
-        conv: IntConv2d,            # weights of at most 8 bits
-        scale: ScaleBias = None,    # what follows; None: nothing
+
+    def __init__(
+        self,
+        conv: IntConv2d,  # weights of at most 8 bits
+        scale: ScaleBias = None,  # what follows; None: nothing
         quantise: Quantise = None,  # then; None: the result stays float32
-        int8: bool = None           # use 8-bit units? None: where they are exact
+        int8: bool = None,  # use 8-bit units? None: where they are exact
     ):
         self.conv, self.top, self.packed = conv, quantise and quantise.top, {}
         self.int8 = has_int8(8 if conv.weight_bits > 4 else 4) if int8 is None else int8
-        self.scale = torch.ones(conv.out_channels) if scale is None else scale.weight.detach().expand(conv.out_channels).clone()
-        self.bias = None if scale is None or not scale.has_bias else scale.bias.detach().expand(conv.out_channels).clone()
+        self.scale = (
+            torch.ones(conv.out_channels) if scale is None else scale.weight.detach().expand(conv.out_channels).clone()
+        )
+        self.bias = (
+            None if scale is None or not scale.has_bias else scale.bias.detach().expand(conv.out_channels).clone()
+        )
         self.zero = torch.zeros(conv.out_channels, dtype=torch.int32)
 
     def __call__(self, x):  # (n, C, h, w) uint8, channels last
         return self.fused(x) if self.int8 else self.plain(x)
 
     def fused(self, x):
-        if x.shape not in self.packed: self.packed[x.shape] = _prepack(x, self.scale, self.conv)
+        if x.shape not in self.packed:
+            self.packed[x.shape] = _prepack(x, self.scale, self.conv)
         return _qconv(x, self.packed[x.shape], self.scale, self.zero, self.bias, self.conv, self.top)
 
     def plain(self, x):
         y = self.conv(x.float()).mul_(self.scale.view(-1, 1, 1))
-        if self.bias is not None: y.add_(self.bias.view(-1, 1, 1))
+        if self.bias is not None:
+            y.add_(self.bias.view(-1, 1, 1))
         return y if self.top is None else y.round_().clamp_(0, self.top).to(torch.uint8)
 
 # %% ../nbs/11_deployment.ipynb #b61d9b93
 class Workspace:
     "Scratch memory, one piece a dtype, as large as the largest request so far; whoever asks gets it, until the next one asks."
-    def __init__(self): self.memory = {}
+
+    def __init__(self):
+        self.memory = {}
+
     def __call__(self, shape, dtype):
-        if (held := self.memory.get(dtype)) is None or held.numel() < shape.numel(): held = self.memory[dtype] = torch.empty(shape.numel(), dtype=dtype)
-        return held[:shape.numel()].view(shape)
+        if (held := self.memory.get(dtype)) is None or held.numel() < shape.numel():
+            held = self.memory[dtype] = torch.empty(shape.numel(), dtype=dtype)
+        return held[: shape.numel()].view(shape)
 
 # %% ../nbs/11_deployment.ipynb #91df7d1f
 def _to_bytes(x, scale, bias, top: float, out):
-    out.copy_((x*scale + bias).round().clamp(0, top))
+    out.copy_((x * scale + bias).round().clamp(0, top))
+
 
 @functools.lru_cache
-def _compiled_to_bytes(): return torch.compile(_to_bytes, dynamic=True)
+def _compiled_to_bytes():
+    return torch.compile(_to_bytes, dynamic=True)
+
 
 class ToBytes:
     "Scale, bias and quantise (n, h, w, C) float32 to uint8, in memory that is used again."
-    def __init__(self,
-        scale: ScaleBias,       # per channel; None: quantise only
-        quantise: Quantise,     # unsigned, at most 8 bits
-        work: Workspace = None, # scratch memory to share; None: its own
-        fma: bool = False,      # multiply and add with one rounding instead of two, as many processors and compilers do
-        compiled: bool = False  # one compiled loop instead of five; needs a C++ compiler
+
+    def __init__(
+        self,
+        scale: ScaleBias,  # per channel; None: quantise only
+        quantise: Quantise,  # unsigned, at most 8 bits
+        work: Workspace = None,  # scratch memory to share; None: its own
+        fma: bool = False,  # multiply and add with one rounding instead of two, as many processors and compilers do
+        compiled: bool = False,  # one compiled loop instead of five; needs a C++ compiler
     ):
-        if quantise.signed or quantise.low or quantise.bits > 8: raise MicronetError(f'ToBytes makes unsigned numbers of at most 8 bits, not {quantise.extra_repr()}')
-        self.scale, self.bias = (torch.ones(1), torch.zeros(1)) if scale is None else (scale.weight.detach().clone(), scale.bias.detach().clone())
+        if quantise.signed or quantise.low or quantise.bits > 8:
+            raise MicronetError(f'ToBytes makes unsigned numbers of at most 8 bits, not {quantise.extra_repr()}')
+        self.scale, self.bias = (
+            (torch.ones(1), torch.zeros(1))
+            if scale is None
+            else (scale.weight.detach().clone(), scale.bias.detach().clone())
+        )
         self.top, self.work, self.fma, self.compiled = quantise.top, work or Workspace(), fma, compiled
 
-    def __call__(self, x, out=None):  # (n, h, w, C) float32, any strides; a Workspace for the result, None: the scratch memory
+    def __call__(
+        self, x, out=None
+    ):  # (n, h, w, C) float32, any strides; a Workspace for the result, None: the scratch memory
         u = (out or self.work)(x.shape, torch.uint8)
-        if self.compiled: _compiled_to_bytes()(x.flatten(0, 2), self.scale, self.bias, float(self.top), u.flatten(0, 2))
-        else: u.copy_(self.scaled(x, self.work(x.shape, torch.float32)).round_().clamp_(0, self.top))
+        if self.compiled:
+            _compiled_to_bytes()(x.flatten(0, 2), self.scale, self.bias, float(self.top), u.flatten(0, 2))
+        else:
+            u.copy_(self.scaled(x, self.work(x.shape, torch.float32)).round_().clamp_(0, self.top))
         return u.permute(0, 3, 1, 2)  # (n, C, h, w) channels last, good until the memory is used again
 
     def scaled(self, x, f):
-        if self.fma: return torch.addcmul(self.bias, x, self.scale, out=f)
+        if self.fma:
+            return torch.addcmul(self.bias, x, self.scale, out=f)
         return torch.mul(x, self.scale, out=f).add_(self.bias)
 
 # %% ../nbs/11_deployment.ipynb #d260213c
 def only_reader(
     graph: fx.GraphModule,
     node: fx.Node,  # of it
-    kind: type      # of module
-):                  # fx.Node, or None
+    kind: type,  # of module
+):  # fx.Node, or None
     "The node that calls a module of this kind, where it alone reads this one."
     user = next(iter(node.users)) if len(node.users) == 1 else None
     return user if isinstance(module_of(graph, user), kind) else None
 
+
 def module_of(graph, node):
     "The module that a node calls, None where it calls none."
     return graph.get_submodule(node.target) if node is not None and node.op == 'call_module' else None
+
 
 def makes_bytes(graph, node):
     "Does this node call a quantiser whose values fit an unsigned byte?"
@@ -1174,149 +1711,224 @@ def makes_bytes(graph, node):
 def takes_bytes(graph, node):
     "Does this node call a convolution that 8-bit units do exactly as float32 does?"
     m = module_of(graph, node)
-    if not isinstance(m, IntConv2d) or m.weight_bits > 8 or m.padding_mode != 'zeros' or isinstance(m.padding, str): return False
+    if not isinstance(m, IntConv2d) or m.weight_bits > 8 or m.padding_mode != 'zeros' or isinstance(m.padding, str):
+        return False
     grid = grid_of(graph, node.args[0])
     return grid is not None and not any(grid[1:]) and grid[0] <= 8 and exact_sums(m, grid)
 
 # %% ../nbs/11_deployment.ipynb #40649bec
 def pieces(
     node: fx.Node,  # a node
-    ranks: dict     # node to its number of dimensions
-) -> tuple:         # of nodes
+    ranks: dict,  # node to its number of dimensions
+) -> tuple:  # of nodes
     "What a concatenation along the channels of images is made of, seen through those inside it; another node is its own piece."
-    if node.target is not torch.cat or ranks.get(node) != 4 or node.kwargs or tuple(node.args[1:]) not in ((1,), (-3,)): return (node,)
+    if node.target is not torch.cat or ranks.get(node) != 4 or node.kwargs or tuple(node.args[1:]) not in ((1,), (-3,)):
+        return (node,)
     return tuple(p for part in node.args[0] for p in pieces(part, ranks))
 
+
 def homes(
-    cats: dict  # node to its pieces
-) -> dict:      # longest list of pieces to the nodes that are a beginning of it
+    cats: dict,  # node to its pieces
+) -> dict:  # longest list of pieces to the nodes that are a beginning of it
     "Which concatenations can live in one buffer."
     found = {}
     for node, parts in sorted(cats.items(), key=lambda item: -len(item[1])):
-        host = next((h for h in found if h[:len(parts)] == parts), parts)
+        host = next((h for h in found if h[: len(parts)] == parts), parts)
         found.setdefault(host, []).append(node)
     return found
 
 # %% ../nbs/11_deployment.ipynb #0443d977
 class Home:
     "The buffer of some concatenations: pieces go in, one behind the other."
-    def __init__(self,
-        widths: list,   # channels of each piece
-        work: Workspace # its memory
-    ): self.widths, self.work, self.memory = widths, work, None
 
-    def put(self,
+    def __init__(
+        self,
+        widths: list,  # channels of each piece
+        work: Workspace,  # its memory
+    ):
+        self.widths, self.work, self.memory = widths, work, None
+
+    def put(
+        self,
         x: torch.Tensor,  # (n, C, h, w)
-        place: int        # number of the piece
-    ) -> torch.Tensor:    # the same, where it is now
+        place: int,  # number of the piece
+    ) -> torch.Tensor:  # the same, where it is now
         (n, _, h, w), start = x.shape, sum(self.widths[:place])
         self.memory = self.work(torch.Size((n, h, w, sum(self.widths))), torch.float32)
-        part = self.memory[..., start:start + self.widths[place]]
+        part = self.memory[..., start : start + self.widths[place]]
         return part.copy_(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def begin(self, count):  # a function that gives the first pieces
-        def first(*_): return self.memory[..., :sum(self.widths[:count])].permute(0, 3, 1, 2)
+        def first(*_):
+            return self.memory[..., : sum(self.widths[:count])].permute(0, 3, 1, 2)
+
         return first
 
 # %% ../nbs/11_deployment.ipynb #7291345a
 @dataclass(eq=False)
 class Step:
     "One thing to do in a `Runner`."
-    node: fx.Node     # whose value it makes
-    run: object       # function of the values of `reads`
-    reads: list       # nodes
-    covers: list      # nodes that it does, `node` last
+
+    node: fx.Node  # whose value it makes
+    run: object  # function of the values of `reads`
+    reads: list  # nodes
+    covers: list  # nodes that it does, `node` last
     views: bool = False  # may its value lie in the memory of what it reads?
     places: list = field(default_factory=list)  # (Home, number of the piece) for its value
-    done: list = field(default_factory=list)    # nodes that nobody reads afterwards
-    work: Workspace = None                      # memory for its value, where it asks for some
+    done: list = field(default_factory=list)  # nodes that nobody reads afterwards
+    work: Workspace = None  # memory for its value, where it asks for some
 
-ANY_ORDER = {operator.getitem, operator.add, operator.sub, operator.mul, torch.cat, torch.add, torch.sub, torch.mul, torch.relu, F.relu, F.max_pool2d, F.avg_pool2d,
-             ScaleBias, Quantise, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d}  # give the same bits whatever the order of memory
-NEW_MEMORY = (ANY_ORDER - {operator.getitem}) | {torch.mean, F.adaptive_avg_pool2d, nn.Conv2d, nn.Linear, IntConv2d, IntLinear, *GATES.values()}
 
-def as_floats(x): return x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.uint8 else x
-def as_bytes(x): return x if x.dtype == torch.uint8 else x.to(torch.uint8, memory_format=torch.channels_last)
+ANY_ORDER = {
+    operator.getitem,
+    operator.add,
+    operator.sub,
+    operator.mul,
+    torch.cat,
+    torch.add,
+    torch.sub,
+    torch.mul,
+    torch.relu,
+    F.relu,
+    F.max_pool2d,
+    F.avg_pool2d,
+    ScaleBias,
+    Quantise,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+}  # give the same bits whatever the order of memory
+NEW_MEMORY = (ANY_ORDER - {operator.getitem}) | {
+    torch.mean,
+    F.adaptive_avg_pool2d,
+    nn.Conv2d,
+    nn.Linear,
+    IntConv2d,
+    IntLinear,
+    *GATES.values(),
+}
+
+
+def as_floats(x):
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.uint8 else x
+
+
+def as_bytes(x):
+    return x if x.dtype == torch.uint8 else x.to(torch.uint8, memory_format=torch.channels_last)
 
 # %% ../nbs/11_deployment.ipynb #84479a81
 def plain_step(
     graph: fx.GraphModule,
-    node: fx.Node,      # of it
-    orders: dict = None # node to the order of its dimensions in the graph's own memory; None: the usual one
+    node: fx.Node,  # of it
+    orders: dict = None,  # node to the order of its dimensions in the graph's own memory; None: the usual one
 ) -> Step:
     "What the graph itself does."
     module, reads = module_of(graph, node), node.all_input_nodes
     what = type(module) if module is not None else node.target
-    usual = what not in ANY_ORDER and not (isinstance(module, IntConv2d) and (grid := grid_of(graph, node.args[0])) and exact_sums(module, grid))
-    order = (lambda n, x: _in_order(x, (orders or {}).get(n)) if isinstance(x, torch.Tensor) else x) if usual else (lambda n, x: x)
-    call = {'call_module': module, 'call_function': node.target, 'get_attr': lambda: functools.reduce(getattr, node.target.split('.'), graph),
-            'call_method': lambda x, *args, **kwargs: getattr(x, node.target)(*args, **kwargs)}[node.op]
+    usual = what not in ANY_ORDER and not (
+        isinstance(module, IntConv2d) and (grid := grid_of(graph, node.args[0])) and exact_sums(module, grid)
+    )
+    order = (
+        (lambda n, x: _in_order(x, (orders or {}).get(n)) if isinstance(x, torch.Tensor) else x)
+        if usual
+        else (lambda n, x: x)
+    )
+    call = {
+        'call_module': module,
+        'call_function': node.target,
+        'get_attr': lambda: functools.reduce(getattr, node.target.split('.'), graph),
+        'call_method': lambda x, *args, **kwargs: getattr(x, node.target)(*args, **kwargs),
+    }[node.op]
+
     def run(*values):
         known = {n: order(n, as_floats(v)) for n, v in zip(reads, values)}
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__) if node.op != 'get_attr' else ((), {})
         return call(*args, **kwargs)
+
     return Step(node, run, reads, [node], views=what not in NEW_MEMORY)
+
 
 def _in_order(x, order):
     "A value with its dimensions in this order in memory; None: in the usual one."
-    if order is None or order == sorted(order): return x.contiguous()
+    if order is None or order == sorted(order):
+        return x.contiguous()
     return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
 
 # %% ../nbs/11_deployment.ipynb #48bb5181
 def quantiser_behind(graph, node):
     "The bytes quantiser that alone reads a node, perhaps through a relu, and the nodes up to it; None, []."
-    relu = only_reader(graph, node, nn.ReLU) or next((u for u in node.users if len(node.users) == 1 and u.target in (F.relu, torch.relu)), None)
+    relu = only_reader(graph, node, nn.ReLU) or next(
+        (u for u in node.users if len(node.users) == 1 and u.target in (F.relu, torch.relu)), None
+    )
     q = only_reader(graph, relu or node, Quantise)
     return (q, [n for n in (relu, q) if n]) if q and makes_bytes(graph, q) else (None, [])
+
 
 def conv_step(graph, node, int8=None):
     "A convolution of bytes, with the scale and the quantiser behind it."
     scale = only_reader(graph, node, ScaleBias)
     q, more = quantiser_behind(graph, scale or node)
-    run, covers = Int8Conv(module_of(graph, node), module_of(graph, scale), module_of(graph, q), int8), [n for n in (node, scale) if n] + more
+    run, covers = (
+        Int8Conv(module_of(graph, node), module_of(graph, scale), module_of(graph, q), int8),
+        [n for n in (node, scale) if n] + more,
+    )
     return Step(covers[-1], lambda x: run(as_bytes(x)), [node.args[0]], covers)
+
 
 def bytes_step(graph, node, memory, wanted, **options):
     "A quantiser that makes bytes, with the scale before it; None where nobody wants bytes."
     scale = node if isinstance(module_of(graph, node), ScaleBias) else None
     q, more = quantiser_behind(graph, node) if scale else (node, [node])
-    if not q or q not in wanted: return None
-    to_bytes, covers = ToBytes(module_of(graph, scale), module_of(graph, q), memory, **options), more if node in more else [node] + more
-    step = Step(q, lambda x: to_bytes(as_floats(x).permute(0, 2, 3, 1), step.work), [node.args[0]], covers, work=Workspace())
+    if not q or q not in wanted:
+        return None
+    to_bytes, covers = (
+        ToBytes(module_of(graph, scale), module_of(graph, q), memory, **options),
+        more if node in more else [node] + more,
+    )
+    step = Step(
+        q, lambda x: to_bytes(as_floats(x).permute(0, 2, 3, 1), step.work), [node.args[0]], covers, work=Workspace()
+    )
     return step
 
 # %% ../nbs/11_deployment.ipynb #f78da28e
 def make_steps(
     graph: fx.GraphModule,
     int8: bool = None,  # see `Int8Conv`
-    orders: dict = None, # see `plain_step`
-    **options           # of `ToBytes`
-) -> list:              # of Step
+    orders: dict = None,  # see `plain_step`
+    **options,  # of `ToBytes`
+) -> list:  # of Step
     "What to do, in order; one step may do several nodes."
     steps, taken, memory = [], set(), Workspace()
     convs = {n for n in graph.graph.nodes if takes_bytes(graph, n)}
     wanted = {r for c in convs for r in _origins(c.args[0])}
     for node in graph.graph.nodes:
-        if node.op in ('placeholder', 'output') or node in taken: continue
+        if node.op in ('placeholder', 'output') or node in taken:
+            continue
         step = conv_step(graph, node, int8) if node in convs else None
-        if isinstance(module_of(graph, node), (ScaleBias, Quantise)) and (len(node.users) == 1 or makes_bytes(graph, node)): step = bytes_step(graph, node, memory, wanted, **options)
+        if isinstance(module_of(graph, node), (ScaleBias, Quantise)) and (
+            len(node.users) == 1 or makes_bytes(graph, node)
+        ):
+            step = bytes_step(graph, node, memory, wanted, **options)
         steps.append(step or plain_step(graph, node, orders))
         taken.update(steps[-1].covers)
     return steps
 
-def _origins(node): return _origins(node.args[0]) if node.target is operator.getitem else [node]
+
+def _origins(node):
+    return _origins(node.args[0]) if node.target is operator.getitem else [node]
 
 # %% ../nbs/11_deployment.ipynb #22fa638f
 def settle(
-    steps: list,   # of Step
-    shapes: dict   # node to the shape of its value
-) -> list:         # of Home
+    steps: list,  # of Step
+    shapes: dict,  # node to the shape of its value
+) -> list:  # of Home
     "Gives the concatenations of images their homes: pieces are put there as they are made."
     ranks, at = {n: len(s) for n, s in shapes.items()}, {s.node: s for s in steps}
     cats = {n: p for n in at if len(p := pieces(n, ranks)) > 1 and all(i in at for i in p)}
     rooms = [(Home([shapes[i][1] for i in parts], Workspace()), parts, nodes) for parts, nodes in homes(cats).items()]
     for home, parts, nodes in rooms:
-        for i, part in enumerate(parts): at[part].places.append((home, i))
+        for i, part in enumerate(parts):
+            at[part].places.append((home, i))
         for n in nodes:
             count = len(cats[n])
             at[n].run, at[n].reads, at[n].views = home.begin(count), [*dict.fromkeys(cats[n])], True
@@ -1324,69 +1936,104 @@ def settle(
 
 # %% ../nbs/11_deployment.ipynb #acaedeb0
 def last_readers(
-    steps: list,      # of Step
-    output: fx.Node   # whose value is the result
-) -> dict:            # node to the number of the step after which its memory is free
+    steps: list,  # of Step
+    output: fx.Node,  # whose value is the result
+) -> dict:  # node to the number of the step after which its memory is free
     "How long each value is needed, by itself or by what may be a view of it."
     end = {output: len(steps)}
     for i, step in reversed([*enumerate(steps)]):
         mine = end.setdefault(step.node, i)
-        for n in step.reads: end[n] = max(end.get(n, -1), mine if step.views else i)
+        for n in step.reads:
+            end[n] = max(end.get(n, -1), mine if step.views else i)
     return end
 
+
 def share_memory(
-    lives: list  # (number of the first step, of the last, owner of a `work`) of each piece of memory
-) -> int:        # pieces of memory that are left
+    lives: list,  # (number of the first step, of the last, owner of a `work`) of each piece of memory
+) -> int:  # pieces of memory that are left
     "Lets those that are never needed at the same time use the same memory."
     held = []  # [last step, Workspace]
     for first, last, owner in sorted(lives, key=lambda life: life[:2]):
         slot = next((s for s in held if s[0] < first), None)
-        if slot is None: held.append(slot := [last, Workspace()])
+        if slot is None:
+            held.append(slot := [last, Workspace()])
         slot[0], owner.work = last, slot[1]
     return len(held)
 
 # %% ../nbs/11_deployment.ipynb #6984b62e
 class Runner:
     "A lowered graph on integer units, in memory that is used again. Gives the graph's bits; where gates or layers work on floats, whose last digit depends on the batch, those at the same batch size."
-    def __init__(self,
-        graph: nn.Module,       # from `lower` or `unpack`, or a net of deployment modules that torch.fx can trace; float32, on the CPU; keeps its mode
-        int8: bool = None,      # see `Int8Conv`
-        fma: bool = False,      # see `ToBytes`; the graph itself does not
-        compiled: bool = False, # see `ToBytes`
-        batch: int = 25         # images at a time, so that buffers stay in the processor's cache
+
+    def __init__(
+        self,
+        graph: nn.Module,  # from `lower` or `unpack`, or a net of deployment modules that torch.fx can trace; float32, on the CPU; keeps its mode
+        int8: bool = None,  # see `Int8Conv`
+        fma: bool = False,  # see `ToBytes`; the graph itself does not
+        compiled: bool = False,  # see `ToBytes`
+        batch: int = 25,  # images at a time, so that buffers stay in the processor's cache
     ):
         if not isinstance(graph, fx.GraphModule):
             from micronet_nb.packing import as_graph
+
             graph = as_graph(graph)
-        other = next((f'{n} is {t.dtype} on {t.device}' for n, t in graph.state_dict().items() if t.is_floating_point() and (t.dtype, t.device.type) != (torch.float32, 'cpu')), None)
-        if other: raise MicronetError(f'a Runner takes a float32 graph on the CPU, but {other}: lower with scales=torch.float16 or float32, or call .float().cpu()')
+        other = next(
+            (
+                f'{n} is {t.dtype} on {t.device}'
+                for n, t in graph.state_dict().items()
+                if t.is_floating_point() and (t.dtype, t.device.type) != (torch.float32, 'cpu')
+            ),
+            None,
+        )
+        if other:
+            raise MicronetError(
+                f'a Runner takes a float32 graph on the CPU, but {other}: lower with scales=torch.float16 or float32, or call .float().cpu()'
+            )
         bad = next((n for n, t in graph.state_dict().items() if not bool(torch.isfinite(t).all())), None)
-        if bad: raise MicronetError(f'{bad} holds NaN or infinity: a net that broke in training is not run')
+        if bad:
+            raise MicronetError(f'{bad} holds NaN or infinity: a net that broke in training is not run')
         inputs, outputs = ([n for n in graph.graph.nodes if n.op == op] for op in ('placeholder', 'output'))
-        if len(inputs) != 1 or not isinstance(outputs[0].args[0], fx.Node): raise MicronetError('a Runner takes a graph of one tensor to one tensor')
-        self.graph, self.int8, self.options, self.batch, self.steps = in_evaluation(graph), int8, dict(fma=fma, compiled=compiled), batch, None
-        self.input, self.output = (next(n for n in self.graph.graph.nodes if n.op == op) for op in ('placeholder', 'output'))
+        if len(inputs) != 1 or not isinstance(outputs[0].args[0], fx.Node):
+            raise MicronetError('a Runner takes a graph of one tensor to one tensor')
+        self.graph, self.int8, self.options, self.batch, self.steps = (
+            in_evaluation(graph),
+            int8,
+            dict(fma=fma, compiled=compiled),
+            batch,
+            None,
+        )
+        self.input, self.output = (
+            next(n for n in self.graph.graph.nodes if n.op == op) for op in ('placeholder', 'output')
+        )
         self.output = self.output.args[0]
 
     @torch.inference_mode()
     def __call__(self, x):  # (n, ...) float32, finite
-        if not (isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.dim() > 1 and len(x)): raise MicronetError(f'a Runner takes float32 (n, ...), n > 0, not {_told(x)}')
+        if not (isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.dim() > 1 and len(x)):
+            raise MicronetError(f'a Runner takes float32 (n, ...), n > 0, not {_told(x)}')
         check_finite(x, 'the input of a Runner')
-        if self.steps is None: self.plan(x[:1])
-        try: return torch.cat([self.once(part) for part in x.split(self.batch)])
-        except (RuntimeError, TypeError, ValueError, IndexError) as e: raise MicronetError(f"the graph does not run on {_told(x)}: {(str(e).splitlines() or ['?'])[0]}") from e
+        if self.steps is None:
+            self.plan(x[:1])
+        try:
+            return torch.cat([self.once(part) for part in x.split(self.batch)])
+        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+            raise MicronetError(f"the graph does not run on {_told(x)}: {(str(e).splitlines() or ['?'])[0]}") from e
 
 # %% ../nbs/11_deployment.ipynb #e8105e0c
 class _Shapes(fx.Interpreter):
     "Runs a graph and keeps the shape of every value, and the order of its dimensions in memory."
+
     def run_node(self, n):
         before = [(t, t._version) for t in _tensors(self.fetch_args_kwargs_from_env(n))]
         value = super().run_node(n)
-        if any(t._version != v for t, v in before): raise MicronetError(f'{n.name} overwrites its input, which a Runner has use for: lower the model, or switch inplace off')
+        if any(t._version != v for t, v in before):
+            raise MicronetError(
+                f'{n.name} overwrites its input, which a Runner has use for: lower the model, or switch inplace off'
+            )
         if isinstance(value, torch.Tensor):
             self.shapes[n] = tuple(value.shape)
             self.orders[n] = sorted(range(value.dim()), key=lambda d: -value.stride(d))
         return value
+
 
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -1394,15 +2041,19 @@ def _walk(graph, x):
     "Shapes and orders of all values."
     run = _Shapes(graph)
     run.shapes, run.orders, run.extra_traceback = {}, {}, False
-    try: run.run(x.clone())
-    except MicronetError: raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as e: raise MicronetError(f"the graph does not run on {_told(x)}: {(str(e).splitlines() or ['?'])[0]}") from e
+    try:
+        run.run(x.clone())
+    except MicronetError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as e:
+        raise MicronetError(f"the graph does not run on {_told(x)}: {(str(e).splitlines() or ['?'])[0]}") from e
     return run.shapes, run.orders
+
 
 def shapes_of(
     graph: fx.GraphModule,
-    x: torch.Tensor  # (n, ...) input
-) -> dict:           # node to the shape of its value, where that is a tensor
+    x: torch.Tensor,  # (n, ...) input
+) -> dict:  # node to the shape of its value, where that is a tensor
     "The shapes of all values. MicronetError where the graph does not run on x, or overwrites a value."
     return _walk(graph, x)[0]
 
@@ -1411,13 +2062,21 @@ def _plan(self, x):
     "Decides once, by an example, what is done where."
     shapes, orders = _walk(self.graph, x)
     steps = make_steps(self.graph, self.int8, orders, **self.options)
-    rooms, end, number = settle(steps, shapes), last_readers(steps, self.output), {s.node: i for i, s in enumerate(steps)}
+    rooms, end, number = (
+        settle(steps, shapes),
+        last_readers(steps, self.output),
+        {s.node: i for i, s in enumerate(steps)},
+    )
     lives = [(i, end[s.node], s) for i, s in enumerate(steps) if s.work]
-    lives += [(min(number[p] for p in parts), max(end[n] for n in (*parts, *nodes)), home) for home, parts, nodes in rooms]
+    lives += [
+        (min(number[p] for p in parts), max(end[n] for n in (*parts, *nodes)), home) for home, parts, nodes in rooms
+    ]
     self.memories = share_memory(lives)
     for n, i in end.items():
-        if i < len(steps): steps[i].done.append(n)
+        if i < len(steps):
+            steps[i].done.append(n)
     self.steps = steps
+
 
 def _once(self, x):
     "The output for so many images."
@@ -1426,7 +2085,9 @@ def _once(self, x):
         value = step.run(*[values[n] for n in step.reads])
         homed = [home.put(as_floats(value), place) for home, place in step.places]
         values[step.node] = homed[0] if homed else value
-        for n in step.done: del values[n]
+        for n in step.done:
+            del values[n]
     return as_floats(values[self.output]).clone()
+
 
 Runner.plan, Runner.once = _plan, _once

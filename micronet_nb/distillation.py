@@ -17,97 +17,138 @@ from torch.nn import functional as F
 from .training import hard_loss
 
 # %% ../nbs/07_distillation.ipynb #b9fdfb88
-def _full(logits): return logits if logits.dtype == torch.float64 else logits.float()
+def _full(logits):
+    return logits if logits.dtype == torch.float64 else logits.float()
+
 
 def kl(
     p_logits: torch.Tensor,  # (n, classes) any floating dtype
-    q_logits: torch.Tensor   # (n, classes)
-) -> torch.Tensor:           # (n,) float32, or float64 where asked in it
+    q_logits: torch.Tensor,  # (n, classes)
+) -> torch.Tensor:  # (n,) float32, or float64 where asked in it
     "KL(p || q) of each row, p and q the softmax of the logits. MicronetError where the classes differ."
-    if p_logits.shape != q_logits.shape: raise MicronetError(f'logits of shapes {tuple(p_logits.shape)} and {tuple(q_logits.shape)}: student and teacher must have the same classes')
+    if p_logits.shape != q_logits.shape:
+        raise MicronetError(
+            f'logits of shapes {tuple(p_logits.shape)} and {tuple(q_logits.shape)}: student and teacher must have the same classes'
+        )
     log_p, log_q = _full(p_logits).log_softmax(-1), _full(q_logits).log_softmax(-1)
-    return (log_p.exp()*(log_p - log_q)).sum(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 # %% ../nbs/07_distillation.ipynb #474a034d
 def z_score(
-    logits: torch.Tensor  # (n, classes) any floating dtype
-) -> torch.Tensor:        # float32, or float64 where given in it: each row has mean 0 and, above 0.01, standard deviation 1
+    logits: torch.Tensor,  # (n, classes) any floating dtype
+) -> torch.Tensor:  # float32, or float64 where given in it: each row has mean 0 and, above 0.01, standard deviation 1
     "Logits without offset and scale. Sun et al. 2024, 'Logit standardization in knowledge distillation'."
     z = _full(logits)
     z = z - z.mean(-1, keepdim=True)
-    return z/z.square().mean(-1, keepdim=True).clamp(min=1e-4).sqrt()
+    return z / z.square().mean(-1, keepdim=True).clamp(min=1e-4).sqrt()
 
 # %% ../nbs/07_distillation.ipynb #88bfe4aa
 DIRECTIONS = ('student||teacher', 'teacher||student')
 
+
 def distil(
-    logits: torch.Tensor,          # (n, classes) of the student
-    target: torch.Tensor,          # (n,) int64, or (n, classes) soft
+    logits: torch.Tensor,  # (n, classes) of the student
+    target: torch.Tensor,  # (n,) int64, or (n, classes) soft
     teacher_logits: torch.Tensor,  # (n, classes)
-    config,                        # FitConfig: its label_smoothing is for the label's share
+    config,  # FitConfig: its label_smoothing is for the label's share
     direction: str = 'student||teacher',  # one of DIRECTIONS
-    temperature: float = 1.,       # divides both logits
-    hard: float = 0.,              # fraction in [0,1]: share of the label
-    standardise: bool = False,     # `z_score` both logits first?
-    soft: float = None             # weight of the teacher's share; None: 1 - hard
-) -> torch.Tensor:                 # scalar
+    temperature: float = 1.0,  # divides both logits
+    hard: float = 0.0,  # fraction in [0,1]: share of the label
+    standardise: bool = False,  # `z_score` both logits first?
+    soft: float = None,  # weight of the teacher's share; None: 1 - hard
+) -> torch.Tensor:  # scalar
     "hard CE + soft T^2 KL. Slide 'Knowledge Distillation'; Hinton et al. 2015. MicronetError without a teacher."
-    if teacher_logits is None: raise MicronetError('there are no teacher logits: give fit(..., teacher=...) a teacher, or use hard_loss')
-    s, t = (z/temperature for z in ((z_score(logits), z_score(teacher_logits)) if standardise else (_full(logits), _full(teacher_logits))))
-    taught = (1 - hard if soft is None else soft)*temperature**2*(kl(s, t) if direction == DIRECTIONS[0] else kl(t, s)).mean()
-    return hard*hard_loss(logits, target, None, config) + taught if hard else taught
+    if teacher_logits is None:
+        raise MicronetError('there are no teacher logits: give fit(..., teacher=...) a teacher, or use hard_loss')
+    s, t = (
+        z / temperature
+        for z in ((z_score(logits), z_score(teacher_logits)) if standardise else (_full(logits), _full(teacher_logits)))
+    )
+    taught = (
+        (1 - hard if soft is None else soft)
+        * temperature**2
+        * (kl(s, t) if direction == DIRECTIONS[0] else kl(t, s)).mean()
+    )
+    return hard * hard_loss(logits, target, None, config) + taught if hard else taught
 
 # %% ../nbs/07_distillation.ipynb #75bff135
 def kd_loss(
     direction: str = 'student||teacher',  # or 'teacher||student'
-    temperature: float = 1.,  # > 0
-    hard: float = 0.,         # fraction in [0,1]: share of the label
-    standardise: bool = False, # logits by `z_score`?
-    soft: float = None        # weight of the teacher's share, >= 0; None: 1 - hard
+    temperature: float = 1.0,  # > 0
+    hard: float = 0.0,  # fraction in [0,1]: share of the label
+    standardise: bool = False,  # logits by `z_score`?
+    soft: float = None,  # weight of the teacher's share, >= 0; None: 1 - hard
 ):
     "`distil` with these choices, for `fit`; its `keywords` tell them. The default is RIAIR's. MicronetError for a choice that makes no sense."
-    if direction not in DIRECTIONS: raise MicronetError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}")
+    if direction not in DIRECTIONS:
+        raise MicronetError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < float('inf'):
         raise MicronetError(f'temperature must be a positive number, not {temperature!r}')
-    if isinstance(hard, bool) or not isinstance(hard, (int, float)) or not 0 <= hard <= 1: raise MicronetError(f'hard is the share of the label, a fraction from 0 to 1, not {hard!r}')
-    if soft is not None and (isinstance(soft, bool) or not isinstance(soft, (int, float)) or not 0 <= soft < float('inf')): raise MicronetError(f"soft is the weight of the teacher's share, a number from 0 on, or None, not {soft!r}")
-    return partial(distil, direction=direction, temperature=float(temperature), hard=float(hard), standardise=bool(standardise), **({} if soft is None else {'soft': float(soft)}))
+    if isinstance(hard, bool) or not isinstance(hard, (int, float)) or not 0 <= hard <= 1:
+        raise MicronetError(f'hard is the share of the label, a fraction from 0 to 1, not {hard!r}')
+    if soft is not None and (
+        isinstance(soft, bool) or not isinstance(soft, (int, float)) or not 0 <= soft < float('inf')
+    ):
+        raise MicronetError(f"soft is the weight of the teacher's share, a number from 0 on, or None, not {soft!r}")
+    return partial(
+        distil,
+        direction=direction,
+        temperature=float(temperature),
+        hard=float(hard),
+        standardise=bool(standardise),
+        **({} if soft is None else {'soft': float(soft)}),
+    )
 
 # %% ../nbs/07_distillation.ipynb #c5cea12c
 class AsTeacher(nn.Module):
     "A teacher that takes the student's batch. MicronetError for a deviation that is not positive."
-    def __init__(self,
-        model,        # a net, or any function of images (n, 3, h, w): to logits (n, classes)
-        from_stats,   # (mean, std) of the batch: a number a channel each, of pixels in [0,1]
-        to_stats,     # (mean, std) that the teacher was trained with
-        size: int = None  # pixels a side that the teacher wants; None: as they come
+
+    def __init__(
+        self,
+        model,  # a net, or any function of images (n, 3, h, w): to logits (n, classes)
+        from_stats,  # (mean, std) of the batch: a number a channel each, of pixels in [0,1]
+        to_stats,  # (mean, std) that the teacher was trained with
+        size: int = None,  # pixels a side that the teacher wants; None: as they come
     ):
         super().__init__()
         self.model, self.size = model, size
         (m1, s1), (m2, s2) = (torch.tensor(st, dtype=torch.float64).view(2, -1, 1, 1) for st in (from_stats, to_stats))
-        if not bool((s1 > 0).all() and (s2 > 0).all()): raise MicronetError(f'standard deviations must be positive, not {from_stats[1]} and {to_stats[1]}')
-        self.register_buffer('scale', (s1/s2).float()); self.register_buffer('shift', ((m1 - m2)/s2).float())
+        if not bool((s1 > 0).all() and (s2 > 0).all()):
+            raise MicronetError(f'standard deviations must be positive, not {from_stats[1]} and {to_stats[1]}')
+        self.register_buffer('scale', (s1 / s2).float())
+        self.register_buffer('shift', ((m1 - m2) / s2).float())
 
     def translate(self, x):
         "The student's batch as the teacher wants it."
-        x = x*self.scale + self.shift
-        return x if self.size in (None, x.shape[-1]) else F.interpolate(x, size=(self.size, self.size), mode='bilinear', align_corners=False)
+        x = x * self.scale + self.shift
+        return (
+            x
+            if self.size in (None, x.shape[-1])
+            else F.interpolate(x, size=(self.size, self.size), mode='bilinear', align_corners=False)
+        )
 
-    def forward(self, x): return self.model(self.translate(x))
+    def forward(self, x):
+        return self.model(self.translate(x))
 
 # %% ../nbs/07_distillation.ipynb #c7e0d101
 class Ensemble(nn.Module):
     "Teachers that speak with one voice: the logarithm of the mean of their softmaxes."
-    def __init__(self,
-        models,      # nets, or functions of images (n, 3, h, w), to logits (n, classes)
-        stats,       # one (mean, std) a teacher: how each wants its pixels
-        from_stats   # (mean, std) of the batch that comes in
+
+    def __init__(
+        self,
+        models,  # nets, or functions of images (n, 3, h, w), to logits (n, classes)
+        stats,  # one (mean, std) a teacher: how each wants its pixels
+        from_stats,  # (mean, std) of the batch that comes in
     ):
         super().__init__()
         models, stats = list(models), list(stats)
         if not models or len(models) != len(stats):
-            raise MicronetError(f'{len(models)} teachers and {len(stats)} pairs of mean and std: give each teacher its own')
+            raise MicronetError(
+                f'{len(models)} teachers and {len(stats)} pairs of mean and std: give each teacher its own'
+            )
         self.members = nn.ModuleList(AsTeacher(m, from_stats, s) for m, s in zip(models, stats))
 
     def forward(self, x):
-        return torch.stack([_full(m(x)).log_softmax(-1) for m in self.members]).logsumexp(0) - math.log(len(self.members))
+        return torch.stack([_full(m(x)).log_softmax(-1) for m in self.members]).logsumexp(0) - math.log(
+            len(self.members)
+        )

@@ -12,6 +12,7 @@ __all__ = ['BAR', 'SLIDE_TEACHERS', 'CHOSEN', 'ROLES', 'SWEEP', 'PRUNING', 'ACTI
 # %% ../nbs/21_imagenet.ipynb #2e47b329
 if __name__ == '__main__' and '__file__' in globals():
     from micronet_nb.core import swiftly
+
     swiftly()  # python -m: before PyTorch is loaded
 
 # %% ../nbs/21_imagenet.ipynb #1d4605d3
@@ -20,7 +21,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .core import MicronetError, compare, config_key, load_record, offline, progress, published, record, released_schedule, results_dir, runs_dir, stage
+from micronet_nb.core import (
+    MicronetError,
+    compare,
+    config_key,
+    load_record,
+    offline,
+    progress,
+    published,
+    record,
+    released_schedule,
+    results_dir,
+    runs_dir,
+    stage,
+)
 import numpy as np
 import pandas as pd
 import torch
@@ -40,47 +54,85 @@ from .weights import quantise_weights
 # %% ../nbs/21_imagenet.ipynb #653fe8d2
 class FolderImages:
     "A folder with a folder per class. MicronetError for what is no png or jpg."
+
     def __init__(self, root):
         self.classes, found = list_images(root)
         self.files, self.labels = [str(f) for f, _ in found], np.array([y for _, y in found], dtype=np.int64)
 
-    def name(self, i): return self.files[i]
-    def read(self, rows): return [Path(self.files[i]).read_bytes() for i in rows]
+    def name(self, i):
+        return self.files[i]
+
+    def read(self, rows):
+        return [Path(self.files[i]).read_bytes() for i in rows]
 
 # %% ../nbs/21_imagenet.ipynb #abd0877c
 class TarImages:
     "A tar of class folders, a tar of tars, or a folder of tars, one a class. MicronetError where it cannot be listed."
+
     def __init__(self, root):
         from timm.data.readers.reader_image_in_tar import extract_tarinfos
-        try: members, labels, classes, _ = extract_tarinfos(str(root), cache_tarinfo=False)
-        except Exception as e: raise MicronetError(f'{root} is not a tar file of class folders that can be read ({e}): fetch it again, or unpack it') from None
-        self.classes, self.labels = sorted(classes, key=classes.get), np.asarray(labels, dtype=np.int64)
-        self.places = [(str(Path(root)/(tar or '')) if tar else str(root), (outer.offset_data if outer else 0) + m.offset_data, m.size, m.path) for m, tar, outer in members]
 
-    def name(self, i): return f'{self.places[i][0]}: {self.places[i][3]}'
-    def read(self, rows): return [self._bytes(*self.places[i][:3]) for i in rows]
+        try:
+            members, labels, classes, _ = extract_tarinfos(str(root), cache_tarinfo=False)
+        except Exception as e:
+            raise MicronetError(
+                f'{root} is not a tar file of class folders that can be read ({e}): fetch it again, or unpack it'
+            ) from None
+        self.classes, self.labels = sorted(classes, key=classes.get), np.asarray(labels, dtype=np.int64)
+        self.places = [
+            (
+                str(Path(root) / (tar or '')) if tar else str(root),
+                (outer.offset_data if outer else 0) + m.offset_data,
+                m.size,
+                m.path,
+            )
+            for m, tar, outer in members
+        ]
+
+    def name(self, i):
+        return f'{self.places[i][0]}: {self.places[i][3]}'
+
+    def read(self, rows):
+        return [self._bytes(*self.places[i][:3]) for i in rows]
+
     def _bytes(self, file, offset, size):  # opened anew: workers and threads share no position
-        with open(file, 'rb') as f: f.seek(offset); return f.read(size)
+        with open(file, 'rb') as f:
+            f.seek(offset)
+            return f.read(size)
 
 # %% ../nbs/21_imagenet.ipynb #f4099bb9
 class ParquetImages:
     "Parquet shards with a column of images (structs with `bytes`) and one of labels. MicronetError for a shard of another layout."
+
     def __init__(self, files, image='image', label='label'):
         import pyarrow.parquet as pq
+
         self.files, self.image, labels, self.places = [str(f) for f in files], image, [], []
         for k, path in enumerate(self.files):
-            try: f = pq.ParquetFile(path); y = f.read(columns=[label])[label].to_numpy()
-            except (OSError, KeyError, ValueError) as e: raise MicronetError(f'{path} is not a parquet file with the columns {image!r} and {label!r} ({e}): fetch it again') from None
-            if image not in f.schema_arrow.names: raise MicronetError(f"{path} has no column {image!r}; it has {', '.join(f.schema_arrow.names)}")
+            try:
+                f = pq.ParquetFile(path)
+                y = f.read(columns=[label])[label].to_numpy()
+            except (OSError, KeyError, ValueError) as e:
+                raise MicronetError(
+                    f'{path} is not a parquet file with the columns {image!r} and {label!r} ({e}): fetch it again'
+                ) from None
+            if image not in f.schema_arrow.names:
+                raise MicronetError(f"{path} has no column {image!r}; it has {', '.join(f.schema_arrow.names)}")
             labels.append(y)
-            for g in range(f.num_row_groups): self.places += [(k, g, r) for r in range(f.metadata.row_group(g).num_rows)]
+            for g in range(f.num_row_groups):
+                self.places += [(k, g, r) for r in range(f.metadata.row_group(g).num_rows)]
         self.labels = np.concatenate(labels).astype(np.int64)
-        self.groups = np.unique([p[:2] for p in self.places], axis=0, return_inverse=True)[1].reshape(-1)  # of each image
+        self.groups = np.unique([p[:2] for p in self.places], axis=0, return_inverse=True)[1].reshape(
+            -1
+        )  # of each image
         self.classes = [str(i) for i in range(int(self.labels.max()) + 1)]
 
-    def name(self, i): return f'{self.files[self.places[i][0]]} row group {self.places[i][1]} row {self.places[i][2]}'
+    def name(self, i):
+        return f'{self.files[self.places[i][0]]} row group {self.places[i][1]} row {self.places[i][2]}'
+
     def read(self, rows):
         import pyarrow.parquet as pq
+
         out = {}
         for g in sorted({self.places[i][:2] for i in rows}):
             column = pq.ParquetFile(self.files[g[0]]).read_row_group(g[1], columns=[self.image])[self.image]
@@ -89,221 +141,337 @@ class ParquetImages:
 
 # %% ../nbs/21_imagenet.ipynb #7f1ada8f
 def open_images(
-    root,                # folder with train and val (or valid, validation); below: class folders, or <split>.tar, or <split>-*.parquet
-    split: str = 'train' # or 'val'
+    root,  # folder with train and val (or valid, validation); below: class folders, or <split>.tar, or <split>-*.parquet
+    split: str = 'train',  # or 'val'
 ):
     "The source of a split, whatever form it has. MicronetError that says what is expected where."
     root, names = Path(root).expanduser(), ['train'] if split == 'train' else ['val', 'valid', 'validation']
-    if not root.is_dir(): raise MicronetError(f'{root} is not a folder: it should hold {names[0]}/<class>/<image>.jpg, {names[0]}.tar or {names[0]}-00000-of-....parquet')
+    if not root.is_dir():
+        raise MicronetError(
+            f'{root} is not a folder: it should hold {names[0]}/<class>/<image>.jpg, {names[0]}.tar or {names[0]}-00000-of-....parquet'
+        )
     for n in names:
-        if shards := sorted([*root.glob(f'{n}-*.parquet'), *root.glob(f'data/{n}-*.parquet')]): return ParquetImages(shards)
-        if (root/f'{n}.tar').is_file(): return TarImages(root/f'{n}.tar')
-        if (root/n).is_dir(): return TarImages(root/n) if any((root/n).glob('*.tar')) else FolderImages(root/n)
-    raise MicronetError(f'{root} has no split {split!r}: expected {names[0]}/<class>/<image>.jpg, {names[0]}.tar or {names[0]}-00000-of-....parquet')
+        if shards := sorted([*root.glob(f'{n}-*.parquet'), *root.glob(f'data/{n}-*.parquet')]):
+            return ParquetImages(shards)
+        if (root / f'{n}.tar').is_file():
+            return TarImages(root / f'{n}.tar')
+        if (root / n).is_dir():
+            return TarImages(root / n) if any((root / n).glob('*.tar')) else FolderImages(root / n)
+    raise MicronetError(
+        f'{root} has no split {split!r}: expected {names[0]}/<class>/<image>.jpg, {names[0]}.tar or {names[0]}-00000-of-....parquet'
+    )
 
 # %% ../nbs/21_imagenet.ipynb #3f9cf10e
 def rgb(
     data: bytes,  # of a png or jpg
-    name: str     # for errors
+    name: str,  # for errors
 ):
     "A PIL image of three channels. MicronetError that names a file which is broken or of more than 8 bits a channel."
     try:
         with Image.open(io.BytesIO(data)) as im:
-            if im.mode[0] in 'IF': raise ValueError(f'mode {im.mode}, which does not fit 8 bits a channel')
+            if im.mode[0] in 'IF':
+                raise ValueError(f'mode {im.mode}, which does not fit 8 bits a channel')
             return im.convert('RGB')
-    except Exception as e: raise MicronetError(f'{name} is not a readable image ({str(e).split(" <")[0]}): replace or remove it') from None
+    except Exception as e:
+        raise MicronetError(f'{name} is not a readable image ({str(e).split(" <")[0]}): replace or remove it') from None
 
 # %% ../nbs/21_imagenet.ipynb #bd95a8e9
 def check_images(
-    source,              # see `open_images`
-    workers: int = None, # threads; None: one a core
-    chunk: int = 64      # images read together
-) -> pd.DataFrame:       # image, problem
+    source,  # see `open_images`
+    workers: int = None,  # threads; None: one a core
+    chunk: int = 64,  # images read together
+) -> pd.DataFrame:  # image, problem
     "Decodes every image, in parallel, and lists those that cannot be read."
+
     def problems(rows):
         found = []
-        try: data = source.read(rows)
-        except Exception as e: return [dict(image=source.name(i), problem=f'{source.name(i)} cannot be read ({e})') for i in rows]  # pyarrow, tarfile and the system each have their own
+        try:
+            data = source.read(rows)
+        except Exception as e:
+            return [
+                dict(image=source.name(i), problem=f'{source.name(i)} cannot be read ({e})') for i in rows
+            ]  # pyarrow, tarfile and the system each have their own
         for i, d in zip(rows, data):
-            try: rgb(d, source.name(i)).load()
-            except (MicronetError, OSError) as e: found.append(dict(image=source.name(i), problem=str(e)))
+            try:
+                rgb(d, source.name(i)).load()
+            except (MicronetError, OSError) as e:
+                found.append(dict(image=source.name(i), problem=str(e)))
         return found
-    chunks = np.array_split(np.arange(len(source.labels)), max(1, len(source.labels)//chunk))
+
+    chunks = np.array_split(np.arange(len(source.labels)), max(1, len(source.labels) // chunk))
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         done = progress(pool.map(problems, chunks), 'checking images', total=len(chunks), unit='chunk')
         return pd.DataFrame([row for rows in done for row in rows], columns=['image', 'problem'])
 
 # %% ../nbs/21_imagenet.ipynb #deda49fb
 def transforms(
-    train: bool,     # random resized crop and flip; else resize and centre crop
-    size: int = 224, # pixels a side
-    resize: int = 256  # shorter side before the centre crop
+    train: bool,  # random resized crop and flip; else resize and centre crop
+    size: int = 224,  # pixels a side
+    resize: int = 256,  # shorter side before the centre crop
 ):
     "timm's transforms for ImageNet, bicubic, to uint8 (3, size, size). Recipe of RIAIR."
     from timm.data import create_transform
-    how = dict(is_training=True, color_jitter=None, hflip=.5) if train else dict(is_training=False, crop_pct=size/resize)
+
+    how = (
+        dict(is_training=True, color_jitter=None, hflip=0.5)
+        if train
+        else dict(is_training=False, crop_pct=size / resize)
+    )
     return create_transform(size, interpolation='bicubic', normalize=False, **how)
 
 # %% ../nbs/21_imagenet.ipynb #fd9d2d57
 class Pictures(torch.utils.data.Dataset):
     "Images of a source, read, decoded and transformed where they are asked for; a worker gets a whole batch."
-    def __init__(self, source, transform, key=()): self.source, self.transform, self.key = source, transform, key
-    def __len__(self): return len(self.source.labels)
+
+    def __init__(self, source, transform, key=()):
+        self.source, self.transform, self.key = source, transform, key
+
+    def __len__(self):
+        return len(self.source.labels)
 
     def __getitems__(self, rows):
         out = []
         for i, data in zip(rows, self.source.read(rows)):
             dice = int(config_key([*self.key, int(i)]), 16) % 2**32
-            random.seed(dice); torch.manual_seed(dice)
+            random.seed(dice)
+            torch.manual_seed(dice)
             out.append((self.transform(rgb(data, self.source.name(i))), int(self.source.labels[i])))
         return out
 
 # %% ../nbs/21_imagenet.ipynb #5b315fa5
 def windowed(
-    groups,      # (n,) integers: images of one group are read together; None: each alone
-    n: int,      # images
-    generator,   # torch generator
-    window: int = 4096  # images that are shuffled among each other
-) -> np.ndarray: # (n,) a permutation
+    groups,  # (n,) integers: images of one group are read together; None: each alone
+    n: int,  # images
+    generator,  # torch generator
+    window: int = 4096,  # images that are shuffled among each other
+) -> np.ndarray:  # (n,) a permutation
     "A random order; with groups, one of groups, then of images within windows."
     order = torch.randperm(n if groups is None else int(groups.max()) + 1, generator=generator).numpy()
-    if groups is None: return order
-    order = np.argsort(np.argsort(order)[groups], kind='stable')   # whole groups, in random order
-    return np.concatenate([part[torch.randperm(len(part), generator=generator).numpy()] for part in np.split(order, range(window, n, window))])
+    if groups is None:
+        return order
+    order = np.argsort(np.argsort(order)[groups], kind='stable')  # whole groups, in random order
+    return np.concatenate(
+        [
+            part[torch.randperm(len(part), generator=generator).numpy()]
+            for part in np.split(order, range(window, n, window))
+        ]
+    )
 
 # %% ../nbs/21_imagenet.ipynb #251dd01f
 def loaded(pictures, batches, workers, device):
     "Batches of (uint8 images, labels) on the device. MicronetError of a worker in one line."
-    loader = DataLoader(pictures, batch_sampler=batches, num_workers=workers, pin_memory=device.type == 'cuda', prefetch_factor=4 if workers else None)
+    loader = DataLoader(
+        pictures,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == 'cuda',
+        prefetch_factor=4 if workers else None,
+    )
     try:
-        for x, y in loader: yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    except MicronetError as e: raise MicronetError(str(e).strip().splitlines()[-1].split('MicronetError: ')[-1]) from None
+        for x, y in loader:
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    except MicronetError as e:
+        raise MicronetError(str(e).strip().splitlines()[-1].split('MicronetError: ')[-1]) from None
 
-def default_workers(): return max(1, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
+
+def default_workers():
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
 
 # %% ../nbs/21_imagenet.ipynb #c2b4b4fd
 def fingerprint(
-    source  # see `open_images`
+    source,  # see `open_images`
 ) -> str:
     "Stands for the images of a source: their names and labels, in order, and their sizes where they are files."
     h = hashlib.sha256(source.labels.tobytes())
-    for i in range(len(source.labels)): h.update(Path(source.name(i)).name.encode())
-    for f in getattr(source, 'files', ()): h.update(str(Path(f).stat().st_size).encode())
+    for i in range(len(source.labels)):
+        h.update(Path(source.name(i)).name.encode())
+    for f in getattr(source, 'files', ()):
+        h.update(str(Path(f).stat().st_size).encode())
     return h.hexdigest()[:16]
 
 # %% ../nbs/21_imagenet.ipynb #bf1facd9
 class Stream:
     "A training set on disk, as `fit` and `fit_stage` take it."
-    def __init__(self,
-        source,               # see `open_images`
-        size: int = 224,      # pixels a side
+
+    def __init__(
+        self,
+        source,  # see `open_images`
+        size: int = 224,  # pixels a side
         workers: int = None,  # decoding processes of each process; None: one a core; 0: none, for debugging
-        name: str = 'imagenet'
+        name: str = 'imagenet',
     ):
-        self.source, self.size, self.workers, self.name, self.classes = source, size, default_workers() if workers is None else workers, name, source.classes
+        self.source, self.size, self.workers, self.name, self.classes = (
+            source,
+            size,
+            default_workers() if workers is None else workers,
+            name,
+            source.classes,
+        )
         self.fingerprint = config_key([size, fingerprint(source)])
 
-    def __len__(self): return len(self.source.labels)
-    def describe(self): return dict(name=self.name, split='train', n=len(self), fingerprint=self.fingerprint)
+    def __len__(self):
+        return len(self.source.labels)
 
-    def pictures(self, *key): return Pictures(self.source, transforms(True, self.size), key)
+    def describe(self):
+        return dict(name=self.name, split='train', n=len(self), fingerprint=self.fingerprint)
+
+    def pictures(self, *key):
+        return Pictures(self.source, transforms(True, self.size), key)
 
     def stream(self, run, first):
         "This process's share of the batches of `run.epoch`, from batch `first` on: images in [0,1], labels."
         c, w, key = run.config, run.world, (run.config.seed, run.epoch)
-        order = windowed(getattr(self.source, 'groups', None), len(self), torch.Generator().manual_seed(int(config_key(key), 16) % 2**63))
-        rows = [np.array_split(order[i*c.batch_size:(i + 1)*c.batch_size], w.num_processes)[w.process_index].tolist() for i in range(first, run.steps_an_epoch)]
-        for x, y in loaded(self.pictures(*key), rows, self.workers, run.device): yield x.float()/255, y
+        order = windowed(
+            getattr(self.source, 'groups', None),
+            len(self),
+            torch.Generator().manual_seed(int(config_key(key), 16) % 2**63),
+        )
+        rows = [
+            np.array_split(order[i * c.batch_size : (i + 1) * c.batch_size], w.num_processes)[w.process_index].tolist()
+            for i in range(first, run.steps_an_epoch)
+        ]
+        for x, y in loaded(self.pictures(*key), rows, self.workers, run.device):
+            yield x.float() / 255, y
 
     def some(self, n: int, seed: int = 0):
         "`n` training images, (n, 3, h, w) in [0,1]: for calibration."
         rows = np.random.default_rng(seed).permutation(len(self))[:n]
-        return torch.cat([x for x, _ in loaded(self.pictures(seed), [part.tolist() for part in np.array_split(rows, -(-n//50))], self.workers, torch.device('cpu'))]).float()/255
+        return (
+            torch.cat(
+                [
+                    x
+                    for x, _ in loaded(
+                        self.pictures(seed),
+                        [part.tolist() for part in np.array_split(rows, -(-n // 50))],
+                        self.workers,
+                        torch.device('cpu'),
+                    )
+                ]
+            ).float()
+            / 255
+        )
 
 # %% ../nbs/21_imagenet.ipynb #6feb5d7e
 BAR = 37_500, 50_000  # right answers, of validation images: the challenge's bar for ImageNet
 
+
 @torch.inference_mode()
 def validate(
-    model: nn.Module,     # in any mode; left in it
-    source,               # see `open_images`
-    stats,                # (mean, std) that the model wants
-    size: int = 224, resize: int = 256,  # pixels
-    batch_size: int = 256, workers: int = None, n: int = None  # images at a time; decoding processes; the first n only, evenly spread
-) -> dict:                # top1, top5 in %, right, n, seconds, waiting (share of the time spent waiting for images)
+    model: nn.Module,  # in any mode; left in it
+    source,  # see `open_images`
+    stats,  # (mean, std) that the model wants
+    size: int = 224,
+    resize: int = 256,  # pixels
+    batch_size: int = 256,
+    workers: int = None,
+    n: int = None,  # images at a time; decoding processes; the first n only, evenly spread
+) -> dict:  # top1, top5 in %, right, n, seconds, waiting (share of the time spent waiting for images)
     "Top-1 and top-5 on images from disk; the same in all processes."
     world, modes, device = _world(), {m: m.training for m in model.modules()}, _device(model)
-    rows = np.linspace(0, len(source.labels) - 1, min(n or len(source.labels), len(source.labels))).astype(int)[world.process_index::world.num_processes]
-    batches = loaded(Pictures(source, transforms(False, size, resize)), [b.tolist() for b in np.array_split(rows, -(-len(rows)//batch_size))], default_workers() if workers is None else workers, device)
+    rows = np.linspace(0, len(source.labels) - 1, min(n or len(source.labels), len(source.labels))).astype(int)[
+        world.process_index :: world.num_processes
+    ]
+    batches = loaded(
+        Pictures(source, transforms(False, size, resize)),
+        [b.tolist() for b in np.array_split(rows, -(-len(rows) // batch_size))],
+        default_workers() if workers is None else workers,
+        device,
+    )
     model.eval()
-    hits, start, waited = torch.zeros(3, device=device, dtype=torch.float64), time.perf_counter(), 0.
+    hits, start, waited = torch.zeros(3, device=device, dtype=torch.float64), time.perf_counter(), 0.0
     while True:
         asked = time.perf_counter()
         x, y = next(batches, (None, None))
         waited += time.perf_counter() - asked
-        if x is None: break
-        out = model(normalised(x.float()/255, stats)).float()
+        if x is None:
+            break
+        out = model(normalised(x.float() / 255, stats)).float()
         found = out.topk(min(5, out.shape[1]), 1).indices == y[:, None]
         hits += torch.stack([found[:, 0].sum(), found.any(1).sum(), torch.tensor(len(y), device=device)])
-    if world.num_processes > 1: torch.distributed.all_reduce(hits)
-    for m, mode in modes.items(): m.training = mode
+    if world.num_processes > 1:
+        torch.distributed.all_reduce(hits)
+    for m, mode in modes.items():
+        m.training = mode
     right, five, n = (int(v) for v in hits)
     seconds = time.perf_counter() - start
-    return dict(top1=100*right/n, top5=100*five/n, right=right, n=n, seconds=seconds, waiting=waited/seconds)
+    return dict(top1=100 * right / n, top5=100 * five / n, right=right, n=n, seconds=seconds, waiting=waited / seconds)
+
 
 def passes(result):
     "Whether the bar is met: 37,500 of 50,000, or the same share of fewer."
-    return result['right']*BAR[1] >= BAR[0]*result['n']
+    return result['right'] * BAR[1] >= BAR[0] * result['n']
 
 # %% ../nbs/21_imagenet.ipynb #b9be8f4a
 SLIDE_TEACHERS = ('mixnet_s', 'mixnet_m', 'mixnet_l', 'legacy_senet154')
 
+
 def pretrained(
-    name: str,         # a timm name
-    weights=None,      # folder that may hold <name>.safetensors, .pth, .pt or .bin
-    num_classes: int = 1000
+    name: str,  # a timm name
+    weights=None,  # folder that may hold <name>.safetensors, .pth, .pt or .bin
+    num_classes: int = 1000,
 ) -> nn.Module:
     "A timm net with its published weights. MicronetError where they are neither in the folder nor to be had."
     model = create_model(name, num_classes)
     config = model.pretrained_cfg
-    found = [f for end in ('safetensors', 'pth', 'pt', 'bin') if weights and (f := Path(weights).expanduser()/f'{name}.{end}').is_file()]
+    found = [
+        f
+        for end in ('safetensors', 'pth', 'pt', 'bin')
+        if weights and (f := Path(weights).expanduser() / f'{name}.{end}').is_file()
+    ]
     try:
         if found:
             from timm.models import load_checkpoint
+
             load_checkpoint(model, str(found[0]))
-        elif num_classes != config['num_classes']: raise MicronetError(f"its published weights have {config['num_classes']} classes, not {num_classes}")
-        elif offline(): raise MicronetError('the network is forbidden (MICRONET_OFFLINE or HF_HUB_OFFLINE)')
-        else: return create_model(name, num_classes, pretrained=True)
+        elif num_classes != config['num_classes']:
+            raise MicronetError(f"its published weights have {config['num_classes']} classes, not {num_classes}")
+        elif offline():
+            raise MicronetError('the network is forbidden (MICRONET_OFFLINE or HF_HUB_OFFLINE)')
+        else:
+            return create_model(name, num_classes, pretrained=True)
     except Exception as e:
         what = f'{found[0]} does not fit {name}' if found else f'no weights for {name}'
         source = config.get('hf_hub_id') or config.get('url')
-        raise MicronetError(f"{what}: {(str(e).splitlines() or [type(e).__name__])[0]}. Put {name}.safetensors (from {source}) into a folder and give that as --weights") from None
+        raise MicronetError(
+            f"{what}: {(str(e).splitlines() or [type(e).__name__])[0]}. Put {name}.safetensors (from {source}) into a folder and give that as --weights"
+        ) from None
     return model
 
 # %% ../nbs/21_imagenet.ipynb #5fcedc83
 CHOSEN = 'Sparse, large layer >= 50 %'  # the row that the study goes on with
+
 
 def sparse_plans() -> dict:  # row of the pruning table to dict of layer name to rate
     "Rates for MixNet-S's 124 layers. Slide 'Pruning Results'; the released schedule."
     net, size, slide = create_model('mixnet_s', 1000), (3, 224, 224), published()['pruning']
     released = plan_rates(net, released_schedule()['target_sparsity'])
     prune(net, released)
-    factor = slide[1]['param_sparsity']/param_sparsity(net)
-    return {slide[1]['model']: {n: r*factor for n, r in released.items()}, CHOSEN: released, slide[3]['model']: at_least(net, released, .6, large_layers(net, size))}
+    factor = slide[1]['param_sparsity'] / param_sparsity(net)
+    return {
+        slide[1]['model']: {n: r * factor for n, r in released.items()},
+        CHOSEN: released,
+        slide[3]['model']: at_least(net, released, 0.6, large_layers(net, size)),
+    }
 
 # %% ../nbs/21_imagenet.ipynb #fea97f29
 @dataclass(frozen=True)
 class Row:
     "A row of the slides' tables."
-    after: str = 'Original'    # row whose net it starts from
-    plan: str = None           # of `sparse_plans`; None: masks stay as they are
-    activations: int = 32      # bits; 32: as they are
-    weights: bool = False      # the released widths?
-    teacher: str = 'stage'     # one of ROLES; 'stage': the track's choice; None: labels
+
+    after: str = 'Original'  # row whose net it starts from
+    plan: str = None  # of `sparse_plans`; None: masks stay as they are
+    activations: int = 32  # bits; 32: as they are
+    weights: bool = False  # the released widths?
+    teacher: str = 'stage'  # one of ROLES; 'stage': the track's choice; None: labels
+
 
 ROLES = ('MixNet-S', 'MixNet-M', 'MixNet-L', 'a much larger net')
-SWEEP = {'taught by labels': Row(plan=CHOSEN, teacher=None)} | {f'taught by {r}': Row(plan=CHOSEN, teacher=r) for r in ROLES}
-PRUNING = {'Original, tuned as long': Row()} | {n: Row(plan=n) for n in ('Sparse', CHOSEN, 'Sparse, large layer >= 60 %')}
+SWEEP = {'taught by labels': Row(plan=CHOSEN, teacher=None)} | {
+    f'taught by {r}': Row(plan=CHOSEN, teacher=r) for r in ROLES
+}
+PRUNING = {'Original, tuned as long': Row()} | {
+    n: Row(plan=n) for n in ('Sparse', CHOSEN, 'Sparse, large layer >= 60 %')
+}
 ACTIVATIONS = {'Sparse, tuned again': Row(CHOSEN)} | {f'Sparse_AQ{b}': Row(CHOSEN, activations=b) for b in (8, 7, 6)}
 WEIGHTS = {'Sparse_AQ7, tuned again': Row('Sparse_AQ7'), 'Sparse_AQ7_WQ': Row('Sparse_AQ7', weights=True)}
 ROWS = {'Original': None} | SWEEP | PRUNING | ACTIVATIONS | WEIGHTS
@@ -311,91 +479,168 @@ ROWS = {'Original': None} | SWEEP | PRUNING | ACTIVATIONS | WEIGHTS
 # %% ../nbs/21_imagenet.ipynb #809b3e79
 def slide_rows() -> list:  # of dicts with row, top1 and, where told, sparsities
     "The published rows, under the names of `ROWS`."
-    taught = [dict(row=name, top1=r['top1'], teacher_top1=r['teacher_top1']) for name, r in zip(SWEEP, published()['teachers'])]
-    pruning = [dict(row=r['model'], **{k: r[k] for k in ('top1', 'param_sparsity', 'op_sparsity')}) for r in published()['pruning']]
-    return pruning + taught + [dict(row=r['model'], top1=r['top1'], param_sparsity=r['sparsity']) for t in ('activation_quantization', 'weight_quantization') for r in published()[t][1:] if t[0] == 'a' or 'WQ' in r['model']]
+    taught = [
+        dict(row=name, top1=r['top1'], teacher_top1=r['teacher_top1'])
+        for name, r in zip(SWEEP, published()['teachers'])
+    ]
+    pruning = [
+        dict(row=r['model'], **{k: r[k] for k in ('top1', 'param_sparsity', 'op_sparsity')})
+        for r in published()['pruning']
+    ]
+    return (
+        pruning
+        + taught
+        + [
+            dict(row=r['model'], top1=r['top1'], param_sparsity=r['sparsity'])
+            for t in ('activation_quantization', 'weight_quantization')
+            for r in published()[t][1:]
+            if t[0] == 'a' or 'WQ' in r['model']
+        ]
+    )
 
 # %% ../nbs/21_imagenet.ipynb #7139af9e
 @dataclass
 class Track:
     "The slides' experiment on one data set."
-    model: nn.Module      # MixNet-S, trained
-    key: str              # what its weights depend on
-    train: object         # Dataset or Stream
-    stats: tuple          # (mean, std)
-    tune: FitConfig       # of every row
-    teachers: dict        # role to (teacher for `fit`, key)
+
+    model: nn.Module  # MixNet-S, trained
+    key: str  # what its weights depend on
+    train: object  # Dataset or Stream
+    stats: tuple  # (mean, std)
+    tune: FitConfig  # of every row
+    teachers: dict  # role to (teacher for `fit`, key)
     images: torch.Tensor  # (n, 3, h, w) normalised training images, for calibration
-    stage: str = None     # role of the teacher of all rows that name none; None: labels
-    root: Path = None     # folder of all stages
-    stop: object = None   # function that returns the seconds left, or None
-    quiet: bool = False   # no progress bars
+    stage: str = None  # role of the teacher of all rows that name none; None: labels
+    root: Path = None  # folder of all stages
+    stop: object = None  # function that returns the seconds left, or None
+    quiet: bool = False  # no progress bars
     plans: dict = field(default_factory=sparse_plans)  # row of the pruning table to rates
     made: dict = field(default_factory=dict)  # row to (net, result of `fit_stage`)
 
-    def teacher(self, row): return self.teachers.get(self.stage if row.teacher == 'stage' else row.teacher) if row.teacher else None
+    def teacher(self, row):
+        return self.teachers.get(self.stage if row.teacher == 'stage' else row.teacher) if row.teacher else None
 
     def net(self, name: str) -> nn.Module:
         "The tuned net of a row, made where it is missing."
-        if name == 'Original': return self.model
-        if name not in self.made: self.made[name] = self._make(ROWS[name])
+        if name == 'Original':
+            return self.model
+        if name not in self.made:
+            self.made[name] = self._make(ROWS[name])
         return self.made[name][0]
 
-    def key_of(self, name): self.net(name); return self.key if name == 'Original' else self.made[name][1]['key']
+    def key_of(self, name):
+        self.net(name)
+        return self.key if name == 'Original' else self.made[name][1]['key']
 
 # %% ../nbs/21_imagenet.ipynb #f7da91c9
 def compress(self, model, row):
     "Masks and quantisers of a row, on a net; returns the pruner."
     pruner = prune(model, self.plans[row.plan]) if row.plan else Pruner()
-    if row.activations < 32: quantise_activations(model, self.images, row.activations, seed=self.tune.seed)
-    if row.weights: quantise_weights(model, released_schedule()['weight_bits'], 'auto')
+    if row.activations < 32:
+        quantise_activations(model, self.images, row.activations, seed=self.tune.seed)
+    if row.weights:
+        quantise_weights(model, released_schedule()['weight_bits'], 'auto')
     return pruner
+
 
 def _make(self, row):
     "Net and result of a row."
-    if row.teacher not in (None, 'stage') and row.teacher not in self.teachers: raise MicronetError(f'{row.teacher} is not among the teachers: {", ".join(self.teachers) or "there are none"}')
+    if row.teacher not in (None, 'stage') and row.teacher not in self.teachers:
+        raise MicronetError(f'{row.teacher} is not among the teachers: {", ".join(self.teachers) or "there are none"}')
     model, taught = copy.deepcopy(self.net(row.after)), self.teacher(row)
     pruner = self.compress(model, row)
-    what = dict(plan=row.plan and list(self.plans[row.plan].values()), activations=row.activations, weights='released, auto' if row.weights else 32, images=len(self.images), loss=kd_loss().keywords if taught else 'labels')
+    what = dict(
+        plan=row.plan and list(self.plans[row.plan].values()),
+        activations=row.activations,
+        weights='released, auto' if row.weights else 32,
+        images=len(self.images),
+        loss=kd_loss().keywords if taught else 'labels',
+    )
     how = dict(teacher=taught[0], loss=kd_loss()) if taught else {}
-    result = fit_stage('mixnet-row', model, (self.train, None), self.tune, what, [self.key_of(row.after), *([taught[1]] if taught else [])], self.root,
-                       callbacks=[pruner], stats=self.stats, stop=self.stop and self.stop(), quiet=self.quiet, **how)
+    result = fit_stage(
+        'mixnet-row',
+        model,
+        (self.train, None),
+        self.tune,
+        what,
+        [self.key_of(row.after), *([taught[1]] if taught else [])],
+        self.root,
+        callbacks=[pruner],
+        stats=self.stats,
+        stop=self.stop and self.stop(),
+        quiet=self.quiet,
+        **how,
+    )
     return model, result
+
 
 Track.compress, Track._make = compress, _make
 
 # %% ../nbs/21_imagenet.ipynb #45610702
-STAGES = {'evaluate': ['Original'], 'prune': [*PRUNING], 'sweep': [*SWEEP], 'aq': [CHOSEN, *ACTIVATIONS], 'wq': ['Sparse_AQ7', *WEIGHTS]}
+STAGES = {
+    'evaluate': ['Original'],
+    'prune': [*PRUNING],
+    'sweep': [*SWEEP],
+    'aq': [CHOSEN, *ACTIVATIONS],
+    'wq': ['Sparse_AQ7', *WEIGHTS],
+}
 STAGES['all'] = list(dict.fromkeys(n for names in STAGES.values() for n in names))
 NETS = dict(zip(ROLES, SLIDE_TEACHERS))
-IMAGENET_STATS = (.485, .456, .406), (.229, .224, .225)
+IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 STOPPED = 75  # exit code: the time was over, the same command goes on
 
+
 def _parser():
-    p = argparse.ArgumentParser('python -m micronet_nb.imagenet', description="The slides' ImageNet tables: MixNet-S pruned, distilled and quantised.", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog='examples:\n  python -m micronet_nb.imagenet --data /data/imagenet\n  accelerate launch -m micronet_nb.imagenet --data /data/imagenet --stage prune --minutes 55\n  python -m micronet_nb.imagenet --data /data/imagenet --stage check\n\n'
-                                f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on')
-    p.add_argument('--data', required=True, help='folder with train and val: class folders, tar files or parquet shards')
+    p = argparse.ArgumentParser(
+        'python -m micronet_nb.imagenet',
+        description="The slides' ImageNet tables: MixNet-S pruned, distilled and quantised.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='examples:\n  python -m micronet_nb.imagenet --data /data/imagenet\n  accelerate launch -m micronet_nb.imagenet --data /data/imagenet --stage prune --minutes 55\n  python -m micronet_nb.imagenet --data /data/imagenet --stage check\n\n'
+        f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on',
+    )
+    p.add_argument(
+        '--data', required=True, help='folder with train and val: class folders, tar files or parquet shards'
+    )
     p.add_argument('--weights', help='folder with <model>.safetensors or .pth (default: the Hugging Face hub)')
     p.add_argument('--stage', default='all', choices=[*STAGES, 'check'], help='which rows (default: all)')
-    p.add_argument('--teacher', default='mixnet_l', choices=['none', *SLIDE_TEACHERS], help='of all rows that are not of the sweep (default: mixnet_l)')
-    for flag, default, text in (('--epochs', 120, 'of every row'), ('--epoch-images', 0, 'images an epoch; 0: all'), ('--batch', 512, 'images a step, over all processes'), ('--workers', None, 'decoding processes of each process (default: one a core)'),
-                                ('--size', 224, 'pixels a side'), ('--resize', 256, 'shorter side before the centre crop'), ('--calibration', 250, 'training images for the activation steps'), ('--seed', 0, 'of order and crops')):
-        p.add_argument(flag, type=int, default=default, help=f'{text}' + ('' if default is None else f' (default: {default})'))
+    p.add_argument(
+        '--teacher',
+        default='mixnet_l',
+        choices=['none', *SLIDE_TEACHERS],
+        help='of all rows that are not of the sweep (default: mixnet_l)',
+    )
+    for flag, default, text in (
+        ('--epochs', 120, 'of every row'),
+        ('--epoch-images', 0, 'images an epoch; 0: all'),
+        ('--batch', 512, 'images a step, over all processes'),
+        ('--workers', None, 'decoding processes of each process (default: one a core)'),
+        ('--size', 224, 'pixels a side'),
+        ('--resize', 256, 'shorter side before the centre crop'),
+        ('--calibration', 250, 'training images for the activation steps'),
+        ('--seed', 0, 'of order and crops'),
+    ):
+        p.add_argument(
+            flag, type=int, default=default, help=f'{text}' + ('' if default is None else f' (default: {default})')
+        )
     p.add_argument('--lr', type=float, default=1e-4, help='peak learning rate, cosine (default: 1e-4)')
     p.add_argument('--minutes', type=float, help='stop after this time; the same command goes on')
     p.add_argument('--precision', choices=('bf16', 'no'), help='default: bf16 on a GPU')
-    p.add_argument('--untrained', action='store_true', help='random weights where there are no published ones: to try the machinery')
+    p.add_argument(
+        '--untrained',
+        action='store_true',
+        help='random weights where there are no published ones: to try the machinery',
+    )
     return p
 
 # %% ../nbs/21_imagenet.ipynb #7f903d0d
 def weights_key(
-    model: nn.Module  # any
+    model: nn.Module,  # any
 ) -> str:
     "Stands for the values of a net's weights and buffers: other weights, another key."
     h = hashlib.sha256()
-    for k, v in model.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for k, v in model.state_dict().items():
+        h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/21_imagenet.ipynb #c0596d1c
@@ -403,20 +648,29 @@ def _nets(args, classes, say):
     "Role to (net on the device, key): what can be had of the slides' nets; what cannot is said."
     nets, device = {}, _world().device
     for role, name in NETS.items():
-        if args.stage not in ('all', 'sweep', 'evaluate') and name not in ('mixnet_s', args.teacher): continue
-        try: model = pretrained(name, args.weights, classes)
+        if args.stage not in ('all', 'sweep', 'evaluate') and name not in ('mixnet_s', args.teacher):
+            continue
+        try:
+            model = pretrained(name, args.weights, classes)
         except MicronetError as e:
-            if not args.untrained: say(f'{role}: {e}'); continue
+            if not args.untrained:
+                say(f'{role}: {e}')
+                continue
             torch.manual_seed(args.seed)
             model = create_model(name, classes)
         nets[role] = model.to(device).eval(), config_key([name, weights_key(model)])
-    if 'MixNet-S' not in nets: raise MicronetError('without the weights of mixnet_s there is no student: see the message above, or try the machinery with --untrained')
+    if 'MixNet-S' not in nets:
+        raise MicronetError(
+            'without the weights of mixnet_s there is no student: see the message above, or try the machinery with --untrained'
+        )
     return nets
+
 
 def _stage_teacher(args, nets, say):
     "Role of the teacher of most rows: the one asked for, else the strongest there is."
     asked = {v: k for k, v in NETS.items()}.get(args.teacher)
-    if asked is None or asked in nets: return asked
+    if asked is None or asked in nets:
+        return asked
     role = [r for r in ROLES[:3] if r in nets][-1]
     say(f'{asked} is missing: {role} teaches instead')
     return role
@@ -426,27 +680,61 @@ def _measured(track, name, val, args):
     "A row's figures: validated once, and kept."
     net = track.net(name)
     how = dict(size=args.size, resize=args.resize)
-    found = stage('mixnet-validated', how | dict(n=len(val.labels), images=fingerprint(val)), lambda folder: validate(net, val, track.stats, args.size, args.resize, workers=args.workers), [track.key_of(name)], track.root)
+    found = stage(
+        'mixnet-validated',
+        how | dict(n=len(val.labels), images=fingerprint(val)),
+        lambda folder: validate(net, val, track.stats, args.size, args.resize, workers=args.workers),
+        [track.key_of(name)],
+        track.root,
+    )
     run = track.made[name][1] if name in track.made else {}
     s = score(copy.deepcopy(net).cpu(), (3, args.size, args.size), 'imagenet', 'riair-reviewed')
-    return dict(row=name, **found, passes=passes(found), param_sparsity=param_sparsity(net), op_sparsity=op_sparsity(copy.deepcopy(net).cpu(), (3, args.size, args.size)), score=s.score, storage=s.storage,
-                train_seconds=run.get('seconds'), data_share=run['data_seconds']/run['seconds'] if run else None)
+    return dict(
+        row=name,
+        **found,
+        passes=passes(found),
+        param_sparsity=param_sparsity(net),
+        op_sparsity=op_sparsity(copy.deepcopy(net).cpu(), (3, args.size, args.size)),
+        score=s.score,
+        storage=s.storage,
+        train_seconds=run.get('seconds'),
+        data_share=run['data_seconds'] / run['seconds'] if run else None,
+    )
 
 # %% ../nbs/21_imagenet.ipynb #44f29323
 def _config(args):
     "RIAIR's recipe for ImageNet, 120 epochs a row."
     precision = args.precision or ('bf16' if torch.cuda.is_available() else 'no')
-    return FitConfig(epochs=args.epochs, epoch_images=args.epoch_images, batch_size=args.batch, lr=args.lr, warmup_epochs=0., weight_decay=1e-5, augment='none', precision=precision, channels_last=True, seed=args.seed)
+    return FitConfig(
+        epochs=args.epochs,
+        epoch_images=args.epoch_images,
+        batch_size=args.batch,
+        lr=args.lr,
+        warmup_epochs=0.0,
+        weight_decay=1e-5,
+        augment='none',
+        precision=precision,
+        channels_last=True,
+        seed=args.seed,
+    )
+
 
 def _run(args):
     "All rows of a stage, one after the other; the record grows with each."
     began, world = time.time(), _world()
-    left = lambda: began + 60*args.minutes - time.time() if args.minutes else float('inf')
-    def fresh(name): return (runs_dir()/'stages'/track.made[name][1]['folder']/'done.json').stat().st_mtime >= began
+    left = lambda: began + 60 * args.minutes - time.time() if args.minutes else float('inf')
+
+    def fresh(name):
+        return (runs_dir() / 'stages' / track.made[name][1]['folder'] / 'done.json').stat().st_mtime >= began
+
     say = lambda text: world.is_main_process and print(text, flush=True)
-    if args.minutes is not None and not args.minutes > 0: raise MicronetError(f'--minutes {args.minutes:g}: more than 0')
+    if args.minutes is not None and not args.minutes > 0:
+        raise MicronetError(f'--minutes {args.minutes:g}: more than 0')
     train, val = (open_images(args.data, split) for split in ('train', 'val'))
-    if differ := sorted({*train.classes} ^ {*val.classes}): raise MicronetError(f'{args.data}: class {differ[0]!r} is not in both train and val: they do not belong together')
+    if differ := sorted({*train.classes} ^ {*val.classes}):
+        raise MicronetError(
+            f'{args.data}: class {differ[0]!r} is not in both train and val: they do not belong together'
+        )
     say(f'{len(train.labels):,} training images, {len(val.labels):,} validation images, {len(train.classes):,} classes')
     if args.stage == 'check':
         bad = pd.concat([check_images(s) for s in (train, val)])
@@ -454,48 +742,92 @@ def _run(args):
         return int(len(bad) > 0)
     nets, stream = _nets(args, len(train.classes), say), Stream(train, args.size, args.workers)
     images = normalised(stream.some(min(args.calibration, len(stream)), args.seed), IMAGENET_STATS)
-    track = Track(nets['MixNet-S'][0], nets['MixNet-S'][1], stream, IMAGENET_STATS, _config(args), nets, images, _stage_teacher(args, nets, say),
-                  stop=(lambda: max(.05, left())) if args.minutes else None)
+    track = Track(
+        nets['MixNet-S'][0],
+        nets['MixNet-S'][1],
+        stream,
+        IMAGENET_STATS,
+        _config(args),
+        nets,
+        images,
+        _stage_teacher(args, nets, say),
+        stop=(lambda: max(0.05, left())) if args.minutes else None,
+    )
     rows = {}
     for name in STAGES[args.stage]:
         row = ROWS[name]
-        if row and row.teacher not in (None, 'stage') and row.teacher not in nets: say(f'{name}: left out, there is no such teacher here'); continue
-        if left() <= 0 and any(map(fresh, track.made)): say(f'stopped after {args.minutes:g} minutes, before {name!r}'); return STOPPED  # each call does some work, however short its time
-        try: rows[name] = _measured(track, name, val, args)
+        if row and row.teacher not in (None, 'stage') and row.teacher not in nets:
+            say(f'{name}: left out, there is no such teacher here')
+            continue
+        if left() <= 0 and any(map(fresh, track.made)):
+            say(f'stopped after {args.minutes:g} minutes, before {name!r}')
+            return STOPPED  # each call does some work, however short its time
+        try:
+            rows[name] = _measured(track, name, val, args)
         except Stopped as e:
-            say(f'stopped after {args.minutes:g} minutes: {e}'); return STOPPED
-        say(f"{name}: top-1 {rows[name]['top1']:.2f} %, top-5 {rows[name]['top5']:.2f} % ({rows[name]['right']:,} of {rows[name]['n']:,}), bar {'met' if rows[name]['passes'] else 'missed'}, waiting for images {rows[name]['waiting']:.0%} of the time")
-        if world.is_main_process: _record(rows, track, args, val)
-    if world.is_main_process and rows and not args.untrained: print(tables().to_string(na_rep='', float_format='%.2f'))
+            say(f'stopped after {args.minutes:g} minutes: {e}')
+            return STOPPED
+        say(
+            f"{name}: top-1 {rows[name]['top1']:.2f} %, top-5 {rows[name]['top5']:.2f} % ({rows[name]['right']:,} of {rows[name]['n']:,}), bar {'met' if rows[name]['passes'] else 'missed'}, waiting for images {rows[name]['waiting']:.0%} of the time"
+        )
+        if world.is_main_process:
+            _record(rows, track, args, val)
+    if world.is_main_process and rows and not args.untrained:
+        print(tables().to_string(na_rep='', float_format='%.2f'))
     return 0
 
 # %% ../nbs/21_imagenet.ipynb #5509804a
 def _record(rows, track, args, val):
     "This run's rows and, beside them, those of earlier runs of the command on the same data."
-    config = dict(recipe=asdict(track.tune), stage_teacher=track.stage, size=args.size, resize=args.resize, untrained=args.untrained)
-    data = dict(name='imagenet', split='val', n=len(val.labels), fingerprint=fingerprint(val), train=track.train.fingerprint)
+    config = dict(
+        recipe=asdict(track.tune),
+        stage_teacher=track.stage,
+        size=args.size,
+        resize=args.resize,
+        untrained=args.untrained,
+    )
+    data = dict(
+        name='imagenet', split='val', n=len(val.labels), fingerprint=fingerprint(val), train=track.train.fingerprint
+    )
     name = f"21_imagenet.imagenet{'.untrained' if args.untrained else ''}"
     old = load_record(name, 'paper', results_dir('paper'))
-    if old and not args.untrained and (old['config'], old['dataset']) != (config, data): name += f'.{config_key([config, data])[:6]}'  # another recipe or other images: the table there stays
+    if old and not args.untrained and (old['config'], old['dataset']) != (config, data):
+        name += f'.{config_key([config, data])[:6]}'  # another recipe or other images: the table there stays
     old = load_record(name, 'paper', results_dir('paper'))
     kept = {r['row']: r for r in old['rows']} if old and (old['config'], old['dataset']) == (config, data) else {}
-    return record(name, list((kept | rows).values()), 'paper', config, seed=args.seed, dataset=data, n=len(val.labels), device=track.images.device if not torch.cuda.is_available() else 'cuda')
+    return record(
+        name,
+        list((kept | rows).values()),
+        'paper',
+        config,
+        seed=args.seed,
+        dataset=data,
+        n=len(val.labels),
+        device=track.images.device if not torch.cuda.is_available() else 'cuda',
+    )
+
 
 def tables(
-    folder=None     # of the command's record; None: where it writes now
+    folder=None,  # of the command's record; None: where it writes now
 ) -> pd.DataFrame:  # indexed by row
     "The slides' rows beside what the command has measured (top-1 in %)."
     return compare('21_imagenet.imagenet', 'row', 'top1', slide_rows(), folder, profile='paper').reindex(list(ROWS))
 
 # %% ../nbs/21_imagenet.ipynb #609b66df
 def main(
-    argv=None  # default: the command line
+    argv=None,  # default: the command line
 ) -> int:
     "`python -m micronet_nb.imagenet`; returns the exit code. A mistake is one line on stderr."
     args = _parser().parse_args(argv)
-    try: return _run(args)
-    except MicronetError as e: print(f'micronet_nb.imagenet: {e}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('\nmicronet_nb.imagenet: stopped; the same command goes on', file=sys.stderr); return 130
+    try:
+        return _run(args)
+    except MicronetError as e:
+        print(f'micronet_nb.imagenet: {e}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('\nmicronet_nb.imagenet: stopped; the same command goes on', file=sys.stderr)
+        return 130
 
 # %% ../nbs/21_imagenet.ipynb #28c2e2c6
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())

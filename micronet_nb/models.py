@@ -13,7 +13,7 @@ from .core import MicronetError
 
 # %% ../nbs/02_models.ipynb #ccbcd02f
 def num_params(
-    model: nn.Module  # any model
+    model: nn.Module,  # any model
 ) -> int:
     "Parameters of a model, buffers not counted."
     return sum(p.numel() for p in model.parameters())
@@ -21,25 +21,29 @@ def num_params(
 # %% ../nbs/02_models.ipynb #2c446803
 def require_shapes(
     model: nn.Module,  # any model
-    what: str          # what wants the shapes, for the message
+    what: str,  # what wants the shapes, for the message
 ):
     "MicronetError where a parameter of a lazy module has no shape yet."
     for name, p in model.named_parameters():
-        if not isinstance(p, nn.parameter.UninitializedParameter): continue
-        raise MicronetError(f'{what} needs the shape of {name!r}, a parameter of a lazy module: '
-                            'run the model on one batch first')
+        if not isinstance(p, nn.parameter.UninitializedParameter):
+            continue
+        raise MicronetError(
+            f'{what} needs the shape of {name!r}, a parameter of a lazy module: run the model on one batch first'
+        )
 
 # %% ../nbs/02_models.ipynb #9bc04957
 def densenet_bc(
-    depth: int = 100,        # layers: 6 b + 4 for b bottlenecks in each of three blocks
-    growth: int = 12,        # channels that a bottleneck adds
-    num_classes: int = 100   # outputs
+    depth: int = 100,  # layers: 6 b + 4 for b bottlenecks in each of three blocks
+    growth: int = 12,  # channels that a bottleneck adds
+    num_classes: int = 100,  # outputs
 ) -> nn.Module:
     "DenseNet-BC (compression 0.5) for 32x32 images, on timm's DenseNet. Huang et al. 2017; MicronetError for a depth that is not 6 b + 4."
-    if depth < 10 or (depth - 4) % 6: raise MicronetError(f'a DenseNet-BC has depth 6 b + 4 (22, 40, 100, 172, ...), not {depth}')
+    if depth < 10 or (depth - 4) % 6:
+        raise MicronetError(f'a DenseNet-BC has depth 6 b + 4 (22, 40, 100, 172, ...), not {depth}')
     from timm.models.densenet import DenseNet  # timm takes as long to import as torch: only where it is used
-    net = DenseNet(block_config=((depth - 4)//6,)*3, growth_rate=growth, num_classes=num_classes)
-    net.features.conv0 = nn.Conv2d(3, 2*growth, 3, padding=1, bias=False)
+
+    net = DenseNet(block_config=((depth - 4) // 6,) * 3, growth_rate=growth, num_classes=num_classes)
+    net.features.conv0 = nn.Conv2d(3, 2 * growth, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.features.conv0.weight)
     del net.features.norm0, net.features.pool0
     return net
@@ -47,6 +51,7 @@ def densenet_bc(
 # %% ../nbs/02_models.ipynb #b00462cb
 class PreActBlock(nn.Module):
     "Two 3x3 convolutions, each after batch norm and relu, and a shortcut. He et al. 2016, 'Identity mappings'."
+
     def __init__(self, cin, cout, stride):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(cin), nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
@@ -61,59 +66,78 @@ class PreActBlock(nn.Module):
 
 # %% ../nbs/02_models.ipynb #6f6dd719
 def wrn(
-    depth: int = 28,         # layers: 6 b + 4 for b blocks in each of three groups
-    width: int = 10,         # factor on 16, 32, 64 channels
-    num_classes: int = 100   # outputs
+    depth: int = 28,  # layers: 6 b + 4 for b blocks in each of three groups
+    width: int = 10,  # factor on 16, 32, 64 channels
+    num_classes: int = 100,  # outputs
 ) -> nn.Module:
     "Wide ResNet for 32x32 images. Zagoruyko and Komodakis 2016; MicronetError for a depth that is not 6 b + 4."
-    if depth < 10 or (depth - 4) % 6: raise MicronetError(f'a Wide ResNet has depth 6 b + 4 (16, 22, 28, 40, ...), not {depth}')
+    if depth < 10 or (depth - 4) % 6:
+        raise MicronetError(f'a Wide ResNet has depth 6 b + 4 (16, 22, 28, 40, ...), not {depth}')
     channels, blocks = 16, []
     for group in range(3):
-        for i in range((depth - 4)//6):
-            blocks.append(PreActBlock(channels, 16*width*2**group, 2 if group and not i else 1))
-            channels = 16*width*2**group
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), *blocks, nn.BatchNorm2d(channels), nn.ReLU(),
-                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+        for i in range((depth - 4) // 6):
+            blocks.append(PreActBlock(channels, 16 * width * 2**group, 2 if group and not i else 1))
+            channels = 16 * width * 2**group
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1, bias=False),
+        *blocks,
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, num_classes),
+    )
     for m in net.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode='fan_out')
     return net
 
 # %% ../nbs/02_models.ipynb #d2e56b98
 def create_model(
-    name: str,               # 'densenet_bc_<depth>_<growth>', 'wrn_<depth>_<width>' or a timm name
+    name: str,  # 'densenet_bc_<depth>_<growth>', 'wrn_<depth>_<width>' or a timm name
     num_classes: int = 100,  # outputs
-    small: bool = False,     # stride-1 stem, for images of 32x32 and less
-    pretrained: bool = False # timm's published weights, downloaded
+    small: bool = False,  # stride-1 stem, for images of 32x32 and less
+    pretrained: bool = False,  # timm's published weights, downloaded
 ) -> nn.Module:
     "A model by name; MicronetError names the closest ones where there is none."
     for make, prefix in ((densenet_bc, 'densenet_bc_'), (wrn, 'wrn_')):
-        if name.startswith(prefix): return _sized(make, name[len(prefix):], name, num_classes)
+        if name.startswith(prefix):
+            return _sized(make, name[len(prefix) :], name, num_classes)
     import timm
-    if not timm.is_model(name): raise MicronetError(f'no model {name!r}; {_near(name)}')
+
+    if not timm.is_model(name):
+        raise MicronetError(f'no model {name!r}; {_near(name)}')
     model = timm.create_model(name, num_classes=num_classes, pretrained=pretrained)
     return small_stem(model) if small else model
 
 # %% ../nbs/02_models.ipynb #21cb90d3
 def _sized(make, sizes, name, num_classes):
     "The two sizes in a name such as densenet_bc_100_12."
-    try: a, b = map(int, sizes.split('_'))
-    except ValueError: a = b = 0
-    if a < 1 or b < 1: raise MicronetError(f'{name!r} needs two sizes, such as densenet_bc_100_12 or wrn_28_10')
+    try:
+        a, b = map(int, sizes.split('_'))
+    except ValueError:
+        a = b = 0
+    if a < 1 or b < 1:
+        raise MicronetError(f'{name!r} needs two sizes, such as densenet_bc_100_12 or wrn_28_10')
     return make(a, b, num_classes)
+
 
 def _near(name):
     "What a misspelt name may have meant."
     import difflib, timm
+
     near = difflib.get_close_matches(name, ['densenet_bc_100_12', 'wrn_28_10', 'released', *timm.list_models()], n=4)
     return f"did you mean {', '.join(near)}?" if near else 'timm.list_models() lists what there is'
 
 # %% ../nbs/02_models.ipynb #32550c3a
 def small_stem(
-    model: nn.Module  # a timm model; changed in place
+    model: nn.Module,  # a timm model; changed in place
 ) -> nn.Module:
     "Gives the first convolution stride 1 and takes the stem's max pool out, for 32x32 images."
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None: raise MicronetError(f'{type(model).__name__} has no convolution, so it has no stem to change')
+    if first is None:
+        raise MicronetError(f'{type(model).__name__} has no convolution, so it has no stem to change')
     first.stride = (1, 1)
-    if isinstance(getattr(model, 'maxpool', None), nn.MaxPool2d): model.maxpool = nn.Identity()
+    if isinstance(getattr(model, 'maxpool', None), nn.MaxPool2d):
+        model.maxpool = nn.Identity()
     return model

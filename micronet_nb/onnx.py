@@ -15,53 +15,76 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .deployment import CARRIES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias, check_integers, shapes_of
+from micronet_nb.deployment import (
+    CARRIES,
+    IntConv2d,
+    IntLinear,
+    IntWeights,
+    Quantise,
+    ScaleBias,
+    check_integers,
+    shapes_of,
+)
 from .packing import as_graph
 
 # %% ../nbs/15_onnx.ipynb #77e3865b
 def carrier(
-    bits: int,           # 1 to 16
-    signed: bool = True  # else unsigned
+    bits: int,  # 1 to 16
+    signed: bool = True,  # else unsigned
 ) -> str:
     "The ONNX integer type for numbers of so many bits: 2, 4, 8 and 16 have their own, 1 goes into 2, and 3, 5, 6, 7 into 8; more into 16."
-    if not 1 <= bits <= 16: raise MicronetError(f'integers of 1 to 16 bits can be exported, not of {bits}')
+    if not 1 <= bits <= 16:
+        raise MicronetError(f'integers of 1 to 16 bits can be exported, not of {bits}')
     width = {1: 2, 2: 2, 4: 4}.get(bits, 8 if bits <= 8 else 16)
     return f"{'' if signed else 'U'}INT{width}"
 
 # %% ../nbs/15_onnx.ipynb #ed8e8bcc
 def integers(
-    values: np.ndarray, # whole numbers of any shape
-    kind: str,          # such as 'INT4'
-    name: str = ''      # of the tensor
-):                      # onnx.TensorProto
+    values: np.ndarray,  # whole numbers of any shape
+    kind: str,  # such as 'INT4'
+    name: str = '',  # of the tensor
+):  # onnx.TensorProto
     "A tensor of an ONNX integer type. MicronetError where this onnx does not know the type."
     from onnx import TensorProto
-    if not hasattr(TensorProto, kind): raise MicronetError(f'this version of onnx has no {kind}: install onnx>=1.20')
+
+    if not hasattr(TensorProto, kind):
+        raise MicronetError(f'this version of onnx has no {kind}: install onnx>=1.20')
     width, signed = int(kind.removeprefix('U').removeprefix('INT')), kind[0] == 'I'
-    codes, low = np.asarray(values).astype(np.int64).ravel(), -2**(width - 1) if signed else 0
-    if not np.array_equal(codes, np.ravel(values)) or len(codes) and not low <= codes.min() <= codes.max() < low + 2**width: raise MicronetError(f'{name or "the tensor"} has values that are no {kind}: quantise it first')
-    if width >= 8: raw = codes.astype(f'<i{width//8}' if kind[0] == 'I' else f'<u{width//8}').tobytes()
+    codes, low = np.asarray(values).astype(np.int64).ravel(), -(2 ** (width - 1)) if signed else 0
+    if (
+        not np.array_equal(codes, np.ravel(values))
+        or len(codes)
+        and not low <= codes.min() <= codes.max() < low + 2**width
+    ):
+        raise MicronetError(f'{name or "the tensor"} has values that are no {kind}: quantise it first')
+    if width >= 8:
+        raw = codes.astype(f'<i{width // 8}' if kind[0] == 'I' else f'<u{width // 8}').tobytes()
     else:
-        codes = np.pad(codes & 2**width - 1, (0, -len(codes) % (8//width))).reshape(-1, 8//width)
-        raw = (codes << width*np.arange(8//width)).sum(1).astype(np.uint8).tobytes()
+        codes = np.pad(codes & 2**width - 1, (0, -len(codes) % (8 // width))).reshape(-1, 8 // width)
+        raw = (codes << width * np.arange(8 // width)).sum(1).astype(np.uint8).tobytes()
     return TensorProto(name=name, dims=np.shape(values), data_type=getattr(TensorProto, kind), raw_data=raw)
 
 # %% ../nbs/15_onnx.ipynb #be397b0e
 RULES = {}  # function, name of a tensor's method, or class of a module: function of (Export, arguments) that returns the name of a value
 
+
 def exports(*targets):
     "Registers the rule that writes some functions, methods or modules."
+
     def register(f):
         RULES.update(dict.fromkeys(targets, f))
         return f
+
     return register
 
 # %% ../nbs/15_onnx.ipynb #d653c28e
 class Export:
     "An ONNX graph in the making: its nodes, its stored tensors, and the shape of every value (for a batch of 2)."
-    def __init__(self,
-        graph: fx.GraphModule, # that is written
-        form: str = 'qdq'      # see `to_onnx`
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,  # that is written
+        form: str = 'qdq',  # see `to_onnx`
     ):
         self.graph, self.form, self.nodes, self.stored, self.shapes, self.known = graph, form, [], {}, {}, {}
         self.node, self.where = None, 'net'  # what is being written, and its name for people
@@ -69,283 +92,468 @@ class Export:
     def __call__(self, op, *inputs, **attributes):
         "Adds a node; the name of its result."
         from onnx import helper
+
         name = f'v{len(self.nodes)}'
-        self.nodes.append(helper.make_node(op, [self.constant(i) for i in inputs], [name], name=f'{self.where}/{op}_{len(self.nodes)}', **attributes))
+        self.nodes.append(
+            helper.make_node(
+                op,
+                [self.constant(i) for i in inputs],
+                [name],
+                name=f'{self.where}/{op}_{len(self.nodes)}',
+                **attributes,
+            )
+        )
         return name
 
     def constant(self, value, kind=None, name=None):
         "The name of a stored tensor, one for equal values: float32, indices, or integers of an ONNX type. A name is passed on."
         from onnx import numpy_helper
-        if isinstance(value, str): return value
+
+        if isinstance(value, str):
+            return value
         array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
-        if kind is None and array.dtype != np.int64: array = array.astype(np.float32)
+        if kind is None and array.dtype != np.int64:
+            array = array.astype(np.float32)
         key = array.dtype.str, kind, array.shape, array.tobytes()
         if key not in self.known:
             name = self.known[key] = name or f'c{len(self.stored)}'
             self.stored[name] = integers(array, kind, name) if kind else numpy_helper.from_array(array, name)
         return self.known[key]
 
-    def refuse(self, why): raise MicronetError(f'{self.where} cannot be exported to ONNX: {why}')
+    def refuse(self, why):
+        raise MicronetError(f'{self.where} cannot be exported to ONNX: {why}')
 
 # %% ../nbs/15_onnx.ipynb #c0569951
 def _called(graph, node):
     "A node's module, function or name of a method; the function that a module stands for."
-    if node.op != 'call_module': return node.target
+    if node.op != 'call_module':
+        return node.target
     m = graph.get_submodule(node.target)
     return CALLS[type(m)][0] if type(m) in CALLS else m
 
-def _scales(m): return isinstance(m, ScaleBias) and (m.has_bias or bool((m.weight != 1).any()))
+
+def _scales(m):
+    return isinstance(m, ScaleBias) and (m.has_bias or bool((m.weight != 1).any()))
+
 
 def _met(graph, node):
     "Does a quantiser read this value before any scale does?"
     return any(isinstance(m := _called(graph, u), Quantise) or not _scales(m) and _met(graph, u) for u in node.users)
 
+
 def _safe(graph, node):
     "Is this quantiser one that onnxruntime leaves alone?"
     layers = [u for u in node.users if isinstance(_called(graph, u), (nn.Conv2d, nn.Linear))]
-    moved = _called(graph, node.args[0]) in CARRIES | {F.relu, torch.relu, F.hardtanh, F.relu6, 'relu', 'flatten', 'reshape', 'view', 'contiguous'}
-    return not moved and all(u in layers or u.op == 'output' for u in node.users) and not any(_met(graph, u) for u in layers)
+    moved = _called(graph, node.args[0]) in CARRIES | {
+        F.relu,
+        torch.relu,
+        F.hardtanh,
+        F.relu6,
+        'relu',
+        'flatten',
+        'reshape',
+        'view',
+        'contiguous',
+    }
+    return (
+        not moved
+        and all(u in layers or u.op == 'output' for u in node.users)
+        and not any(_met(graph, u) for u in layers)
+    )
 
 # %% ../nbs/15_onnx.ipynb #9bfb7cc5
 @exports(Quantise)
 def _quantise(e, m, x):
     "The range where the type has another, QuantizeLinear, DequantizeLinear; one signed bit is the sign. Round and Clip in the form 'float', and where QDQ is not safe."
     sign, kind, low, high = m.signed and m.bits == 1, carrier(m.bits, m.signed), float(m.bottom), float(m.top)
-    if sign: x = e('Sign', x)
-    if e.form == 'float' or not _safe(e.graph, e.node): return x if sign else e('Clip', e('Round', x), low, high)
-    if m.bits == 1 and m.low: x = e('Min', e('Max', x, low), high)   # onnxruntime takes a Clip into its quantiser, but not at 2 bits
-    elif m.low and kind != f'UINT{m.bits}' or '8' in kind or '16' in kind: x = x if kind == f'UINT{m.bits}' else e('Clip', x, low, high)
-    elif m.signed and not sign: x = e('Max', x, low)          # the type's own end does the rest
-    elif m.bits == 1 and not sign: x = e('Min', x, high)
+    if sign:
+        x = e('Sign', x)
+    if e.form == 'float' or not _safe(e.graph, e.node):
+        return x if sign else e('Clip', e('Round', x), low, high)
+    if m.bits == 1 and m.low:
+        x = e('Min', e('Max', x, low), high)  # onnxruntime takes a Clip into its quantiser, but not at 2 bits
+    elif m.low and kind != f'UINT{m.bits}' or '8' in kind or '16' in kind:
+        x = x if kind == f'UINT{m.bits}' else e('Clip', x, low, high)
+    elif m.signed and not sign:
+        x = e('Max', x, low)  # the type's own end does the rest
+    elif m.bits == 1 and not sign:
+        x = e('Min', x, high)
     zero = e.constant(-m.low, kind)
-    return e('DequantizeLinear', e('QuantizeLinear', x, 1., zero), 1., zero)
+    return e('DequantizeLinear', e('QuantizeLinear', x, 1.0, zero), 1.0, zero)
+
 
 @exports(ScaleBias)
 def _scale_bias(e, m, x):
-    shape = (-1,) + (1,)*(len(e.shapes[x]) - 2)
+    shape = (-1,) + (1,) * (len(e.shapes[x]) - 2)
     x = e('Mul', x, m.weight.view(shape))
     return e('Add', x, m.bias.view(shape)) if m.has_bias else x
 
 # %% ../nbs/15_onnx.ipynb #6405769c
 def _weight(e, m):
     "A layer's weights: floats as they are, integers behind a DequantizeLinear."
-    if not isinstance(m, IntWeights): return e.constant(m.weight)
-    try: check_integers(m.weight, m.weight_bits, f'{e.where}.weight')
-    except MicronetError as error: e.refuse(error)
-    if e.form == 'float': return e.constant(m.weight, name=f'{e.where}.weight')
-    return e('DequantizeLinear', e.constant(m.weight, carrier(m.weight_bits), f'{e.where}.weight'), 1.)
+    if not isinstance(m, IntWeights):
+        return e.constant(m.weight)
+    try:
+        check_integers(m.weight, m.weight_bits, f'{e.where}.weight')
+    except MicronetError as error:
+        e.refuse(error)
+    if e.form == 'float':
+        return e.constant(m.weight, name=f'{e.where}.weight')
+    return e('DequantizeLinear', e.constant(m.weight, carrier(m.weight_bits), f'{e.where}.weight'), 1.0)
+
 
 @exports(nn.Conv2d, IntConv2d)
 def _conv(e, m, x):
-    if m.padding_mode != 'zeros': e.refuse(f'its padding is {m.padding_mode!r}: lower the net first, which makes it a pad of its own')
+    if m.padding_mode != 'zeros':
+        e.refuse(f'its padding is {m.padding_mode!r}: lower the net first, which makes it a pad of its own')
     left, right, top, bottom = m._reversed_padding_repeated_twice
-    return e('Conv', x, _weight(e, m), *[] if m.bias is None else [m.bias], kernel_shape=m.kernel_size, strides=m.stride,
-             pads=[top, left, bottom, right], dilations=m.dilation, group=m.groups)
+    return e(
+        'Conv',
+        x,
+        _weight(e, m),
+        *[] if m.bias is None else [m.bias],
+        kernel_shape=m.kernel_size,
+        strides=m.stride,
+        pads=[top, left, bottom, right],
+        dilations=m.dilation,
+        group=m.groups,
+    )
+
 
 @exports(nn.Linear, IntLinear)
 def _linear(e, m, x):
-    if len(e.shapes[x]) != 2: e.refuse(f'it works on {len(e.shapes[x])} dimensions, not on (n, features)')
+    if len(e.shapes[x]) != 2:
+        e.refuse(f'it works on {len(e.shapes[x])} dimensions, not on (n, features)')
     return e('Gemm', x, _weight(e, m), *[] if m.bias is None else [m.bias], transB=1)
 
 # %% ../nbs/15_onnx.ipynb #b9b0a4f7
-CALLS = {nn.MaxPool2d: (F.max_pool2d, 'kernel_size stride padding dilation ceil_mode return_indices'), nn.AdaptiveAvgPool2d: (F.adaptive_avg_pool2d, 'output_size'),
-         nn.AvgPool2d: (F.avg_pool2d, 'kernel_size stride padding ceil_mode count_include_pad divisor_override'), nn.Flatten: (torch.flatten, 'start_dim end_dim'),
-         nn.ReLU: (F.relu, ''), nn.Sigmoid: (torch.sigmoid, ''), nn.Tanh: (torch.tanh, ''), nn.SiLU: (F.silu, ''), nn.Hardswish: (F.hardswish, ''), nn.Hardsigmoid: (F.hardsigmoid, ''),
-         nn.GELU: (F.gelu, 'approximate'), nn.Hardtanh: (F.hardtanh, 'min_val max_val'), nn.ReLU6: (F.relu6, ''), nn.LeakyReLU: (F.leaky_relu, 'negative_slope'),
-         nn.Identity: ('contiguous', ''), nn.Dropout: ('contiguous', '')}  # module to function, and the arguments that it keeps
+CALLS = {
+    nn.MaxPool2d: (F.max_pool2d, 'kernel_size stride padding dilation ceil_mode return_indices'),
+    nn.AdaptiveAvgPool2d: (F.adaptive_avg_pool2d, 'output_size'),
+    nn.AvgPool2d: (F.avg_pool2d, 'kernel_size stride padding ceil_mode count_include_pad divisor_override'),
+    nn.Flatten: (torch.flatten, 'start_dim end_dim'),
+    nn.ReLU: (F.relu, ''),
+    nn.Sigmoid: (torch.sigmoid, ''),
+    nn.Tanh: (torch.tanh, ''),
+    nn.SiLU: (F.silu, ''),
+    nn.Hardswish: (F.hardswish, ''),
+    nn.Hardsigmoid: (F.hardsigmoid, ''),
+    nn.GELU: (F.gelu, 'approximate'),
+    nn.Hardtanh: (F.hardtanh, 'min_val max_val'),
+    nn.ReLU6: (F.relu6, ''),
+    nn.LeakyReLU: (F.leaky_relu, 'negative_slope'),
+    nn.Identity: ('contiguous', ''),
+    nn.Dropout: ('contiguous', ''),
+}  # module to function, and the arguments that it keeps
+
 
 def _written(e, graph, n, names):
     "Writes a node; the name of its value."
     e.node, e.where = n, n.target if n.op in ('call_module', 'get_attr') else n.name
-    if n.op == 'get_attr': return e.constant(operator.attrgetter(n.target)(graph).float())
+    if n.op == 'get_attr':
+        return e.constant(operator.attrgetter(n.target)(graph).float())
     args, kwargs, target = *fx.map_arg((n.args, n.kwargs), names.__getitem__), n.target
     if n.op == 'call_module':
         m, args, kwargs = graph.get_submodule(n.target), (*args, *kwargs.values()), {}  # such as conv(input=x)
-        if type(m) in CALLS: target, kept = CALLS[type(m)]; args = (*args, *[getattr(m, k) for k in kept.split()])
-        else: target, args = type(m), (m, *args)
+        if type(m) in CALLS:
+            target, kept = CALLS[type(m)]
+            args = (*args, *[getattr(m, k) for k in kept.split()])
+        else:
+            target, args = type(m), (m, *args)
     name = getattr(target, '__name__', target)
-    if (rule := RULES.get(target)) is None: e.refuse(f'there is no rule for {name}; micronet_nb.onnx.exports registers one')
-    try: inspect.signature(rule).bind(e, *args, **kwargs)
-    except TypeError as error: e.refuse(f'{name}: {error}')
-    try: return rule(e, *args, **kwargs)
-    except MicronetError: raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error: e.refuse(f'{name} has arguments that its rule does not know ({type(error).__name__}: {error})')
+    if (rule := RULES.get(target)) is None:
+        e.refuse(f'there is no rule for {name}; micronet_nb.onnx.exports registers one')
+    try:
+        inspect.signature(rule).bind(e, *args, **kwargs)
+    except TypeError as error:
+        e.refuse(f'{name}: {error}')
+    try:
+        return rule(e, *args, **kwargs)
+    except MicronetError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        e.refuse(f'{name} has arguments that its rule does not know ({type(error).__name__}: {error})')
 
 # %% ../nbs/15_onnx.ipynb #6517d3ef
 def _model(graph, form, size):
     "The checked ONNX model of a graph."
     import onnx
     from onnx import TensorProto, helper
-    if wrong := next((f"{k} is {t.dtype}" for k, t in graph.state_dict().items() if t.is_floating_point() and t.dtype != torch.float32), None):
+
+    if wrong := next(
+        (
+            f"{k} is {t.dtype}"
+            for k, t in graph.state_dict().items()
+            if t.is_floating_point() and t.dtype != torch.float32
+        ),
+        None,
+    ):
         raise MicronetError(f'{wrong}, and the ONNX file computes in float32: export net.float()')
     e, names, shapes = Export(graph, form), {}, shapes_of(graph, torch.zeros(2, *size))
     for n in graph.graph.nodes:
-        if n.op == 'output': break
-        if n.op == 'placeholder' and n.args: raise MicronetError(f'the input {n.target} has a default value, which an ONNX file does not hold: wrap the net in a module of one input')
+        if n.op == 'output':
+            break
+        if n.op == 'placeholder' and n.args:
+            raise MicronetError(
+                f'the input {n.target} has a default value, which an ONNX file does not hold: wrap the net in a module of one input'
+            )
         names[n] = 'x' if n.op == 'placeholder' else _written(e, graph, n, names)
         e.shapes[names[n]] = shapes.get(n)
     if not isinstance(n.args[0], fx.Node) or not isinstance(shapes.get(n.args[0]), (tuple, list)):
-        raise MicronetError(f'the net returns {n.args[0]} ({type(n.args[0]).__name__}), not one tensor: wrap it in a module that returns one')
+        raise MicronetError(
+            f'the net returns {n.args[0]} ({type(n.args[0]).__name__}), not one tensor: wrap it in a module that returns one'
+        )
     e('Identity', names[n.args[0]])
     e.nodes[-1].output[0] = 'y'
     value = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, ['n', *shape[1:]])
-    net = helper.make_graph(e.nodes, 'net', [value('x', (2, *size))], [value('y', shapes[n.args[0]])], [*e.stored.values()])
+    net = helper.make_graph(
+        e.nodes, 'net', [value('x', (2, *size))], [value('y', shapes[n.args[0]])], [*e.stored.values()]
+    )
     two_bits = {getattr(TensorProto, k, None) for k in ('INT2', 'UINT2')}
     opset = [helper.make_opsetid('', 25 if any(t.data_type in two_bits for t in e.stored.values()) else 21)]
-    model = helper.make_model(net, opset_imports=opset, ir_version=helper.find_min_ir_version_for(opset), producer_name='micronet_nb')
-    try: onnx.checker.check_model(model, full_check=True)
+    model = helper.make_model(
+        net, opset_imports=opset, ir_version=helper.find_min_ir_version_for(opset), producer_name='micronet_nb'
+    )
+    try:
+        onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise MicronetError(f'onnx {onnx.__version__} refuses what was written: {(str(error).strip().splitlines() or ["?"])[0]}') from error
+        raise MicronetError(
+            f'onnx {onnx.__version__} refuses what was written: {(str(error).strip().splitlines() or ["?"])[0]}'
+        ) from error
     return model
 
 # %% ../nbs/15_onnx.ipynb #bd45dffb
 def to_onnx(
-    graph,              # fx.GraphModule of `lower` or `unpack`, or a model of deployment modules that torch.fx can trace
-    path,               # file to make or replace, atomically
+    graph,  # fx.GraphModule of `lower` or `unpack`, or a model of deployment modules that torch.fx can trace
+    path,  # file to make or replace, atomically
     form: str = 'qdq',  # 'qdq': integers behind QuantizeLinear and DequantizeLinear; 'float': float32 weights, Round and Clip
-    size: tuple = None  # of one input, such as (3, 32, 32); None: as `lower` or the packed file says
+    size: tuple = None,  # of one input, such as (3, 32, 32); None: as `lower` or the packed file says
 ) -> Path:
     "Writes a net as an ONNX file for float32 batches of any length, checked by onnx. MicronetError names what cannot be exported."
-    if form not in ('qdq', 'float'): raise MicronetError(f"form is 'qdq' or 'float', not {form!r}")
+    if form not in ('qdq', 'float'):
+        raise MicronetError(f"form is 'qdq' or 'float', not {form!r}")
     graph = as_graph(graph)
-    if size is None and 'input_size' not in graph.meta: raise MicronetError('this graph does not say what its input is: give size, such as (3, 32, 32)')
+    if size is None and 'input_size' not in graph.meta:
+        raise MicronetError('this graph does not say what its input is: give size, such as (3, 32, 32)')
     data = _model(graph, form, tuple(size or graph.meta['input_size'])).SerializeToString()
-    with atomic_path(path) as tmp: tmp.write_bytes(data)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(data)
     return Path(path)
 
 # %% ../nbs/15_onnx.ipynb #16507c0a
 def onnx_session(
-    path,               # an ONNX file with one input and one output
-    threads: int = None # of one operator; None: onnxruntime's choice
-):                      # function of a float32 tensor (n, ...) that returns one; its attribute `session` is onnxruntime's own
+    path,  # an ONNX file with one input and one output
+    threads: int = None,  # of one operator; None: onnxruntime's choice
+):  # function of a float32 tensor (n, ...) that returns one; its attribute `session` is onnxruntime's own
     "Opens an ONNX file in onnxruntime, on the CPU. MicronetError where it cannot; its function refuses NaN and infinity, which the file's integers cannot hold, and what onnxruntime cannot run."
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if threads is not None: options.intra_op_num_threads = threads
-    if not Path(path).is_file(): raise MicronetError(f'{path} does not exist')
-    try: session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    except Exception as e: raise MicronetError(f'onnxruntime {onnxruntime.__version__} cannot open {path}: {(str(e).splitlines() or ["?"])[0]}') from e  # its errors have no common class
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not Path(path).is_file():
+        raise MicronetError(f'{path} does not exist')
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    except Exception as e:
+        raise MicronetError(
+            f'onnxruntime {onnxruntime.__version__} cannot open {path}: {(str(e).splitlines() or ["?"])[0]}'
+        ) from e  # its errors have no common class
     name = session.get_inputs()[0].name
+
     def run(x):
-        if bad := int((~torch.isfinite(x)).sum()): raise MicronetError(f'the input holds {bad:,} numbers that are NaN or infinite, for which {path} has no integers: repair the data, or leave out what holds them')
-        try: return torch.from_numpy(session.run(None, {name: x.detach().contiguous().numpy()})[0])
-        except Exception as e: raise MicronetError(f"{path} does not run on {x.dtype} {'x'.join(map(str, x.shape))}: {(str(e).splitlines() or ['?'])[0]}") from e
+        if bad := int((~torch.isfinite(x)).sum()):
+            raise MicronetError(
+                f'the input holds {bad:,} numbers that are NaN or infinite, for which {path} has no integers: repair the data, or leave out what holds them'
+            )
+        try:
+            return torch.from_numpy(session.run(None, {name: x.detach().contiguous().numpy()})[0])
+        except Exception as e:
+            raise MicronetError(
+                f"{path} does not run on {x.dtype} {'x'.join(map(str, x.shape))}: {(str(e).splitlines() or ['?'])[0]}"
+            ) from e
+
     run.session = session
     return run
 
 # %% ../nbs/15_onnx.ipynb #a1967fe7
-def _pair(v): return (v, v) if isinstance(v, int) else tuple(v)*(3 - len(v))
-def _dims(e, x, dims): return [d % len(e.shapes[x]) for d in ([dims] if isinstance(dims, int) else dims)]
+def _pair(v):
+    return (v, v) if isinstance(v, int) else tuple(v) * (3 - len(v))
+
+
+def _dims(e, x, dims):
+    return [d % len(e.shapes[x]) for d in ([dims] if isinstance(dims, int) else dims)]
+
 
 def _windows(n, k, stride, pad, dilation, ceil_mode):
     "Of a pool along one dimension of n numbers: what is to be added behind, so that whole windows alone are left, and how many windows there are. The last one begins before the padding behind does."
-    span = dilation*(k - 1) + 1
-    count = (n + 2*pad - span + ceil_mode*(stride - 1))//stride + 1
-    if ceil_mode and (count - 1)*stride >= n + pad: count -= 1
-    return max((count - 1)*stride + span - n - pad, 0), count
+    span = dilation * (k - 1) + 1
+    count = (n + 2 * pad - span + ceil_mode * (stride - 1)) // stride + 1
+    if ceil_mode and (count - 1) * stride >= n + pad:
+        count -= 1
+    return max((count - 1) * stride + span - n - pad, 0), count
+
 
 @exports(F.max_pool2d)
 def _max_pool2d(e, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
-    if return_indices: e.refuse('it returns indices, too')
+    if return_indices:
+        e.refuse('it returns indices, too')
     k, s, p, d = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation)
     pads = [*p, *[_windows(*of, ceil_mode)[0] for of in zip(e.shapes[input][-2:], k, s, p, d)]]
     if any(behind >= n for behind, n in zip(pads[2:], k)):  # more than onnxruntime takes
-        input, pads = e('Pad', input, np.array([0, 0, *pads[:2], 0, 0, *pads[2:]]), -np.inf, mode='constant'), [0]*4
+        input, pads = e('Pad', input, np.array([0, 0, *pads[:2], 0, 0, *pads[2:]]), -np.inf, mode='constant'), [0] * 4
     return e('MaxPool', input, kernel_shape=k, strides=s, pads=pads, dilations=d)
 
+
 @exports(F.avg_pool2d)
-def _avg_pool2d(e, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
-    if divisor_override: e.refuse(f'divisor_override={divisor_override}')
+def _avg_pool2d(
+    e, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+):
+    if divisor_override:
+        e.refuse(f'divisor_override={divisor_override}')
     k, s, p = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding)
     size = e.shapes[input][-2:]
     behind, counts = zip(*[_windows(*of, 1, ceil_mode) for of in zip(size, k, s, p)])
     y = e('AveragePool', input, kernel_shape=k, strides=s, pads=[*p, *behind], count_include_pad=int(count_include_pad))
-    rows, columns = (torch.tensor([w/(min(i*t + w, n + 2*a) - i*t) for i in range(c)]) for n, w, t, a, c in zip(size, k, s, p, counts))
-    over = rows[:, None]*columns  # a window's size over what torch divides by, which leaves out what lies behind the padding
+    rows, columns = (
+        torch.tensor([w / (min(i * t + w, n + 2 * a) - i * t) for i in range(c)])
+        for n, w, t, a, c in zip(size, k, s, p, counts)
+    )
+    over = (
+        rows[:, None] * columns
+    )  # a window's size over what torch divides by, which leaves out what lies behind the padding
     return e('Mul', y, over[None, None]) if count_include_pad and bool((over != 1).any()) else y
+
 
 @exports(F.adaptive_avg_pool2d)
 def _adaptive_avg_pool2d(e, input, output_size):
     size = e.shapes[input][-2:]
     out = [s if o is None else o for o, s in zip(_pair(output_size), size)]
-    if out == [1, 1]: return e('GlobalAveragePool', input)
-    if any(s % o for s, o in zip(size, out)): e.refuse(f"an average of {'x'.join(map(str, size))} to {'x'.join(map(str, out))} needs windows of different sizes")
-    return _avg_pool2d(e, input, tuple(s//o for s, o in zip(size, out)))
+    if out == [1, 1]:
+        return e('GlobalAveragePool', input)
+    if any(s % o for s, o in zip(size, out)):
+        e.refuse(
+            f"an average of {'x'.join(map(str, size))} to {'x'.join(map(str, out))} needs windows of different sizes"
+        )
+    return _avg_pool2d(e, input, tuple(s // o for s, o in zip(size, out)))
+
 
 @exports(torch.mean, 'mean')
-def _mean(e, input, dim, keepdim=False): return e('ReduceMean', input, np.array(_dims(e, input, dim)), keepdims=int(keepdim))
+def _mean(e, input, dim, keepdim=False):
+    return e('ReduceMean', input, np.array(_dims(e, input, dim)), keepdims=int(keepdim))
 
 # %% ../nbs/15_onnx.ipynb #1132f034
 @exports(torch.cat)
-def _cat(e, tensors, dim=0): return e('Concat', *tensors, axis=dim % len(e.shapes[tensors[0]]))
+def _cat(e, tensors, dim=0):
+    return e('Concat', *tensors, axis=dim % len(e.shapes[tensors[0]]))
+
 
 @exports(torch.flatten, 'flatten')
 def _flatten(e, input, start_dim=0, end_dim=-1):
     k = len(e.shapes[input])
-    if (start_dim % k, end_dim % k) != (1, k - 1): e.refuse('it flattens other dimensions than all behind the batch')
+    if (start_dim % k, end_dim % k) != (1, k - 1):
+        e.refuse('it flattens other dimensions than all behind the batch')
     return e('Flatten', input, axis=1)
 
+
 @exports(torch.reshape)
-def _reshape(e, input, shape): return e('Reshape', input, np.array(shape))
+def _reshape(e, input, shape):
+    return e('Reshape', input, np.array(shape))
+
 
 @exports('reshape', 'view')
-def _view(e, input, *shape): return _reshape(e, input, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+def _view(e, input, *shape):
+    return _reshape(e, input, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+
 
 @exports(torch.permute)
-def _permute(e, input, dims): return e('Transpose', input, perm=_dims(e, input, dims))
+def _permute(e, input, dims):
+    return e('Transpose', input, perm=_dims(e, input, dims))
 
 # %% ../nbs/15_onnx.ipynb #4ed4894f
 @exports(operator.getitem)
 def _getitem(e, input, index):
     cuts = [(d, i) for d, i in enumerate(index if isinstance(index, tuple) else (index,)) if i != slice(None)]
-    if not all(isinstance(i, slice) and d for d, i in cuts): e.refuse(f'only slices of channels, rows and columns can be, not {index}')
-    if not cuts: return input
+    if not all(isinstance(i, slice) and d for d, i in cuts):
+        e.refuse(f'only slices of channels, rows and columns can be, not {index}')
+    if not cuts:
+        return input
     starts, stops, steps = zip(*[i.indices(e.shapes[input][d]) for d, i in cuts])
     return e('Slice', input, *map(np.array, (starts, stops, [d for d, _ in cuts], steps)))
+
 
 @exports(F.pad)
 def _pad(e, input, pad, mode='constant', value=None):
     modes, k = dict(constant='constant', reflect='reflect', replicate='edge', circular='wrap'), len(e.shapes[input])
-    given = [*pad] + [0]*(2*k - len(pad))
-    pads = [given[2*(k - 1 - d) + side] for side in (0, 1) for d in range(k)]
+    given = [*pad] + [0] * (2 * k - len(pad))
+    pads = [given[2 * (k - 1 - d) + side] for side in (0, 1) for d in range(k)]
     return e('Pad', input, np.array(pads), *[float(value or 0)] if mode == 'constant' else [], mode=modes[mode])
 
 # %% ../nbs/15_onnx.ipynb #0d4f74f0
-def _float(v): return float(v) if isinstance(v, (bool, int)) else v
+def _float(v):
+    return float(v) if isinstance(v, (bool, int)) else v
+
 
 @exports(torch.add, operator.add, 'add')
-def _add(e, input, other, alpha=1): return e('Add', _float(input), _float(other) if alpha == 1 else e('Mul', _float(other), float(alpha)))
+def _add(e, input, other, alpha=1):
+    return e('Add', _float(input), _float(other) if alpha == 1 else e('Mul', _float(other), float(alpha)))
+
 
 @exports(torch.sub, operator.sub, 'sub')
-def _sub(e, input, other, alpha=1): return e('Sub', _float(input), _float(other) if alpha == 1 else e('Mul', _float(other), float(alpha)))
+def _sub(e, input, other, alpha=1):
+    return e('Sub', _float(input), _float(other) if alpha == 1 else e('Mul', _float(other), float(alpha)))
+
 
 @exports(torch.mul, operator.mul, 'mul')
-def _mul(e, input, other): return e('Mul', _float(input), _float(other))
+def _mul(e, input, other):
+    return e('Mul', _float(input), _float(other))
+
 
 def _plain(op):
     "The rule of a function that ONNX has under its own name."
-    def rule(e, input, inplace=False): return e(op, input)
+
+    def rule(e, input, inplace=False):
+        return e(op, input)
+
     return rule
 
-for _op, _targets in dict(Relu=(F.relu, torch.relu, 'relu'), Sigmoid=(torch.sigmoid, 'sigmoid'), Tanh=(torch.tanh, 'tanh'), HardSwish=(F.hardswish,), Identity=('contiguous',)).items():
+
+for _op, _targets in dict(
+    Relu=(F.relu, torch.relu, 'relu'),
+    Sigmoid=(torch.sigmoid, 'sigmoid'),
+    Tanh=(torch.tanh, 'tanh'),
+    HardSwish=(F.hardswish,),
+    Identity=('contiguous',),
+).items():
     exports(*_targets)(_plain(_op))
 
 # %% ../nbs/15_onnx.ipynb #16b11d05
 @exports(F.silu)
-def _silu(e, input, inplace=False): return e('Mul', input, e('Sigmoid', input))
+def _silu(e, input, inplace=False):
+    return e('Mul', input, e('Sigmoid', input))
+
 
 @exports(F.hardsigmoid)
-def _hardsigmoid(e, input, inplace=False): return e('HardSigmoid', input, alpha=1/6, beta=.5)
+def _hardsigmoid(e, input, inplace=False):
+    return e('HardSigmoid', input, alpha=1 / 6, beta=0.5)
+
 
 @exports(F.gelu)
-def _gelu(e, input, approximate='none'): return e('Gelu', input, approximate=approximate)
+def _gelu(e, input, approximate='none'):
+    return e('Gelu', input, approximate=approximate)
+
 
 @exports(F.hardtanh)
-def _hardtanh(e, input, min_val=-1., max_val=1., inplace=False): return e('Clip', input, float(min_val), float(max_val))
+def _hardtanh(e, input, min_val=-1.0, max_val=1.0, inplace=False):
+    return e('Clip', input, float(min_val), float(max_val))
+
 
 @exports(F.relu6)
-def _relu6(e, input, inplace=False): return _hardtanh(e, input, 0., 6.)
+def _relu6(e, input, inplace=False):
+    return _hardtanh(e, input, 0.0, 6.0)
+
 
 @exports(F.leaky_relu)
-def _leaky_relu(e, input, negative_slope=.01, inplace=False): return e('LeakyRelu', input, alpha=float(negative_slope))
+def _leaky_relu(e, input, negative_slope=0.01, inplace=False):
+    return e('LeakyRelu', input, alpha=float(negative_slope))

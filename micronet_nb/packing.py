@@ -24,14 +24,24 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from .deployment import IntConv2d, IntLinear, IntWeights, Quantise, Runner, ScaleBias, check_integers, in_evaluation, lower
+from micronet_nb.deployment import (
+    IntConv2d,
+    IntLinear,
+    IntWeights,
+    Quantise,
+    Runner,
+    ScaleBias,
+    check_integers,
+    in_evaluation,
+    lower,
+)
 from .scoring import ACCOUNTINGS, score
 
 # %% ../nbs/14_packing.ipynb #b93f382e
 def to_bits(
     values: torch.Tensor,  # (k,) integers; none is 0 where bits is 1
-    bits: int              # 1 to 16
-) -> np.ndarray:           # (k*bits,) uint8, 0 or 1
+    bits: int,  # 1 to 16
+) -> np.ndarray:  # (k*bits,) uint8, 0 or 1
     "Two's complement, highest bit first. One bit: 1 for -1, 0 for +1."
     codes = values.to(torch.int32).numpy().astype(np.int16) if bits > 1 else (values < 0).numpy().astype(np.int16)
     return ((codes[:, None] >> np.arange(bits - 1, -1, -1, dtype=np.int16)) & 1).astype(np.uint8).ravel()
@@ -39,44 +49,51 @@ def to_bits(
 # %% ../nbs/14_packing.ipynb #73cd8f78
 def from_bits(
     stream: np.ndarray,  # (k*bits,) uint8, 0 or 1
-    bits: int            # 1 to 16
-) -> np.ndarray:         # (k,) int32
+    bits: int,  # 1 to 16
+) -> np.ndarray:  # (k,) int32
     "The inverse of `to_bits`."
-    powers = 2**np.arange(bits - 1, -1, -1, dtype=np.int32)
+    powers = 2 ** np.arange(bits - 1, -1, -1, dtype=np.int32)
     powers[0] *= -1
     values = stream.reshape(-1, bits).astype(np.int32) @ powers
-    return 1 + 2*values if bits == 1 else values
+    return 1 + 2 * values if bits == 1 else values
 
 # %% ../nbs/14_packing.ipynb #c2a75c40
 def encode(
     weight: torch.Tensor,  # any shape; integers of `bits` bits, or floats
-    bits: int = None,      # bits of an integer; None: floats, as they are
-    masked: bool = True    # a bitmask and the nonzeros, or all values
-) -> np.ndarray:           # uint8
+    bits: int = None,  # bits of an integer; None: floats, as they are
+    masked: bool = True,  # a bitmask and the nonzeros, or all values
+) -> np.ndarray:  # uint8
     "A tensor as a stream of whole bytes: ceil((N + nnz b)/8) of them with a mask, ceil(N b/8) without. The sign of a zero is not kept."
     w = weight.detach().flatten()
     kept = w[w != 0] if masked else w
     mask = (w != 0).numpy().astype(np.uint8) if masked else np.empty(0, np.uint8)
-    if bits: return np.packbits(np.concatenate([mask, to_bits(kept, bits)]))
+    if bits:
+        return np.packbits(np.concatenate([mask, to_bits(kept, bits)]))
     return np.concatenate([np.packbits(mask), kept.view(torch.uint8).numpy()])
 
 # %% ../nbs/14_packing.ipynb #76831682
 def decode(
-    data: np.ndarray,    # uint8; may go on after this tensor
-    n: int,              # numbers in the tensor
-    bits: int = None,    # as `encode`
-    masked: bool = True, # as `encode`
-    dtype=torch.float32  # of the result; where bits is None, of the stored floats
-) -> tuple:              # (n,) tensor, bytes used
+    data: np.ndarray,  # uint8; may go on after this tensor
+    n: int,  # numbers in the tensor
+    bits: int = None,  # as `encode`
+    masked: bool = True,  # as `encode`
+    dtype=torch.float32,  # of the result; where bits is None, of the stored floats
+) -> tuple:  # (n,) tensor, bytes used
     "The inverse of `encode`; MicronetError where the data is too short."
-    mask, start = _mask(data, n) if masked else (np.ones(min(n, 8*len(data)), bool), 0)
-    k, each = int(mask.sum()) if masked else n, bits or 8*dtype.itemsize
-    first = n if masked and bits else 8*start  # bit at which the values begin
-    size = (first + k*each + 7)//8
-    if size > len(data): raise MicronetError(f'a tensor of {n:,} numbers needs {size:,} bytes, the file has {len(data):,} left')
-    if bits: values = torch.from_numpy(from_bits(np.unpackbits(data[first//8:size])[first%8:first%8 + k*bits], bits)).to(dtype)
-    else: (values := torch.empty(k, dtype=dtype)).view(torch.uint8).numpy()[:] = data[start:size]
-    if not masked: return values, size
+    mask, start = _mask(data, n) if masked else (np.ones(min(n, 8 * len(data)), bool), 0)
+    k, each = int(mask.sum()) if masked else n, bits or 8 * dtype.itemsize
+    first = n if masked and bits else 8 * start  # bit at which the values begin
+    size = (first + k * each + 7) // 8
+    if size > len(data):
+        raise MicronetError(f'a tensor of {n:,} numbers needs {size:,} bytes, the file has {len(data):,} left')
+    if bits:
+        values = torch.from_numpy(
+            from_bits(np.unpackbits(data[first // 8 : size])[first % 8 : first % 8 + k * bits], bits)
+        ).to(dtype)
+    else:
+        (values := torch.empty(k, dtype=dtype)).view(torch.uint8).numpy()[:] = data[start:size]
+    if not masked:
+        return values, size
     out = torch.zeros(n, dtype=dtype)
     out[torch.from_numpy(mask)] = values
     return out, size
@@ -84,65 +101,125 @@ def decode(
 # %% ../nbs/14_packing.ipynb #c98ec211
 def _mask(data, n):
     "The first n bits as booleans, and the whole bytes that they take."
-    size = (n + 7)//8
-    if size > len(data): raise MicronetError(f'a bitmask of {n:,} bits needs {size:,} bytes, the file has {len(data):,} left')
+    size = (n + 7) // 8
+    if size > len(data):
+        raise MicronetError(f'a bitmask of {n:,} bits needs {size:,} bytes, the file has {len(data):,} left')
     return np.unpackbits(data[:size], count=n).astype(bool), size
 
 # %% ../nbs/14_packing.ipynb #65e2f511
-MODULES = {c.__name__: c for c in (
-    IntConv2d, IntLinear, ScaleBias, Quantise, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.Hardtanh,
-    nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.Softmax, nn.Identity, nn.Dropout, nn.Flatten, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)}
+MODULES = {
+    c.__name__: c
+    for c in (
+        IntConv2d,
+        IntLinear,
+        ScaleBias,
+        Quantise,
+        nn.Conv2d,
+        nn.Linear,
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.LayerNorm,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.SiLU,
+        nn.Sigmoid,
+        nn.Tanh,
+        nn.GELU,
+        nn.Hardtanh,
+        nn.Hardswish,
+        nn.Hardsigmoid,
+        nn.LeakyReLU,
+        nn.Softmax,
+        nn.Identity,
+        nn.Dropout,
+        nn.Flatten,
+        nn.AvgPool2d,
+        nn.MaxPool2d,
+        nn.AdaptiveAvgPool2d,
+        nn.AdaptiveMaxPool2d,
+    )
+}
 _FUNCTIONS = {
     torch: '''cat stack flatten reshape squeeze unsqueeze permute transpose chunk split mean sum amax add sub mul div neg matmul clamp round relu sigmoid tanh softmax exp
      sqrt rsqrt pow maximum minimum''',
     F: '''relu relu6 silu gelu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu softmax avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d pad dropout''',
-    operator: 'add sub mul truediv floordiv neg pow matmul iadd isub imul itruediv getitem'}
-FUNCTIONS = {f"{m.__name__.removeprefix('torch.nn.').removeprefix('_')}.{f}": getattr(m, f) for m, names in _FUNCTIONS.items() for f in names.split()}
-METHODS = set('''add sub mul div neg matmul relu sigmoid tanh clamp round mean sum amax view reshape flatten permute transpose squeeze unsqueeze expand expand_as
- chunk split contiguous size dim softmax add_ sub_ mul_ div_ relu_ clamp_ round_ float'''.split())
+    operator: 'add sub mul truediv floordiv neg pow matmul iadd isub imul itruediv getitem',
+}
+FUNCTIONS = {
+    f"{m.__name__.removeprefix('torch.nn.').removeprefix('_')}.{f}": getattr(m, f)
+    for m, names in _FUNCTIONS.items()
+    for f in names.split()
+}
+METHODS = set(
+    '''add sub mul div neg matmul relu sigmoid tanh clamp round mean sum amax view reshape flatten permute transpose squeeze unsqueeze expand expand_as
+ chunk split contiguous size dim softmax add_ sub_ mul_ div_ relu_ clamp_ round_ float'''.split()
+)
 
 # %% ../nbs/14_packing.ipynb #8c099e77
 def arguments(
     module: nn.Module,  # of a class in MODULES
-    name: str = ''      # for the error
+    name: str = '',  # for the error
 ) -> dict:
     "The constructor's arguments, as far as they are not the default. MicronetError for a class that is not in MODULES, and for an argument that is no plain value."
     if MODULES.get(type(module).__name__) is not type(module):
-        raise MicronetError(f"{name or 'a module'} is a {(cls := type(module).__name__)}, which a packed file cannot hold: "
-                            f"lower the net first, or add it with micronet_nb.packing.MODULES[{cls!r}] = {cls}")
+        raise MicronetError(
+            f"{name or 'a module'} is a {(cls := type(module).__name__)}, which a packed file cannot hold: "
+            f"lower the net first, or add it with micronet_nb.packing.MODULES[{cls!r}] = {cls}"
+        )
     plain = next((c for c in (nn.Conv2d, nn.Linear) if isinstance(module, c)), type(module))
     known = {'bias': lambda: module.bias is not None, 'channels': lambda: len(module.weight)}
-    wanted = {k: p.default for k, p in inspect.signature(plain).parameters.items() if k not in ('device', 'dtype', 'args', 'kwargs')}
+    wanted = {
+        k: p.default
+        for k, p in inspect.signature(plain).parameters.items()
+        if k not in ('device', 'dtype', 'args', 'kwargs')
+    }
     found = {k: _plain(known[k]() if k in known else getattr(module, k, d), k, name) for k, d in wanted.items()}
-    if isinstance(module, nn.Conv2d): found = {k: v[0] if isinstance(v, tuple) and len({*v}) == 1 else v for k, v in found.items()}
+    if isinstance(module, nn.Conv2d):
+        found = {k: v[0] if isinstance(v, tuple) and len({*v}) == 1 else v for k, v in found.items()}
     if isinstance(module, (IntConv2d, IntLinear)):
         found |= {'bias': None, 'weight_bits': module.weight_bits, 'wide': module.wide}
         wanted |= {'bias': None, 'weight_bits': 4, 'wide': False}
     return {k: v for k, v in found.items() if v is not wanted[k] and v != wanted[k]}
 
+
 def _plain(value, argument, name):
     "A number, a text, None, or tuples of them."
-    if isinstance(value, np.generic): value = value.item()
-    if isinstance(value, (tuple, list)): return tuple(_plain(v, argument, name) for v in value)
-    if value is None or isinstance(value, (bool, int, float, str)): return value
-    raise MicronetError(f'the argument {argument} of {name or "a module"} is {value!r} ({type(value).__name__}), and a packed file holds only plain numbers, texts and tuples of them')
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(v, argument, name) for v in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise MicronetError(
+        f'the argument {argument} of {name or "a module"} is {value!r} ({type(value).__name__}), and a packed file holds only plain numbers, texts and tuples of them'
+    )
 
 # %% ../nbs/14_packing.ipynb #593ea7a2
-DTYPES = {str(t).removeprefix('torch.'): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)}
+DTYPES = {
+    str(t).removeprefix('torch.'): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+}
+
 
 def form_of(
     tensor: torch.Tensor,  # to be stored
-    module=None,           # that it belongs to; None: a constant of the graph
-    key: str = 'weight',   # its name there
-    masks: str = 'always'  # a bitmask for every layer ('always', RIAIR), or where it saves something ('paying', official rules)
+    module=None,  # that it belongs to; None: a constant of the graph
+    key: str = 'weight',  # its name there
+    masks: str = 'always',  # a bitmask for every layer ('always', RIAIR), or where it saves something ('paying', official rules)
 ) -> str:
     "How a tensor is stored: see the text. Scales and constants are FP16 where that loses nothing."
     dtype = str(tensor.dtype).removeprefix('torch.')
-    if dtype not in DTYPES: raise MicronetError(f'{key} is {dtype}; a packed file holds {", ".join(DTYPES)}')
-    if key == 'weight' and isinstance(module, (nn.Conv2d, nn.Linear)): form = _weight_form(tensor, getattr(module, 'weight_bits', None), dtype, masks)
-    elif module is not None and not isinstance(module, ScaleBias): form = dtype
-    elif module is not None and key == 'bias' and not tensor.any(): form = '0'
-    else: form = 'float16' if tensor.is_floating_point() and torch.equal(tensor.half().to(tensor.dtype), tensor) else dtype
+    if dtype not in DTYPES:
+        raise MicronetError(f'{key} is {dtype}; a packed file holds {", ".join(DTYPES)}')
+    if key == 'weight' and isinstance(module, (nn.Conv2d, nn.Linear)):
+        form = _weight_form(tensor, getattr(module, 'weight_bits', None), dtype, masks)
+    elif module is not None and not isinstance(module, ScaleBias):
+        form = dtype
+    elif module is not None and key == 'bias' and not tensor.any():
+        form = '0'
+    else:
+        form = (
+            'float16' if tensor.is_floating_point() and torch.equal(tensor.half().to(tensor.dtype), tensor) else dtype
+        )
     return form if dtype == _implied(form) else f'{form} {dtype}'
 
 # %% ../nbs/14_packing.ipynb #f456e04d
@@ -151,74 +228,96 @@ def _implied(form):
     stored = form[1:] if form[0] in 'md' else form
     return stored if stored in DTYPES and form != 'float16' else 'float32'
 
+
 def _weight_form(w, bits, dtype, masks):
     "m or d, and the bits of an integer or the dtype of a float."
-    N, nnz, each = w.numel(), int((w != 0).sum()), bits or 8*w.dtype.itemsize
-    masked = masks == 'always' or N + nnz*each < N*each or (bits == 1 and nnz < N)
+    N, nnz, each = w.numel(), int((w != 0).sum()), bits or 8 * w.dtype.itemsize
+    masked = masks == 'always' or N + nnz * each < N * each or (bits == 1 and nnz < N)
     return ('m' if masked else 'd') + str(bits or dtype)
 
 # %% ../nbs/14_packing.ipynb #93d1a8da
 class Streams:
     "The tensors of a packed file: 'weights' (bytes) and one of each dtype, written or read from the front."
-    def __init__(self,
-        tensors: dict = None  # to read from; None: to write to
+
+    def __init__(
+        self,
+        tensors: dict = None,  # to read from; None: to write to
     ):
         self.parts, self.tensors, self.at = {}, tensors, Counter()
         self.version = 1  # of the format that what was written needs
 
     def write(self, tensor, form):
         kind = form.split()[0]
-        if kind == '0': return
-        if kind[0] in 'md': self.parts.setdefault('weights', []).append(torch.from_numpy(encode(tensor, *_bits(kind))))
-        else: self.parts.setdefault(kind, []).append(tensor.detach().flatten().to(DTYPES[kind]))
+        if kind == '0':
+            return
+        if kind[0] in 'md':
+            self.parts.setdefault('weights', []).append(torch.from_numpy(encode(tensor, *_bits(kind))))
+        else:
+            self.parts.setdefault(kind, []).append(tensor.detach().flatten().to(DTYPES[kind]))
 
-    def joined(self): return {k: torch.cat(v) for k, v in self.parts.items()}
+    def joined(self):
+        return {k: torch.cat(v) for k, v in self.parts.items()}
 
 # %% ../nbs/14_packing.ipynb #20df5297
 def _bits(kind):
     "(bits or None, masked) of a weight's form."
     return int(kind[1:]) if kind[1:].isdigit() else None, kind[0] == 'm'
 
+
 def _read(self, form, shape, like=0):
     "A tensor of `shape`, and the bytes that it takes in the file; `like`: numbers in the weight of the same module."
     (kind, *rest), n = form.split(), math.prod(shape)
     dtype = DTYPES[rest[0] if rest else _implied(kind)]
-    if kind == '0' and n > like: raise MicronetError(f'{n:,} zeros beside {like:,} weights')
-    if kind == '0': return torch.zeros(shape, dtype=dtype), 0
-    if kind[0] in 'md': return self._read_weight(kind, n, dtype, shape)
-    values = self.tensors.get(kind, torch.empty(0))[self.at[kind]:][:n]
-    if n > len(values): raise MicronetError(f'{n:,} numbers of {kind} are wanted, the file has {len(values):,} left')
+    if kind == '0' and n > like:
+        raise MicronetError(f'{n:,} zeros beside {like:,} weights')
+    if kind == '0':
+        return torch.zeros(shape, dtype=dtype), 0
+    if kind[0] in 'md':
+        return self._read_weight(kind, n, dtype, shape)
+    values = self.tensors.get(kind, torch.empty(0))[self.at[kind] :][:n]
+    if n > len(values):
+        raise MicronetError(f'{n:,} numbers of {kind} are wanted, the file has {len(values):,} left')
     self.at[kind] += n
-    return values.to(dtype, copy=True).view(shape), n*values.dtype.itemsize
+    return values.to(dtype, copy=True).view(shape), n * values.dtype.itemsize
+
 
 def _read_weight(self, kind, n, dtype, shape):
     "A tensor of the weight stream."
-    data = self.tensors.get('weights', torch.empty(0, dtype=torch.uint8))[self.at['weights']:].numpy()
+    data = self.tensors.get('weights', torch.empty(0, dtype=torch.uint8))[self.at['weights'] :].numpy()
     values, size = decode(data, n, *_bits(kind), dtype)
     self.at['weights'] += size
     return values.view(shape), size
+
 
 Streams.read, Streams._read_weight = _read, _read_weight
 
 # %% ../nbs/14_packing.ipynb #60c5b0c9
 class _Leaves(fx.Tracer):
     "Stops at every module that a file may name."
-    def is_leaf_module(self, m, qualified_name): return MODULES.get(type(m).__name__) is type(m) or super().is_leaf_module(m, qualified_name)
+
+    def is_leaf_module(self, m, qualified_name):
+        return MODULES.get(type(m).__name__) is type(m) or super().is_leaf_module(m, qualified_name)
+
 
 def as_graph(
-    model: nn.Module  # of deployment and plain modules; left as it was, whatever mode each of its modules is in
+    model: nn.Module,  # of deployment and plain modules; left as it was, whatever mode each of its modules is in
 ) -> fx.GraphModule:
     "A model as a graph of modules and functions, in evaluation mode. MicronetError where it cannot be traced, or has hooks."
     modes = {m: m.training for m in model.modules()}
     _check_hooks(model, type(model).__name__)
-    try: graph = model if isinstance(model, fx.GraphModule) else _traced(model.eval())
+    try:
+        graph = model if isinstance(model, fx.GraphModule) else _traced(model.eval())
     except Exception as e:  # a forward can fail in any way
-        raise MicronetError(f'{type(model).__name__} cannot be traced by torch.fx: {(str(e).splitlines() or ["?"])[0]}') from e
+        raise MicronetError(
+            f'{type(model).__name__} cannot be traced by torch.fx: {(str(e).splitlines() or ["?"])[0]}'
+        ) from e
     finally:
-        for m, training in modes.items(): m.training = training
+        for m, training in modes.items():
+            m.training = training
     held = dict(graph.named_modules(remove_duplicate=False))
     for n in graph.graph.nodes:
-        if n.op == 'call_module': _check_hooks(held[n.target] if n.target in held else held[check_name(n.target)], n.target)
+        if n.op == 'call_module':
+            _check_hooks(held[n.target] if n.target in held else held[check_name(n.target)], n.target)
     return in_evaluation(graph)
 
 # %% ../nbs/14_packing.ipynb #dae2ed10
@@ -228,202 +327,311 @@ def _traced(model):
     graph.meta.update(getattr(model, 'meta', {}))
     return graph
 
+
 def _check_hooks(module, name):
     "A hook is code: no file and no graph holds it. Lazy modules have hooks, too."
-    if any(nn.parameter.is_lazy(t) for t in [*module._parameters.values(), *module._buffers.values()]): raise MicronetError(f'{name} is a {type(module).__name__}, which has no weights yet: run the net on one batch first')
-    if hook := next(iter([*module._forward_pre_hooks.values(), *module._forward_hooks.values()]), None): raise MicronetError(
-        f"{name} has a forward hook ({getattr(hook, '__name__', type(hook).__name__)}), which no graph holds: remove it first; where it makes the weight, with remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils")
+    if any(nn.parameter.is_lazy(t) for t in [*module._parameters.values(), *module._buffers.values()]):
+        raise MicronetError(
+            f'{name} is a {type(module).__name__}, which has no weights yet: run the net on one batch first'
+        )
+    if hook := next(iter([*module._forward_pre_hooks.values(), *module._forward_hooks.values()]), None):
+        raise MicronetError(
+            f"{name} has a forward hook ({getattr(hook, '__name__', type(hook).__name__)}), which no graph holds: remove it first; where it makes the weight, with remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+        )
 
 # %% ../nbs/14_packing.ipynb #eef3b43d
 def encode_argument(
-    value,       # an argument of a node
-    index: dict, # node to its number
-    here: int    # number of the node that has this argument
+    value,  # an argument of a node
+    index: dict,  # node to its number
+    here: int,  # number of the node that has this argument
 ):
     "As JSON: nodes are distances, strings and tuples are wrapped. MicronetError for anything else."
     again = lambda v: encode_argument(v, index, here)
-    if isinstance(value, fx.Node): return str(here - index[value])
-    if value is None or isinstance(value, (bool, int)): return value
-    if isinstance(value, float): return value if math.isfinite(value) else {'f': repr(value)}
-    if isinstance(value, str): return {'s': value}
-    if isinstance(value, tuple): return {'t': [again(v) for v in value]}
-    if isinstance(value, list): return [again(v) for v in value]
-    if isinstance(value, slice): return {'c': [again(v) for v in (value.start, value.stop, value.step)]}
-    if isinstance(value, torch.dtype) and (name := str(value).removeprefix('torch.')) in DTYPES: return {'d': name}
+    if isinstance(value, fx.Node):
+        return str(here - index[value])
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {'f': repr(value)}
+    if isinstance(value, str):
+        return {'s': value}
+    if isinstance(value, tuple):
+        return {'t': [again(v) for v in value]}
+    if isinstance(value, list):
+        return [again(v) for v in value]
+    if isinstance(value, slice):
+        return {'c': [again(v) for v in (value.start, value.stop, value.step)]}
+    if isinstance(value, torch.dtype) and (name := str(value).removeprefix('torch.')) in DTYPES:
+        return {'d': name}
     raise MicronetError(f'a packed file cannot hold the argument {value!r} ({type(value).__name__})')
 
 # %% ../nbs/14_packing.ipynb #9d89f9c9
 def decode_argument(
-    value,      # as JSON gave it
-    nodes: list # nodes so far
+    value,  # as JSON gave it
+    nodes: list,  # nodes so far
 ):
     "The inverse of `encode_argument`."
     again = lambda v: decode_argument(v, nodes)
     if isinstance(value, str):
-        if not (value.isdecimal() and 1 <= int(value) <= len(nodes)): raise MicronetError(f'a node refers to the node {value!r} before it, of {len(nodes)}')
+        if not (value.isdecimal() and 1 <= int(value) <= len(nodes)):
+            raise MicronetError(f'a node refers to the node {value!r} before it, of {len(nodes)}')
         return nodes[-int(value)]
-    if isinstance(value, list): return [again(v) for v in value]
-    if not isinstance(value, dict): return value
+    if isinstance(value, list):
+        return [again(v) for v in value]
+    if not isinstance(value, dict):
+        return value
     ((kind, v),) = value.items()
-    return {'f': float, 's': str, 't': lambda v: tuple(map(again, v)), 'c': lambda v: slice(*map(again, v)), 'd': DTYPES.__getitem__}[kind](v)
+    return {
+        'f': float,
+        's': str,
+        't': lambda v: tuple(map(again, v)),
+        'c': lambda v: slice(*map(again, v)),
+        'd': DTYPES.__getitem__,
+    }[kind](v)
 
 # %% ../nbs/14_packing.ipynb #c989260b
 def check_name(
-    name,                    # of a module or a constant
-    identifier: bool = False # of a node, an input or an argument: no dots
+    name,  # of a module or a constant
+    identifier: bool = False,  # of a node, an input or an argument: no dots
 ) -> str:
     "The name, MicronetError where it is not a plain one."
     good = isinstance(name, str) and re.fullmatch(r'\w+' if identifier else r'\w+(\.\w+)*', name, re.ASCII)
-    if good and identifier: good = name.isidentifier() and not keyword.iskeyword(name)
-    elif good: good = not any(p.startswith('__') or hasattr(fx.GraphModule, p) or p in _OWN for p in name.split('.'))
-    if not good: raise MicronetError(f'{name!r} cannot be a name in a packed file')
+    if good and identifier:
+        good = name.isidentifier() and not keyword.iskeyword(name)
+    elif good:
+        good = not any(p.startswith('__') or hasattr(fx.GraphModule, p) or p in _OWN for p in name.split('.'))
+    if not good:
+        raise MicronetError(f'{name!r} cannot be a name in a packed file')
     return name
+
 
 _OWN = {*nn.Module().__dict__, 'graph', 'meta', 'code'}
 
 # %% ../nbs/14_packing.ipynb #6131da87
-_OPS = {'placeholder': 'p', 'call_module': 'm', 'call_function': 'f', 'call_method': 'c', 'get_attr': 'a', 'output': 'o'}
+_OPS = {
+    'placeholder': 'p',
+    'call_module': 'm',
+    'call_function': 'f',
+    'call_method': 'c',
+    'get_attr': 'a',
+    'output': 'o',
+}
+
 
 def encode_node(
     node: fx.Node,
-    index: dict,   # node to its number
-    modules: dict  # name to its number
+    index: dict,  # node to its number
+    modules: dict,  # name to its number
 ) -> list:
     "[op, target, arguments, keyword arguments], without what is empty. MicronetError names a function that is not known."
     row = [_OPS[node.op], _target(node, modules), *[_encoded(v, index, index[node]) for v in (node.args, node.kwargs)]]
-    while not row[-1]: row.pop()
+    while not row[-1]:
+        row.pop()
     return row
+
 
 def _target(node, modules):
     "What stands for a node's target in the file."
-    if node.op == 'call_module': return modules[node.target]
+    if node.op == 'call_module':
+        return modules[node.target]
     if node.op == 'call_function':
-        if (known := next((n for n, f in FUNCTIONS.items() if f is node.target), None)) is not None: return known
-        raise MicronetError(f"{_where(node)} calls {getattr(node.target, '__name__', node.target)}, a function that a packed file cannot name: "
-                            "lower the net first, or add it to micronet_nb.packing.FUNCTIONS")
+        if (known := next((n for n, f in FUNCTIONS.items() if f is node.target), None)) is not None:
+            return known
+        raise MicronetError(
+            f"{_where(node)} calls {getattr(node.target, '__name__', node.target)}, a function that a packed file cannot name: "
+            "lower the net first, or add it to micronet_nb.packing.FUNCTIONS"
+        )
     if node.op == 'call_method' and node.target not in METHODS:
-        raise MicronetError(f'{_where(node)} calls the method {node.target}, which a packed file cannot name: lower the net first, or add it to micronet_nb.packing.METHODS')
-    if node.op == 'placeholder' and node.args: raise MicronetError(f'the input {node.target} has a default value, which a packed file cannot hold')
+        raise MicronetError(
+            f'{_where(node)} calls the method {node.target}, which a packed file cannot name: lower the net first, or add it to micronet_nb.packing.METHODS'
+        )
+    if node.op == 'placeholder' and node.args:
+        raise MicronetError(f'the input {node.target} has a default value, which a packed file cannot hold')
     return check_name(node.target, node.op != 'get_attr')
+
 
 def _where(node):
     "A node, and the module that it was traced in."
     stack = [*(node.meta.get('nn_module_stack') or {}).values()]
     return node.name + (f' (in {stack[-1][0]}, a {getattr(stack[-1][1], "__name__", stack[-1][1])})' if stack else '')
 
-def _encoded(v, index, here): return {k: encode_argument(a, index, here) for k, a in v.items()} if isinstance(v, dict) else [encode_argument(a, index, here) for a in v]
+
+def _encoded(v, index, here):
+    return (
+        {k: encode_argument(a, index, here) for k, a in v.items()}
+        if isinstance(v, dict)
+        else [encode_argument(a, index, here) for a in v]
+    )
 
 # %% ../nbs/14_packing.ipynb #37466594
 def decode_node(
     graph: fx.Graph,  # gets the node
-    row: list,        # as `encode_node`
-    nodes: list,      # nodes so far
-    modules: list,    # names
-    name: str = None  # of the node; None: torch.fx's choice
+    row: list,  # as `encode_node`
+    nodes: list,  # nodes so far
+    modules: list,  # names
+    name: str = None,  # of the node; None: torch.fx's choice
 ) -> fx.Node:
     "The inverse of `encode_node`. MicronetError names a function that is not known."
-    short, target, args, kwargs = [*row, *[None, [], {}][len(row) - 1:]]
+    short, target, args, kwargs = [*row, *[None, [], {}][len(row) - 1 :]]
     op = {v: k for k, v in _OPS.items()}[short]
     for what, known in (('function', FUNCTIONS), ('method', METHODS)):
-        if op == f'call_{what}' and target not in known: raise MicronetError(f'it calls the {what} {target!r}, which is none that a packed file may name')
-    if op in ('placeholder', 'output') and (kwargs or len(args) != (op == 'output')): raise MicronetError(f'an {op} with arguments {args!r}')
-    target = modules[_number(target)] if op == 'call_module' else FUNCTIONS[target] if op == 'call_function' else check_name(target, op != 'get_attr')
+        if op == f'call_{what}' and target not in known:
+            raise MicronetError(f'it calls the {what} {target!r}, which is none that a packed file may name')
+    if op in ('placeholder', 'output') and (kwargs or len(args) != (op == 'output')):
+        raise MicronetError(f'an {op} with arguments {args!r}')
+    target = (
+        modules[_number(target)]
+        if op == 'call_module'
+        else FUNCTIONS[target]
+        if op == 'call_function'
+        else check_name(target, op != 'get_attr')
+    )
     kwargs = {check_name(k, True): decode_argument(a, nodes) for k, a in kwargs.items()}
-    return graph.create_node(op, target, tuple(decode_argument(a, nodes) for a in args), kwargs, name and check_name(name, True))
+    return graph.create_node(
+        op, target, tuple(decode_argument(a, nodes) for a in args), kwargs, name and check_name(name, True)
+    )
+
 
 def _number(i):
-    if type(i) is not int or i < 0: raise MicronetError(f'{i!r} is not the number of a module')
+    if type(i) is not int or i < 0:
+        raise MicronetError(f'{i!r} is not the number of a module')
     return i
 
 # %% ../nbs/14_packing.ipynb #73d0ccf8
 def describe(
     graph: fx.GraphModule,
-    masks: str,        # see `form_of`
-    about: dict        # see `pack`
-) -> tuple:            # (what becomes JSON, Streams with the values)
+    masks: str,  # see `form_of`
+    about: dict,  # see `pack`
+) -> tuple:  # (what becomes JSON, Streams with the values)
     "Structure and values of a graph. MicronetError names what a packed file cannot hold."
     nodes, out, paid, kinds = list(graph.graph.nodes), Streams(), {}, {}
     names = list(dict.fromkeys(check_name(n.target) for n in nodes if n.op == 'call_module'))
     of_kind = [kinds.setdefault(_kind(graph.get_submodule(n), n, masks, out, paid), len(kinds)) for n in names]
-    constants = [[name, list(t.shape), _put(t, name, form_of(t, key=name), out, paid)] for name, t in _constants(graph, nodes)]
+    constants = [
+        [name, list(t.shape), _put(t, name, form_of(t, key=name), out, paid)] for name, t in _constants(graph, nodes)
+    ]
     index, numbers = ({n: i for i, n in enumerate(v)} for v in (nodes, names))
-    return dict(kinds=[json.loads(k) for k in kinds], modules=[list(m) for m in zip(names, of_kind)], constants=constants,
-                nodes=[encode_node(n, index, numbers) for n in nodes], names=None if _default_names(nodes) else [n.name for n in nodes], about=about), out
+    return dict(
+        kinds=[json.loads(k) for k in kinds],
+        modules=[list(m) for m in zip(names, of_kind)],
+        constants=constants,
+        nodes=[encode_node(n, index, numbers) for n in nodes],
+        names=None if _default_names(nodes) else [n.name for n in nodes],
+        about=about,
+    ), out
 
 # %% ../nbs/14_packing.ipynb #989fbfa9
 def _kind(module, name, masks, out, paid):
     "Writes a module's tensors; returns its class, arguments and forms as JSON."
-    made_by = {k: {'f': repr(v)} if isinstance(v, float) and not math.isfinite(v) else v for k, v in arguments(module, name).items()}
-    if any(isinstance(v, dict) for v in made_by.values()): out.version = FORMAT
+    made_by = {
+        k: {'f': repr(v)} if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in arguments(module, name).items()
+    }
+    if any(isinstance(v, dict) for v in made_by.values()):
+        out.version = FORMAT
     keys = _check_made(module, name, _make(type(module).__name__, made_by))
-    if hasattr(module, 'weight_bits'): _check_weight(module, f'{name}.weight')
+    if hasattr(module, 'weight_bits'):
+        _check_weight(module, f'{name}.weight')
     tensors = {k: operator.attrgetter(k)(module) for k in keys}
     forms = {k: _put(t, f'{name}.{k}', form_of(t, module, k, masks), out, paid) for k, t in tensors.items()}
     return json.dumps([type(module).__name__, made_by, forms])
+
 
 def _put(tensor, name, form, out, paid):
     "Writes a tensor, or finds that it has been written."
     _check_finite(tensor, name)
     others = paid.setdefault((tensor.data_ptr(), tensor.numel(), tensor.dtype), []) if tensor.numel() else []
     for first, stored in others:
-        if (order := _order(stored, tensor)) is None: continue
-        if order or stored.shape != tensor.shape or first == name: out.version = FORMAT
+        if (order := _order(stored, tensor)) is None:
+            continue
+        if order or stored.shape != tensor.shape or first == name:
+            out.version = FORMAT
         return f'={first}{order}'
     others.append((name, tensor))
     out.write(tensor.detach().cpu(), form)
     return form
 
+
 def _order(stored, tensor):
     "How a tensor comes out of one with the same memory: '' as it is or in another shape, ' 10' with dimensions 1 and 0 (a transpose), None not at all."
     steps = lambda t: [s for n, s in zip(t.shape, t.stride()) if n > 1]
     for order in itertools.permutations(range(tensor.dim())) if tensor.dim() < 5 else [range(tensor.dim())]:
-        try: view = _viewed(stored, tensor.shape, order)
-        except RuntimeError: continue  # there is no such view
-        if steps(view) == steps(tensor): return '' if [*order] == sorted(order) else ' ' + ''.join(map(str, order))
+        try:
+            view = _viewed(stored, tensor.shape, order)
+        except RuntimeError:
+            continue  # there is no such view
+        if steps(view) == steps(tensor):
+            return '' if [*order] == sorted(order) else ' ' + ''.join(map(str, order))
     return None
+
 
 def _viewed(stored, shape, order):
     "A view of that shape, its dimensions taken in that order."
     return stored.view([n for _, n in sorted(zip(order, shape))]).permute(*order)
 
+
 def _check_weight(m, name):
     "Integers of the promised width; one bit is -1 and 1."
     _check_finite(m.weight, name)
-    if m.weight_bits == 1 and bool(((m.weight == 0) | (m.weight.abs() == 1)).all()): return
+    if m.weight_bits == 1 and bool(((m.weight == 0) | (m.weight.abs() == 1)).all()):
+        return
     check_integers(m.weight, m.weight_bits, name)
 
+
 def _check_finite(tensor, name):
-    if not bool(torch.isfinite(tensor.detach()).all()): raise MicronetError(f'{name} holds NaN or infinity: a net that broke in training is not packed')
+    if not bool(torch.isfinite(tensor.detach()).all()):
+        raise MicronetError(f'{name} holds NaN or infinity: a net that broke in training is not packed')
 
 # %% ../nbs/14_packing.ipynb #2c5f0815
 def _make(cls, made_by):
     "A module of its class and arguments, without memory for its tensors."
     value = lambda v: tuple(map(value, v)) if isinstance(v, list) else float(v['f']) if isinstance(v, dict) else v
-    with torch.device('meta'): return MODULES[cls](**{k: value(v) for k, v in made_by.items()})
+    with torch.device('meta'):
+        return MODULES[cls](**{k: value(v) for k, v in made_by.items()})
+
 
 def _check_made(module, name, made):
     "Names of the tensors by which a module differs from one that its arguments make; MicronetError where it differs by more."
     wanted, cls = made.state_dict(keep_vars=True), type(module).__name__
     held = {k: t for k, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
-    if more := {k for k, t in [*made.named_parameters(), *made.named_buffers()]} - {*wanted}: raise MicronetError(f'{name}.{min(more)} is no part of the state of {cls}, so a packed file would lose it')
-    if more := {*held} - {*wanted}: raise MicronetError(f'{name} holds {min(more)}, which a {cls} has not: take back what was done to it (weight_norm, prune, spectral_norm) before packing')
+    if more := {k for k, t in [*made.named_parameters(), *made.named_buffers()]} - {*wanted}:
+        raise MicronetError(f'{name}.{min(more)} is no part of the state of {cls}, so a packed file would lose it')
+    if more := {*held} - {*wanted}:
+        raise MicronetError(
+            f'{name} holds {min(more)}, which a {cls} has not: take back what was done to it (weight_norm, prune, spectral_norm) before packing'
+        )
     for k, t in wanted.items():
-        if (mine := operator.attrgetter(k)(module)) is None or mine.shape != t.shape: raise MicronetError(
-            f"{name}.{k} is {None if mine is None else 'x'.join(map(str, mine.shape))}, and the arguments of its {cls} ask for {'x'.join(map(str, t.shape))}")
+        if (mine := operator.attrgetter(k)(module)) is None or mine.shape != t.shape:
+            raise MicronetError(
+                f"{name}.{k} is {None if mine is None else 'x'.join(map(str, mine.shape))}, and the arguments of its {cls} ask for {'x'.join(map(str, t.shape))}"
+            )
     for k, v in vars(module).items():
-        if k[0] == '_' or k == 'training' or not hasattr(made, k) or isinstance(getattr(made, k), (torch.Tensor, nn.Module)): continue
-        if _listed(v) != _listed(getattr(made, k)): raise MicronetError(f'{name}.{k} is {v!r}, and the arguments of its {cls} make it {getattr(made, k)!r}: set it where the module is made')
+        if (
+            k[0] == '_'
+            or k == 'training'
+            or not hasattr(made, k)
+            or isinstance(getattr(made, k), (torch.Tensor, nn.Module))
+        ):
+            continue
+        if _listed(v) != _listed(getattr(made, k)):
+            raise MicronetError(
+                f'{name}.{k} is {v!r}, and the arguments of its {cls} make it {getattr(made, k)!r}: set it where the module is made'
+            )
     return [*wanted]
 
-def _listed(v): return [*map(_listed, v)] if isinstance(v, (tuple, list)) else v
+
+def _listed(v):
+    return [*map(_listed, v)] if isinstance(v, (tuple, list)) else v
 
 # %% ../nbs/14_packing.ipynb #7d1a7e3d
 def _constants(graph, nodes):
     "(name, tensor) of every stored tensor that the graph reads directly."
     for name in dict.fromkeys(n.target for n in nodes if n.op == 'get_attr'):
         value = operator.attrgetter(check_name(name))(graph)
-        if not isinstance(value, torch.Tensor): raise MicronetError(f'the graph reads {name}, a {type(value).__name__}: only tensors can be packed')
+        if not isinstance(value, torch.Tensor):
+            raise MicronetError(f'the graph reads {name}, a {type(value).__name__}: only tensors can be packed')
         yield name, value
+
 
 def _default_names(nodes):
     "Would torch.fx give the nodes these names by itself?"
@@ -431,11 +639,12 @@ def _default_names(nodes):
     return all(probe.create_node(n.op, n.target).name == n.name for n in nodes)
 
 # %% ../nbs/14_packing.ipynb #2b658fd2
-FORMAT, _BLANK = 2, '0'*64  # 1: as 2, without weights that are tied in another order or shape, and infinite arguments
+FORMAT, _BLANK = 2, '0' * 64  # 1: as 2, without weights that are tied in another order or shape, and infinite arguments
+
 
 def seal(
-    tensors: dict,        # name to tensor
-    version: int = FORMAT
+    tensors: dict,  # name to tensor
+    version: int = FORMAT,
 ) -> bytes:
     "A safetensors file with version and SHA-256."
     data = safetensors.torch.save(tensors, metadata={'micronet_nb': f'{version} {_BLANK}'})
@@ -443,7 +652,7 @@ def seal(
 
 # %% ../nbs/14_packing.ipynb #1140cf84
 def compress(
-    structure  # what JSON holds
+    structure,  # what JSON holds
 ) -> torch.Tensor:  # uint8
     "JSON, compressed."
     text = json.dumps(structure, separators=(',', ':'), allow_nan=False).encode()
@@ -451,16 +660,27 @@ def compress(
 
 # %% ../nbs/14_packing.ipynb #eefcac27
 def check_about(
-    about  # dict, or whatever a file has in its place
+    about,  # dict, or whatever a file has in its place
 ) -> dict:
     "What a file tells about its net, MicronetError where it is not of the right kind."
-    numbers = lambda v, n, kind: isinstance(v, (list, tuple)) and len(v) in n and all(isinstance(x, kind) and not isinstance(x, bool) for x in v)
-    checks = dict(input_size=lambda v: numbers(v, (1, 2, 3, 4), int) and min(v) > 0, accounting=lambda v: v in ACCOUNTINGS, dataset=lambda v: isinstance(v, str),
-                  pixels=lambda v: v == 'released' or (numbers(v, (2,), (list, tuple)) and all(numbers(c, (3,), float) for c in v)))
-    if not isinstance(about, dict): raise MicronetError(f'about is a dict, not {about!r}')
+    numbers = lambda v, n, kind: (
+        isinstance(v, (list, tuple)) and len(v) in n and all(isinstance(x, kind) and not isinstance(x, bool) for x in v)
+    )
+    checks = dict(
+        input_size=lambda v: numbers(v, (1, 2, 3, 4), int) and min(v) > 0,
+        accounting=lambda v: v in ACCOUNTINGS,
+        dataset=lambda v: isinstance(v, str),
+        pixels=lambda v: (
+            v == 'released' or (numbers(v, (2,), (list, tuple)) and all(numbers(c, (3,), float) for c in v))
+        ),
+    )
+    if not isinstance(about, dict):
+        raise MicronetError(f'about is a dict, not {about!r}')
     for k, v in about.items():
-        if k not in checks or isinstance(v, dict) or not checks[k](v): raise MicronetError(
-            f'about[{k!r}] = {v!r} makes no sense: about may have input_size (c, h, w), accounting ({", ".join(ACCOUNTINGS)}), dataset, and pixels ((mean, std) of three numbers each)')
+        if k not in checks or isinstance(v, dict) or not checks[k](v):
+            raise MicronetError(
+                f'about[{k!r}] = {v!r} makes no sense: about may have input_size (c, h, w), accounting ({", ".join(ACCOUNTINGS)}), dataset, and pixels ((mean, std) of three numbers each)'
+            )
     return about | ({'input_size': list(about['input_size'])} if 'input_size' in about else {})
 
 # %% ../nbs/14_packing.ipynb #09f98693
@@ -468,55 +688,82 @@ def _header(f, path):
     "The JSON header of a safetensors file that is ours, and the size that the file should have."
     foreign = MicronetError(f'{path} is not a file that micronet_nb packed')
     n = int.from_bytes(f.read(8), 'little')
-    if not 2 <= n <= 100_000: raise foreign
-    try: header = json.loads(f.read(n))
-    except (ValueError, RecursionError): raise foreign from None
-    if not isinstance(header, dict) or not isinstance(note := header.get('__metadata__'), dict) or not isinstance(note := note.get('micronet_nb'), str): raise foreign
-    if not (found := re.fullmatch(r'(\d{1,6}) ([0-9a-f]{64})', note, re.ASCII)): raise foreign
-    if int(found[1]) > FORMAT: raise MicronetError(f'{path} has format {found[1]}, and this micronet_nb reads up to format {FORMAT}: update micronet_nb')
-    try: return found[2], 8 + n + max(int(v['data_offsets'][1]) for k, v in header.items() if k != '__metadata__')
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError): raise foreign from None
+    if not 2 <= n <= 100_000:
+        raise foreign
+    try:
+        header = json.loads(f.read(n))
+    except (ValueError, RecursionError):
+        raise foreign from None
+    if (
+        not isinstance(header, dict)
+        or not isinstance(note := header.get('__metadata__'), dict)
+        or not isinstance(note := note.get('micronet_nb'), str)
+    ):
+        raise foreign
+    if not (found := re.fullmatch(r'(\d{1,6}) ([0-9a-f]{64})', note, re.ASCII)):
+        raise foreign
+    if int(found[1]) > FORMAT:
+        raise MicronetError(
+            f'{path} has format {found[1]}, and this micronet_nb reads up to format {FORMAT}: update micronet_nb'
+        )
+    try:
+        return found[2], 8 + n + max(int(v['data_offsets'][1]) for k, v in header.items() if k != '__metadata__')
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
+        raise foreign from None
 
 # %% ../nbs/14_packing.ipynb #5e721914
 def unseal(
-    path  # a packed file
+    path,  # a packed file
 ) -> dict:
     "Its tensors, after version, size and SHA-256 have been checked. MicronetError for a file that is foreign, cut short or altered."
     try:
         with open(path, 'rb') as f:
             digest, size = _header(f, path)
             there = os.fstat(f.fileno()).st_size
-            if there < size: raise MicronetError(f'{path} is cut short: {there:,} bytes of {size:,}; copy it again')
+            if there < size:
+                raise MicronetError(f'{path} is cut short: {there:,} bytes of {size:,}; copy it again')
             f.seek(0)
             data = f.read() if there == size else b''
-    except OSError as e: raise MicronetError(f'cannot read {path}: {e.strerror}') from e
+    except OSError as e:
+        raise MicronetError(f'cannot read {path}: {e.strerror}') from e
     if hashlib.sha256(data.replace(digest.encode(), _BLANK.encode(), 1)).hexdigest() != digest:
-        raise MicronetError(f'{path} was altered or damaged: its SHA-256 is not the one that it carries; copy or pack it again')
-    try: return safetensors.torch.load(data)
-    except Exception as e: raise MicronetError(f'{path} is no safetensors file, whatever its SHA-256: {e}') from e  # safetensors has errors of many kinds
+        raise MicronetError(
+            f'{path} was altered or damaged: its SHA-256 is not the one that it carries; copy or pack it again'
+        )
+    try:
+        return safetensors.torch.load(data)
+    except Exception as e:
+        raise MicronetError(
+            f'{path} is no safetensors file, whatever its SHA-256: {e}'
+        ) from e  # safetensors has errors of many kinds
 
 # %% ../nbs/14_packing.ipynb #82f3262e
 def _expand(data, limit=2**26):
     "The structure that `compress` made; no more than `limit` bytes of it."
     z = zlib.decompressobj()
     text = z.decompress(data.numpy().tobytes(), limit)
-    if not z.eof: raise MicronetError(f'its structure is cut short, or more than {limit:,} bytes')
+    if not z.eof:
+        raise MicronetError(f'its structure is cut short, or more than {limit:,} bytes')
     return json.loads(text)
 
 # %% ../nbs/14_packing.ipynb #20fb107e
 def _module(name, kind, streams, made, rows):
     "A module with its tensors; a row each is added to `rows`."
     cls, args, forms = kind
-    if cls not in MODULES: raise MicronetError(f'{check_name(name)} is a {cls!r}, which is no module that a packed file may name')
+    if cls not in MODULES:
+        raise MicronetError(f'{check_name(name)} is a {cls!r}, which is no module that a packed file may name')
     m = _make(cls, args)
     state = m.state_dict(keep_vars=True)
-    if [*forms] != [*state]: raise MicronetError(f'{name} should store {", ".join(state) or "nothing"}, not {", ".join(forms) or "nothing"}')
+    if [*forms] != [*state]:
+        raise MicronetError(f'{name} should store {", ".join(state) or "nothing"}, not {", ".join(forms) or "nothing"}')
     for k, t in state.items():
         like = made[f'{name}.weight'].numel() if f'{name}.weight' in made else 0
         value = _tensor(f'{name}.{k}', tuple(t.shape), forms[k], streams, made, rows, name, cls, like)
         owner, _, k = k.rpartition('.')
         part = m.get_submodule(owner)
-        (part._parameters if k in part._parameters else part._buffers)[k] = nn.Parameter(value, False) if k in part._parameters else value
+        (part._parameters if k in part._parameters else part._buffers)[k] = (
+            nn.Parameter(value, False) if k in part._parameters else value
+        )
     return m
 
 # %% ../nbs/14_packing.ipynb #82c53043
@@ -524,61 +771,84 @@ def _tensor(name, shape, form, streams, made, rows, module='', cls='constant', l
     "A tensor of the file: read, or found where another has it too."
     value, size = (_again(name, shape, form[1:], made), 0) if form[0] == '=' else streams.read(form, shape, like)
     made[name] = value
-    rows.append(dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel(), nonzero=int((value != 0).sum()), bytes=size))
+    rows.append(
+        dict(
+            tensor=name,
+            module=module,
+            kind=cls,
+            form=form,
+            numbers=value.numel(),
+            nonzero=int((value != 0).sum()),
+            bytes=size,
+        )
+    )
     return value
+
 
 def _again(name, shape, said, made):
     "A tensor that is in the file already, in its own order of dimensions or another."
     first, _, order = said.partition(' ')
-    if (value := made.get(first)) is None or value.numel() != math.prod(shape): raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
+    if (value := made.get(first)) is None or value.numel() != math.prod(shape):
+        raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
     return _viewed(value, shape, [int(d) for d in order] or range(len(shape)))
 
 # %% ../nbs/14_packing.ipynb #95dcbdd6
 def _build(tensors):
     "The graph in a file's tensors, and a row for each of its tensors."
     structure, streams, made, rows, parts = _expand(tensors.pop('graph')), Streams(tensors), {}, [], {}
-    for name, kind in structure['modules']: parts[check_name(name)] = _module(name, structure['kinds'][_number(kind)], streams, made, rows)
+    for name, kind in structure['modules']:
+        parts[check_name(name)] = _module(name, structure['kinds'][_number(kind)], streams, made, rows)
     owned = {f'{n}.{k}': t for n, m in parts.items() for k, t in m.state_dict(keep_vars=True).items()}
     for name, shape, form in structure['constants']:
         value = _tensor(check_name(name), tuple(map(_number, shape)), form, streams, made, rows)
         parts[name] = owned.get(name, value)
-    if left := {k: len(v) - streams.at[k] for k, v in tensors.items() if len(v) != streams.at[k]}: raise MicronetError(f'values are left over: {left}')
+    if left := {k: len(v) - streams.at[k] for k, v in tensors.items() if len(v) != streams.at[k]}:
+        raise MicronetError(f'values are left over: {left}')
     net = fx.GraphModule(parts, _graph(structure)).eval()
     net.meta['about'] = about = check_about(structure['about'])
-    if 'input_size' in about: net.meta['input_size'] = tuple(about['input_size'])
+    if 'input_size' in about:
+        net.meta['input_size'] = tuple(about['input_size'])
     return net, rows
+
 
 def _graph(structure):
     "The nodes."
     graph, nodes, modules = fx.Graph(), [], [name for name, _ in structure['modules']]
-    names = structure['names'] or [None]*len(structure['nodes'])
-    for row, name in zip(structure['nodes'], names, strict=True): nodes.append(decode_node(graph, row, nodes, modules, name))
+    names = structure['names'] or [None] * len(structure['nodes'])
+    for row, name in zip(structure['nodes'], names, strict=True):
+        nodes.append(decode_node(graph, row, nodes, modules, name))
     graph.lint()
     return graph
 
 # %% ../nbs/14_packing.ipynb #71d7c8fb
 def _open(path):
     tensors = unseal(path)
-    try: return _build(tensors)
-    except MicronetError as e: raise MicronetError(f'{path} cannot be unpacked: {e}') from e
+    try:
+        return _build(tensors)
+    except MicronetError as e:
+        raise MicronetError(f'{path} cannot be unpacked: {e}') from e
     except Exception as e:  # a forged structure can fail anywhere
-        raise MicronetError(f'{path} cannot be unpacked: it is no net that this micronet_nb can read ({type(e).__name__}: {(str(e).splitlines() or ["?"])[0][:200]})') from e
+        raise MicronetError(
+            f'{path} cannot be unpacked: it is no net that this micronet_nb can read ({type(e).__name__}: {(str(e).splitlines() or ["?"])[0][:200]})'
+        ) from e
+
 
 def unpack(
-    path  # made by `pack`
+    path,  # made by `pack`
 ) -> fx.GraphModule:
     "The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told. MicronetError for a file that is foreign, cut short, altered or of a newer format."
     return _open(path)[0]
 
 # %% ../nbs/14_packing.ipynb #70ed59da
 def pack(
-    graph,               # fx.GraphModule of deployment and plain modules, or a model that torch.fx can trace to one; left as it was
-    path,                # file to make or replace, atomically
+    graph,  # fx.GraphModule of deployment and plain modules, or a model that torch.fx can trace to one; left as it was
+    path,  # file to make or replace, atomically
     about: dict = None,  # input_size, accounting, dataset, pixels: what `micronet-score` and `micronet-eval` want to know; None: what `lower` or `unpack` knew
-    masks: str = None    # a bitmask for every layer ('always', RIAIR's accountings), or where it saves something ('paying', official rules); None: as about's accounting charges, else official
+    masks: str = None,  # a bitmask for every layer ('always', RIAIR's accountings), or where it saves something ('paying', official rules); None: as about's accounting charges, else official
 ) -> Path:
     "Writes a net as a safetensors file of bitmasks, few-bit values and FP16 scales (float32 where FP16 would lose something), and keeps it where it unpacks to the same net. MicronetError names what cannot be packed."
-    if masks not in ('always', 'paying', None): raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
+    if masks not in ('always', 'paying', None):
+        raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
     given, graph = graph, as_graph(graph)
     known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
     told = known | check_about(graph.meta.get('about', {}) if about is None else about)
@@ -587,37 +857,53 @@ def pack(
     data = seal(out.joined() | {'graph': compress(structure)}, out.version)
     with atomic_path(path) as tmp:
         tmp.write_bytes(data)
-        if why := _differs(graph, given, tmp, told): raise MicronetError(f'{path} is not written, for the file would not be the net: {why}')
+        if why := _differs(graph, given, tmp, told):
+            raise MicronetError(f'{path} is not written, for the file would not be the net: {why}')
     return Path(path)
 
 # %% ../nbs/14_packing.ipynb #4e00e670
 def _differs(graph, given, path, about):
     "What a file has in other than a graph and the model that it was traced from: nodes, arguments, tensors, answers; '' where nothing."
-    try: back = unpack(path)
-    except MicronetError as e: return str(e).replace(str(path), 'it')
-    if _nodes(back) != _nodes(graph) or json.dumps(back.meta['about']) != json.dumps(about): return 'its structure comes back changed'
+    try:
+        back = unpack(path)
+    except MicronetError as e:
+        return str(e).replace(str(path), 'it')
+    if _nodes(back) != _nodes(graph) or json.dumps(back.meta['about']) != json.dumps(about):
+        return 'its structure comes back changed'
     for k, stored in back.state_dict().items():
         mine = operator.attrgetter(k)(graph).detach().cpu()
-        if mine.dtype != stored.dtype or not torch.equal(mine, stored): return f'{k} comes back changed'
-    if (x := _example(graph, about)) is None: return ''
-    try: found = _answers(given, x)
-    except Exception as e: return f"it does not run on an input of {'x'.join(map(str, x.shape[1:]))}, which it is said to take ({(str(e).splitlines() or ['?'])[0]})"
-    same = _equal(found, unpacked := _answers(back, x)) or _equal(_answers(_contiguous(graph), x), unpacked)  # another order of memory is another order of sums
+        if mine.dtype != stored.dtype or not torch.equal(mine, stored):
+            return f'{k} comes back changed'
+    if (x := _example(graph, about)) is None:
+        return ''
+    try:
+        found = _answers(given, x)
+    except Exception as e:
+        return f"it does not run on an input of {'x'.join(map(str, x.shape[1:]))}, which it is said to take ({(str(e).splitlines() or ['?'])[0]})"
+    same = _equal(found, unpacked := _answers(back, x)) or _equal(
+        _answers(_contiguous(graph), x), unpacked
+    )  # another order of memory is another order of sums
     return '' if same else 'it answers otherwise'
+
 
 def _nodes(graph):
     "Nodes as a file has them, with their names and their modules' classes and arguments."
     nodes = list(graph.graph.nodes)
     names = list(dict.fromkeys(n.target for n in nodes if n.op == 'call_module'))
     index, numbers = ({n: i for i, n in enumerate(v)} for v in (nodes, names))
-    return [(n.name, encode_node(n, index, numbers)) for n in nodes], [(n, type(m := graph.get_submodule(n)), arguments(m, n)) for n in names]
+    return [(n.name, encode_node(n, index, numbers)) for n in nodes], [
+        (n, type(m := graph.get_submodule(n)), arguments(m, n)) for n in names
+    ]
+
 
 def _example(graph, about):
     "One input of the size that a net is said to take, None where that is not known, or where the net is not on the CPU."
     tensors = [*graph.parameters(), *graph.buffers()]
-    if 'input_size' not in about or any(t.device.type != 'cpu' for t in tensors): return None
+    if 'input_size' not in about or any(t.device.type != 'cpu' for t in tensors):
+        return None
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     return torch.randn(1, *about['input_size'], generator=torch.Generator().manual_seed(0)).to(dtype)
+
 
 @torch.no_grad()
 def _answers(model, x):
@@ -628,37 +914,53 @@ def _answers(model, x):
             torch.manual_seed(0)
             return tree_leaves(model.eval()(x))
     finally:
-        for m, training in modes.items(): m.training = training
+        for m, training in modes.items():
+            m.training = training
 
-def _equal(a, b): return len(a) == len(b) and all(torch.equal(p, q) or bool(((p == q) | (p != p) & (q != q)).all()) if isinstance(p, torch.Tensor) else p == q for p, q in zip(a, b))
+
+def _equal(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(p, q) or bool(((p == q) | (p != p) & (q != q)).all()) if isinstance(p, torch.Tensor) else p == q
+        for p, q in zip(a, b)
+    )
+
 
 def _contiguous(graph):
     "A copy whose tensors lie in memory as a file's do."
     graph = copy.deepcopy(graph)
-    for t in [*graph.parameters(), *graph.buffers()]: t.data = t.data.contiguous().clone()
+    for t in [*graph.parameters(), *graph.buffers()]:
+        t.data = t.data.contiguous().clone()
     return graph
 
 # %% ../nbs/14_packing.ipynb #afd039b2
 def contents(
-    path  # a packed file
+    path,  # a packed file
 ) -> pd.DataFrame:  # a row per tensor
     "What lies in a packed file: form, numbers, nonzeros and bytes of each tensor."
     return pd.DataFrame(_open(path)[1], columns=['tensor', 'module', 'kind', 'form', 'numbers', 'nonzero', 'bytes'])
 
 # %% ../nbs/14_packing.ipynb #05c982ee
 def bill(
-    path,                    # a packed file
-    input_size: tuple = None, # (channels, height, width); None: as the file says
-    accounting: str = None   # convention to charge by; None: as the file says, else official
-) -> pd.DataFrame:           # a row per module with tensors: stored and charged bytes
+    path,  # a packed file
+    input_size: tuple = None,  # (channels, height, width); None: as the file says
+    accounting: str = None,  # convention to charge by; None: as the file says, else official
+) -> pd.DataFrame:  # a row per module with tensors: stored and charged bytes
     "Bytes in the file beside the bytes that the corrected score charges (4 a number), module by module; `why` explains a difference of a byte or more."
     net, rows = _open(path)
-    size, acc = input_size or net.meta['about'].get('input_size'), accounting or net.meta['about'].get('accounting', 'official')
-    if size is None: raise MicronetError(f'{path} does not say what its input is: give input_size=(channels, height, width)')
-    table = pd.DataFrame(rows).groupby('module', sort=False).agg(kind=('kind', 'first'), form=('form', 'first'), stored=('bytes', 'sum'))
-    charged = 4*score(net, tuple(size), accounting=acc, corrected=True).layers.groupby('name').storage.sum()
+    size, acc = (
+        input_size or net.meta['about'].get('input_size'),
+        accounting or net.meta['about'].get('accounting', 'official'),
+    )
+    if size is None:
+        raise MicronetError(f'{path} does not say what its input is: give input_size=(channels, height, width)')
+    table = (
+        pd.DataFrame(rows)
+        .groupby('module', sort=False)
+        .agg(kind=('kind', 'first'), form=('form', 'first'), stored=('bytes', 'sum'))
+    )
+    charged = 4 * score(net, tuple(size), accounting=acc, corrected=True).layers.groupby('name').storage.sum()
     table = table.reindex([*table.index, *charged.index[(charged > 0) & ~charged.index.isin(table.index)]])
-    table['charged'] = charged.reindex(table.index).fillna(0.)
+    table['charged'] = charged.reindex(table.index).fillna(0.0)
     table = table.fillna({'stored': 0, 'kind': '', 'form': ''}).astype({'stored': int})
     table['difference'] = table.stored - table.charged
     table['why'] = [_why(r) for r in table.itertuples()]
@@ -668,41 +970,66 @@ def bill(
 def _why(r):
     "Why a module is stored in other than the charged bytes; '' where rounding up to whole bytes is all."
     more, layer = r.difference > 0, r.kind in ('IntConv2d', 'IntLinear', 'Conv2d', 'Linear')
-    if 0 <= r.difference < 1: return ''
-    if 'BatchNorm' in r.kind: return 'not folded: four vectors and a counter, charged as one scale and one bias'
-    if r.kind in ('ScaleBias', 'constant') and more: return 'FP16 would lose something: stored in 32 bits, charged as 16'
-    if r.kind == 'ScaleBias': return 'one number for all channels, charged once a channel'
-    if layer and r.form[0] == 'd' and not more: return 'stored without a mask, charged with one'
-    if layer and r.form[0] == 'm' and more: return 'stored with a mask, charged without'
+    if 0 <= r.difference < 1:
+        return ''
+    if 'BatchNorm' in r.kind:
+        return 'not folded: four vectors and a counter, charged as one scale and one bias'
+    if r.kind in ('ScaleBias', 'constant') and more:
+        return 'FP16 would lose something: stored in 32 bits, charged as 16'
+    if r.kind == 'ScaleBias':
+        return 'one number for all channels, charged once a channel'
+    if layer and r.form[0] == 'd' and not more:
+        return 'stored without a mask, charged with one'
+    if layer and r.form[0] == 'm' and more:
+        return 'stored with a mask, charged without'
     return 'charged here: the batch norm that follows' if layer and not more else 'not explained'
 
 # %% ../nbs/14_packing.ipynb #03177acf
 def half_scales(
-    model  # graph or model; left as it is
+    model,  # graph or model; left as it is
 ) -> fx.GraphModule:
     "A copy whose scales and biases are FP16 numbers (their dtype stays). MicronetError where one is too large for FP16."
     graph = copy.deepcopy(as_graph(model))
     for name, m in graph.named_modules():
         for k, t in (m.state_dict(keep_vars=True) if isinstance(m, ScaleBias) else {}).items():
-            if bool(t.half().isinf().any()): raise MicronetError(f'{name}.{k} reaches {float(t.abs().max()):g}, and FP16 ends at 65504')
+            if bool(t.half().isinf().any()):
+                raise MicronetError(f'{name}.{k} reaches {float(t.abs().max()):g}, and FP16 ends at 65504')
             t.data = t.half().to(t.dtype)
     return graph
 
 # %% ../nbs/14_packing.ipynb #f9688f6a
 def compare_charges(
-    model: nn.Module,      # as `lower` was given it
-    graph: fx.GraphModule, # what `lower` made of it
-    path=None,             # the file that `pack` made of that; None: one is made for the purpose
-    accounting: str = 'official' # convention to charge by
-) -> pd.DataFrame:         # a row per layer, scale and operation
+    model: nn.Module,  # as `lower` was given it
+    graph: fx.GraphModule,  # what `lower` made of it
+    path=None,  # the file that `pack` made of that; None: one is made for the purpose
+    accounting: str = 'official',  # convention to charge by
+) -> pd.DataFrame:  # a row per layer, scale and operation
     "Operations and bytes (4 a number) that are charged for a net before and after it is lowered, and the bytes of its file; `why` explains each difference. The columns add up to the scores."
     if path is None:
-        with tempfile.TemporaryDirectory() as folder: return compare_charges(model, graph, pack(graph, Path(folder)/'net', dict(accounting=accounting)), accounting)
-    before, after = (score(net, graph.meta['input_size'], accounting=accounting, corrected=True) for net in (model, graph))
+        with tempfile.TemporaryDirectory() as folder:
+            return compare_charges(
+                model, graph, pack(graph, Path(folder) / 'net', dict(accounting=accounting)), accounting
+            )
+    before, after = (
+        score(net, graph.meta['input_size'], accounting=accounting, corrected=True) for net in (model, graph)
+    )
     stored = contents(path)
     owners = _owners(graph)
     lines = [_line(a, b, owners, stored) for a, b in _paired(_lines(before, {}), _lines(after, owners))]
-    return pd.DataFrame(lines, columns=['name', 'kind', 'shape', 'simulated', 'lowered', 'simulated bytes', 'lowered bytes', 'file bytes', 'why'])
+    return pd.DataFrame(
+        lines,
+        columns=[
+            'name',
+            'kind',
+            'shape',
+            'simulated',
+            'lowered',
+            'simulated bytes',
+            'lowered bytes',
+            'file bytes',
+            'why',
+        ],
+    )
 
 # %% ../nbs/14_packing.ipynb #0570d81f
 def _owners(graph):
@@ -711,93 +1038,146 @@ def _owners(graph):
     for n in graph.graph.nodes:
         m = graph.get_submodule(n.target) if n.op == 'call_module' else None
         layers = frozenset().union(*(made.get(i, ()) for i in n.all_input_nodes))  # whose sums these still are
-        if isinstance(m, (nn.Conv2d, nn.Linear)): made[n] = {n.target}
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            made[n] = {n.target}
         elif isinstance(m, ScaleBias):
-            if len(layers) == 1: owners.setdefault(n.target, ('again' if ('scale', *layers) in owners.values() else 'scale', *layers))
-            elif layers: owners.setdefault(n.target, ('joined', layers))
-            elif len(m.weight) == 1 and not m.has_bias: owners.setdefault(n.target, ('quantiser', re.sub(r'_input_scale(_\d+)?$', '', n.target)))
-        elif not isinstance(m, Quantise): made[n] = layers
+            if len(layers) == 1:
+                owners.setdefault(n.target, ('again' if ('scale', *layers) in owners.values() else 'scale', *layers))
+            elif layers:
+                owners.setdefault(n.target, ('joined', layers))
+            elif len(m.weight) == 1 and not m.has_bias:
+                owners.setdefault(n.target, ('quantiser', re.sub(r'_input_scale(_\d+)?$', '', n.target)))
+        elif not isinstance(m, Quantise):
+            made[n] = layers
     return owners
+
 
 def _lines(charged, owners):
     "Charged rows with the keys that they are matched by, the strictest first."
     rows, layer = [], ''
     for r in charged.layers.itertuples():
-        if r.kind in ('conv', 'linear'): layer = r.name
+        if r.kind in ('conv', 'linear'):
+            layer = r.name
         what, own = owners.get(r.name, ('scale' if r.kind == 'bias' else r.kind, r.name))
         kind = 'scale' if what == 'joined' else what
-        rows.append(r._asdict() | dict(what=what, keys=[(what, own) if own else None, (kind, r.shape, layer), (kind, r.shape)]))
+        rows.append(
+            r._asdict() | dict(what=what, keys=[(what, own) if own else None, (kind, r.shape, layer), (kind, r.shape)])
+        )
     return rows
+
 
 def _paired(before, after):
     "Pairs of rows that are the same thing; None stands where a row has no partner."
     left, partner = list(range(len(before))), {}
     for level in range(3):
         for j, b in enumerate(after):
-            if j in partner or b['keys'][level] is None: continue
-            if (i := next((i for i in left if before[i]['keys'][level] == b['keys'][level]), None)) is not None: partner[j] = i; left.remove(i)
+            if j in partner or b['keys'][level] is None:
+                continue
+            if (i := next((i for i in left if before[i]['keys'][level] == b['keys'][level]), None)) is not None:
+                partner[j] = i
+                left.remove(i)
     pairs = [(partner.get(j, math.inf), before[partner[j]] if j in partner else None, b) for j, b in enumerate(after)]
     return [p[1:] for p in sorted([*pairs, *((i, before[i], None) for i in left)], key=lambda p: p[0])]
 
 # %% ../nbs/14_packing.ipynb #ca2fd321
 def _line(a, b, owners, stored):
     "One row of the comparison."
-    ops, size = ([x and f(x) or 0. for x in (a, b)] for f in (lambda x: x['multiplies'] + x['adds'], lambda x: 4*x['storage']))
+    ops, size = (
+        [x and f(x) or 0.0 for x in (a, b)] for f in (lambda x: x['multiplies'] + x['adds'], lambda x: 4 * x['storage'])
+    )
     rows = _stored_for(b, stored) if b else stored[:0]
     reason = _changed(a, b, ops, size, owners)
-    form = SimpleNamespace(difference=int(rows.bytes.sum()) - size[1], kind=rows.kind.iloc[0] if len(rows) else '', form=rows.form.iloc[0] if len(rows) else '-')
+    form = SimpleNamespace(
+        difference=int(rows.bytes.sum()) - size[1],
+        kind=rows.kind.iloc[0] if len(rows) else '',
+        form=rows.form.iloc[0] if len(rows) else '-',
+    )
     why = '; '.join(filter(None, (reason, _why(form) if len(rows) or size[1] else '')))
     return ((a or b)['name'], (a or b)['kind'], (a or b)['shape'], *ops, *size, int(rows.bytes.sum()), why)
+
 
 def _stored_for(b, stored):
     "Rows of the file that hold what a row of the lowered net is charged for."
     mine = stored[stored.module == b['name']] if b['name'] else stored[:0]
-    if b['kind'] in ('conv', 'linear'): return mine[mine.tensor == f"{b['name']}.weight"]
-    return mine[mine.tensor == f"{b['name']}.bias"] if b['kind'] == 'bias' else mine if b['kind'] == 'scale' else stored[:0]
+    if b['kind'] in ('conv', 'linear'):
+        return mine[mine.tensor == f"{b['name']}.weight"]
+    return (
+        mine[mine.tensor == f"{b['name']}.bias"]
+        if b['kind'] == 'bias'
+        else mine
+        if b['kind'] == 'scale'
+        else stored[:0]
+    )
+
 
 def _changed(a, b, ops, size, owners):
     "Why a lowered net is charged otherwise than the net that was trained; '' where it is not."
-    if abs(ops[0] - ops[1]) < 1e-6 and abs(size[0] - size[1]) < 1e-6: return ''
+    if abs(ops[0] - ops[1]) < 1e-6 and abs(size[0] - size[1]) < 1e-6:
+        return ''
     joined = {layer for what, layers in owners.values() if what == 'joined' for layer in layers}
-    if b is None and a['kind'] == 'scale' and a['name'] in joined or a is None and b['what'] == 'joined': return 'the scales of layers that are concatenated: applied once, behind'
-    if b is None and a['kind'] == 'scale' and a['name'] != a['keys'][1][2]: return 'a norm: in the scale that is applied before it'  # no layer of that name
-    if b is None: return 'done by the quantiser that reads it, which ends there' if a['kind'] in ('relu', 'hardtanh', 'clamp', 'clamp_min') else 'not explained'
+    if b is None and a['kind'] == 'scale' and a['name'] in joined or a is None and b['what'] == 'joined':
+        return 'the scales of layers that are concatenated: applied once, behind'
+    if b is None and a['kind'] == 'scale' and a['name'] != a['keys'][1][2]:
+        return 'a norm: in the scale that is applied before it'  # no layer of that name
+    if b is None:
+        return (
+            'done by the quantiser that reads it, which ends there'
+            if a['kind'] in ('relu', 'hardtanh', 'clamp', 'clamp_min')
+            else 'not explained'
+        )
     if a is None:
-        return {'quantiser': 'a step: the rules charge no quantiser of the net that is trained', 'again': 'the same scale again, for another reader'}.get(b['what'], 'not explained')
-    if b['kind'] == 'scale' and a['shape'] != b['shape']: return 'one number for all channels' if b['shape'].startswith('1x') else 'behind a pool, so on other numbers' + ', with the bias of a norm'*(size[1] == 2*size[0])
-    if b['kind'] == 'scale' and size[1] == size[0]/2: return 'the bias is zero everywhere: neither added nor stored'
-    if b['kind'] == 'scale' and size[1] == 2*size[0]: return 'with the bias of the norm behind it'
+        return {
+            'quantiser': 'a step: the rules charge no quantiser of the net that is trained',
+            'again': 'the same scale again, for another reader',
+        }.get(b['what'], 'not explained')
+    if b['kind'] == 'scale' and a['shape'] != b['shape']:
+        return (
+            'one number for all channels'
+            if b['shape'].startswith('1x')
+            else 'behind a pool, so on other numbers' + ', with the bias of a norm' * (size[1] == 2 * size[0])
+        )
+    if b['kind'] == 'scale' and size[1] == size[0] / 2:
+        return 'the bias is zero everywhere: neither added nor stored'
+    if b['kind'] == 'scale' and size[1] == 2 * size[0]:
+        return 'with the bias of the norm behind it'
     return 'not explained'
 
 # %% ../nbs/14_packing.ipynb #45e7d234
 def parts_of(
-    path  # a packed file
+    path,  # a packed file
 ) -> dict:  # bytes
     "Bytes of a packed file by purpose: weights (masks and values), numbers (scales and other vectors), structure, header; and the whole."
     tensors, whole = unseal(path), Path(path).stat().st_size
-    size = {k: v.numel()*v.dtype.itemsize for k, v in tensors.items()}
+    size = {k: v.numel() * v.dtype.itemsize for k, v in tensors.items()}
     numbers = sum(v for k, v in size.items() if k in DTYPES)
-    return dict(weights=size.get('weights', 0), numbers=numbers, structure=size['graph'], header=whole - sum(size.values()), file=whole)
+    return dict(
+        weights=size.get('weights', 0),
+        numbers=numbers,
+        structure=size['graph'],
+        header=whole - sum(size.values()),
+        file=whole,
+    )
 
 # %% ../nbs/14_packing.ipynb #6626266f
 def pixels_to_input(
     images: torch.Tensor,  # (n, 3, h, w) uint8
-    pixels                 # 'released', or (mean, std) of three numbers each, of pixels in [0, 1]
+    pixels,  # 'released', or (mean, std) of three numbers each, of pixels in [0, 1]
 ) -> torch.Tensor:
     "Pixels as the net wants them."
     from micronet_nb.data import normalise
     from micronet_nb.released import prepare
+
     return prepare(images) if pixels == 'released' else normalise(images, *pixels)
 
 # %% ../nbs/14_packing.ipynb #70661521
 @torch.inference_mode()
 def top1(
-    net,                 # for example unpacked, or a `Runner` of it: float32 (n, 3, h, w) to (n, classes)
-    dataset,             # images (n, 3, h, w) uint8, labels
-    pixels,              # see `pixels_to_input`
-    n: int = None,       # the first n images; None: all
-    batch: int = 10      # images at a time
-) -> tuple:              # (right, n)
+    net,  # for example unpacked, or a `Runner` of it: float32 (n, 3, h, w) to (n, classes)
+    dataset,  # images (n, 3, h, w) uint8, labels
+    pixels,  # see `pixels_to_input`
+    n: int = None,  # the first n images; None: all
+    batch: int = 10,  # images at a time
+) -> tuple:  # (right, n)
     "How many of the first n images are classified rightly; with progress on the screen."
     n, right = min(n or len(dataset), len(dataset)), 0
     for i in progress(range(0, n, batch), 'evaluating', unit='batch'):
@@ -807,22 +1187,32 @@ def top1(
 
 # %% ../nbs/14_packing.ipynb #2ebf02e8
 def load_packed(
-    path,         # a packed file
-    size=None     # (channels, height, width); None: as the file says
-) -> tuple:       # (net, size, accounting)
+    path,  # a packed file
+    size=None,  # (channels, height, width); None: as the file says
+) -> tuple:  # (net, size, accounting)
     "What `micronet-score` needs of a packed file. MicronetError where the file does not say what its input is."
     net = unpack(path)
     about = net.meta['about']
-    if size is None and 'input_size' not in about: raise MicronetError(f'{path} does not say what its input is: give --size channels x height x width, like 3x32x32')
+    if size is None and 'input_size' not in about:
+        raise MicronetError(
+            f'{path} does not say what its input is: give --size channels x height x width, like 3x32x32'
+        )
     return net, tuple(size or about['input_size']), about.get('accounting', 'official')
 
 # %% ../nbs/14_packing.ipynb #7868a6da
 def _command(name, run, about, examples, arguments, argv):
     "A command: 0, or 1 after one line that says what is wrong. `arguments`: name to what argparse wants to know of it."
-    p = argparse.ArgumentParser(prog=name, description=about, epilog='examples:  ' + '   |   '.join(f'{name} {e}' for e in examples), formatter_class=argparse.RawDescriptionHelpFormatter)
-    for argument, told in arguments.items(): p.add_argument(argument, **told)
+    p = argparse.ArgumentParser(
+        prog=name,
+        description=about,
+        epilog='examples:  ' + '   |   '.join(f'{name} {e}' for e in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for argument, told in arguments.items():
+        p.add_argument(argument, **told)
     args = p.parse_args(argv)
-    try: run(args)
+    try:
+        run(args)
     except MicronetError as e:
         print(f'{name}: {e}', file=sys.stderr)
         return 1
@@ -832,110 +1222,201 @@ def _command(name, run, about, examples, arguments, argv):
 def _made(source):
     "What the function of `module:function` returns: (net, about)."
     import importlib
+
     module, function = source.rsplit(':', 1)
     sys.path.insert(0, os.getcwd())
-    try: made = getattr(importlib.import_module(module), function)()
-    except Exception as e: raise MicronetError(f'{source} cannot be called: {type(e).__name__}: {(str(e).splitlines() or ["?"])[0]}') from e
-    finally: sys.path.remove(os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except Exception as e:
+        raise MicronetError(
+            f'{source} cannot be called: {type(e).__name__}: {(str(e).splitlines() or ["?"])[0]}'
+        ) from e
+    finally:
+        sys.path.remove(os.getcwd())
     net, about = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
-    if not isinstance(net, nn.Module): raise MicronetError(f'{source} returns {type(net).__name__}, not a module')
+    if not isinstance(net, nn.Module):
+        raise MicronetError(f'{source} returns {type(net).__name__}, not a module')
     return net, check_about(about)
+
 
 def _load_weights(net, path):
     "A state dict of safetensors' or of `torch.save`'s, read without running code; every tensor must fit."
-    try: state = safetensors.torch.load_file(path) if str(path).endswith('.safetensors') else torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e: raise MicronetError(f'{path} holds more than tensors, or is no checkpoint: save net.state_dict() with torch.save') from e
-    except Exception as e: raise MicronetError(f'{path} cannot be read as a state dict: {(str(e).splitlines() or [type(e).__name__])[0]}') from e
-    state = next((state[k] for k in ('state_dict', 'model') if isinstance(state, dict) and isinstance(state.get(k), dict)), state)
-    try: net.load_state_dict({k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()})
+    try:
+        state = (
+            safetensors.torch.load_file(path)
+            if str(path).endswith('.safetensors')
+            else torch.load(path, map_location='cpu', weights_only=True)
+        )
+    except pickle.UnpicklingError as e:
+        raise MicronetError(
+            f'{path} holds more than tensors, or is no checkpoint: save net.state_dict() with torch.save'
+        ) from e
+    except Exception as e:
+        raise MicronetError(
+            f'{path} cannot be read as a state dict: {(str(e).splitlines() or [type(e).__name__])[0]}'
+        ) from e
+    state = next(
+        (state[k] for k in ('state_dict', 'model') if isinstance(state, dict) and isinstance(state.get(k), dict)), state
+    )
+    try:
+        net.load_state_dict({k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()})
     except (RuntimeError, AttributeError, TypeError) as e:
         lines = ' '.join(line.strip() for line in str(e).splitlines()[:3])
-        raise MicronetError(f'{path} does not fit the net: {lines}' + (' (one that was pruned or quantised when it was saved is packed by module:function)' if 'Unexpected' in lines else '')) from e
+        raise MicronetError(
+            f'{path} does not fit the net: {lines}'
+            + (
+                ' (one that was pruned or quantised when it was saved is packed by module:function)'
+                if 'Unexpected' in lines
+                else ''
+            )
+        ) from e
 
 # %% ../nbs/14_packing.ipynb #5c08b50e
 def _own_net(args):
     "A net of one's own, lowered, and what is known of it."
     from micronet_nb.scoring import _size
+
     size, about = _size(args.size) if args.size else None, {}
-    if ':' in args.source: net, about = _made(args.source)
+    if ':' in args.source:
+        net, about = _made(args.source)
     else:
         from micronet_nb.models import create_model
-        if not args.weights: raise MicronetError(f'{args.source} has random weights: give its trained ones with --weights')
+
+        if not args.weights:
+            raise MicronetError(f'{args.source} has random weights: give its trained ones with --weights')
         net = create_model(args.source, args.classes, small=args.small)
-    if args.weights: _load_weights(net, args.weights)
+    if args.weights:
+        _load_weights(net, args.weights)
     size = size or about.get('input_size') or getattr(net, 'meta', {}).get('input_size')
-    if size is None: raise MicronetError(f'{args.source} does not say what its input is: give --size channels x height x width, like 3x32x32')
+    if size is None:
+        raise MicronetError(
+            f'{args.source} does not say what its input is: give --size channels x height x width, like 3x32x32'
+        )
     if args.data:
         from micronet_nb.data import dataset_stats, load_dataset
+
         mean, std = dataset_stats(load_dataset(args.data, 'train'))
         about = about | dict(dataset=args.data, pixels=([*map(float, mean)], [*map(float, std)]))
     if not isinstance(net, fx.GraphModule) and not any(isinstance(m, IntWeights) for m in net.modules()):
-        net = lower(net, torch.randn(2, *size, generator=torch.Generator().manual_seed(0)), torch.float16 if args.fp16 else torch.float32)
+        net = lower(
+            net,
+            torch.randn(2, *size, generator=torch.Generator().manual_seed(0)),
+            torch.float16 if args.fp16 else torch.float32,
+        )
     return net, about | dict(input_size=tuple(size))
 
 # %% ../nbs/14_packing.ipynb #2ead8ef6
 def _known_net(name):
     "Is it module:function, or a name for `create_model`?"
-    if ':' in name or name.startswith(('densenet_bc_', 'wrn_')): return True
+    if ':' in name or name.startswith(('densenet_bc_', 'wrn_')):
+        return True
     import timm
+
     return timm.is_model(name)
+
 
 def _pack_run(args):
     if args.source == 'released':
         from micronet_nb.released import load_released
-        net, about = load_released(), dict(input_size=(3, 32, 32), accounting='riair-cifar100', dataset='cifar100', pixels='released')
-    elif os.path.isfile(args.source): net, about = unpack(args.source), None
-    elif _known_net(args.source): net, about = _own_net(args)
-    else: raise MicronetError(f"{args.source!r} is neither 'released' nor a packed file, nor module:function, nor a model's name")
+
+        net, about = (
+            load_released(),
+            dict(input_size=(3, 32, 32), accounting='riair-cifar100', dataset='cifar100', pixels='released'),
+        )
+    elif os.path.isfile(args.source):
+        net, about = unpack(args.source), None
+    elif _known_net(args.source):
+        net, about = _own_net(args)
+    else:
+        raise MicronetError(
+            f"{args.source!r} is neither 'released' nor a packed file, nor module:function, nor a model's name"
+        )
     path = pack(half_scales(net) if args.fp16 else net, args.file, about, args.masks)
     p = parts_of(path)
     payload = p['weights'] + p['numbers']
-    print(f"{path}: {p['file']:,} bytes = masks and values {p['weights']:,} + scales {p['numbers']:,} + structure {p['structure']:,} + header {p['header']:,}"
-          f" ({p['file']/max(payload, 1) - 1:.1%} above its payload)")
-    if unpack(path).meta['about'].get('input_size'): print(f"the corrected score charges {bill(path).charged.sum():,.0f} bytes, the payload has {payload:,}")
+    print(
+        f"{path}: {p['file']:,} bytes = masks and values {p['weights']:,} + scales {p['numbers']:,} + structure {p['structure']:,} + header {p['header']:,}"
+        f" ({p['file'] / max(payload, 1) - 1:.1%} above its payload)"
+    )
+    if unpack(path).meta['about'].get('input_size'):
+        print(f"the corrected score charges {bill(path).charged.sum():,.0f} bytes, the payload has {payload:,}")
 
 # %% ../nbs/14_packing.ipynb #ad92d5e1
 def main_pack(
-    argv=None  # arguments; None: those of the process
+    argv=None,  # arguments; None: those of the process
 ) -> int:
     "The command `micronet-pack`: 0, or 1 after one line that says what is wrong."
-    return _command('micronet-pack', _pack_run, 'Packs a compressed net into one file: bitmasks, values of few bits, scales, structure, SHA-256.',
-                    ['released model.safetensors', 'released small.safetensors --fp16', 'train:compressed net.safetensors --size 3x32x32',
-                     'resnet18 net.safetensors --weights best.pt --size 3x32x32 --data cifar100'], {
-        'source': dict(help="'released' (RIAIR's CIFAR-100 checkpoint); a packed file to be packed anew; module:function, a function that returns a net of your own, "
-                            'or it and its about (see micronet_nb.packing.pack); or the name of a timm model, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>'),
-        'file': dict(help='file to write'),
-        '--weights': dict(metavar='FILE', help="state dict of your own net: safetensors, or torch.save's"),
-        '--classes': dict(type=int, default=100, metavar='N', help='outputs of a named net (default: 100)'),
-        '--small': dict(action='store_true', help='a named net has a stem of stride 1, for small images'),
-        '--size': dict(metavar='CxHxW', help='input of your own net, such as 3x32x32'),
-        '--data': dict(choices=('cifar100', 'digits'), help='what it was trained on, normalised by the mean and deviation of the training images: lets micronet-eval measure it'),
-        '--fp16': dict(action='store_true', help='round scales and biases to FP16, as the score charges them (changes some predictions)'),
-        '--masks': dict(choices=('always', 'paying'), help="a bitmask for every layer, or only where it saves something (default: as the file's accounting charges; always for RIAIR's)")}, argv)
+    return _command(
+        'micronet-pack',
+        _pack_run,
+        'Packs a compressed net into one file: bitmasks, values of few bits, scales, structure, SHA-256.',
+        [
+            'released model.safetensors',
+            'released small.safetensors --fp16',
+            'train:compressed net.safetensors --size 3x32x32',
+            'resnet18 net.safetensors --weights best.pt --size 3x32x32 --data cifar100',
+        ],
+        {
+            'source': dict(
+                help="'released' (RIAIR's CIFAR-100 checkpoint); a packed file to be packed anew; module:function, a function that returns a net of your own, "
+                'or it and its about (see micronet_nb.packing.pack); or the name of a timm model, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>'
+            ),
+            'file': dict(help='file to write'),
+            '--weights': dict(metavar='FILE', help="state dict of your own net: safetensors, or torch.save's"),
+            '--classes': dict(type=int, default=100, metavar='N', help='outputs of a named net (default: 100)'),
+            '--small': dict(action='store_true', help='a named net has a stem of stride 1, for small images'),
+            '--size': dict(metavar='CxHxW', help='input of your own net, such as 3x32x32'),
+            '--data': dict(
+                choices=('cifar100', 'digits'),
+                help='what it was trained on, normalised by the mean and deviation of the training images: lets micronet-eval measure it',
+            ),
+            '--fp16': dict(
+                action='store_true',
+                help='round scales and biases to FP16, as the score charges them (changes some predictions)',
+            ),
+            '--masks': dict(
+                choices=('always', 'paying'),
+                help="a bitmask for every layer, or only where it saves something (default: as the file's accounting charges; always for RIAIR's)",
+            ),
+        },
+        argv,
+    )
 
 # %% ../nbs/14_packing.ipynb #449e5b01
 def _eval_run(args):
     from micronet_nb.data import load_dataset
+
     net = unpack(args.file)
     about = net.meta['about']
     name, pixels = args.data or about.get('dataset'), about.get('pixels')
-    if name is None: raise MicronetError(f'{args.file} does not say what it was trained on: give --data cifar100 or --data digits')
-    if pixels is None: raise MicronetError(f"{args.file} does not say how pixels are normalised: pack it with --data, or with about=dict(pixels=(mean, std), ...)")
-    if args.n is not None and args.n < 1: raise MicronetError(f'-n {args.n}: at least one image')
-    if args.batch < 1: raise MicronetError(f'--batch {args.batch}: at least one image')
+    if name is None:
+        raise MicronetError(f'{args.file} does not say what it was trained on: give --data cifar100 or --data digits')
+    if pixels is None:
+        raise MicronetError(
+            f"{args.file} does not say how pixels are normalised: pack it with --data, or with about=dict(pixels=(mean, std), ...)"
+        )
+    if args.n is not None and args.n < 1:
+        raise MicronetError(f'-n {args.n}: at least one image')
+    if args.batch < 1:
+        raise MicronetError(f'--batch {args.batch}: at least one image')
     ds = load_dataset(name, 'test')
     if (size := about.get('input_size')) and list(ds.images.shape[1:]) != list(size):
-        raise MicronetError(f"{args.file} takes images of {'x'.join(map(str, size))}, {name} has {'x'.join(map(str, ds.images.shape[1:]))}")
+        raise MicronetError(
+            f"{args.file} takes images of {'x'.join(map(str, size))}, {name} has {'x'.join(map(str, ds.images.shape[1:]))}"
+        )
     _fits(net, ds, pixels, name)
     start = time.perf_counter()
     right, n = top1(Runner(net, batch=args.batch), ds, pixels, args.n, args.batch)
-    print(f'{args.file}: top-1 {100*right/n:.2f} % ({right:,} of {n:,} test images of {name}), {n/(time.perf_counter() - start):.0f} images a second')
+    print(
+        f'{args.file}: top-1 {100 * right / n:.2f} % ({right:,} of {n:,} test images of {name}), {n / (time.perf_counter() - start):.0f} images a second'
+    )
 
 # %% ../nbs/14_packing.ipynb #c75bfe22
 def _fits(net, ds, pixels, name):
     "Does the net take these images, and give a number a class?"
     try:
-        with torch.inference_mode(): out = net(pixels_to_input(ds.images[:1], pixels))
+        with torch.inference_mode():
+            out = net(pixels_to_input(ds.images[:1], pixels))
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
         raise MicronetError(f'the net does not run on an image of {name}: {(str(e).splitlines() or ["?"])[0]}') from e
     if not isinstance(out, torch.Tensor) or tuple(out.shape) != (1, len(ds.classes)):
@@ -943,11 +1424,19 @@ def _fits(net, ds, pixels, name):
 
 # %% ../nbs/14_packing.ipynb #87906442
 def main_eval(
-    argv=None  # arguments; None: those of the process
+    argv=None,  # arguments; None: those of the process
 ) -> int:
     "The command `micronet-eval`: 0, or 1 after one line that says what is wrong."
-    return _command('micronet-eval', _eval_run, 'Top-1 of a packed net on test images.', ['model.safetensors -n 500', 'model.safetensors --data cifar100'], {
-        'file': dict(help='a file that micronet-pack or micronet_nb.packing.pack wrote'),
-        '--data': dict(choices=('cifar100', 'digits'), help='data set (default: as the file says)'),
-        '-n': dict(type=int, metavar='N', help='the first N test images (default: all)'),
-        '--batch': dict(type=int, default=25, help='images at a time (default: 25)')}, argv)
+    return _command(
+        'micronet-eval',
+        _eval_run,
+        'Top-1 of a packed net on test images.',
+        ['model.safetensors -n 500', 'model.safetensors --data cifar100'],
+        {
+            'file': dict(help='a file that micronet-pack or micronet_nb.packing.pack wrote'),
+            '--data': dict(choices=('cifar100', 'digits'), help='data set (default: as the file says)'),
+            '-n': dict(type=int, metavar='N', help='the first N test images (default: all)'),
+            '--batch': dict(type=int, default=25, help='images at a time (default: 25)'),
+        },
+        argv,
+    )

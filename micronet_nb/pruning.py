@@ -28,120 +28,166 @@ from .scoring import as_layer, compressible, LAYERS, positions, trace
 # %% ../nbs/06_pruning.ipynb #4e5deb4e
 def magnitude_mask(
     weight: torch.Tensor,  # any shape, any floating dtype
-    rate: float            # fraction in [0,1] that goes
-) -> torch.Tensor:         # bool, of weight's shape: True stays
+    rate: float,  # fraction in [0,1] that goes
+) -> torch.Tensor:  # bool, of weight's shape: True stays
     "Exactly round(rate n) False, smallest magnitude first, ties by position. Slide 'Pruning'; MicronetError for a rate that is no fraction."
     order = weight.detach().abs().flatten().argsort(stable=True)
     mask = torch.ones_like(order, dtype=torch.bool)
-    return mask.index_fill_(0, order[:round(_fraction(rate)*len(order))], False).view(weight.shape)
+    return mask.index_fill_(0, order[: round(_fraction(rate) * len(order))], False).view(weight.shape)
+
 
 def _fraction(rate, what='a rate'):
     "`rate`, where it is a number in [0,1]."
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1: raise MicronetError(f'{what} is a fraction from 0 to 1, not {rate!r}')
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise MicronetError(f'{what} is a fraction from 0 to 1, not {rate!r}')
     return float(rate)
 
 # %% ../nbs/06_pruning.ipynb #52fefb36
 class Mask(nn.Module):
     "A parametrization of `weight`: the weight where `mask` is True, else 0."
-    def __init__(self,
-        mask: torch.Tensor,           # bool, of the weight's shape: True stays
-        dense_gradient: bool = False  # do masked weights get gradients too?
+
+    def __init__(
+        self,
+        mask: torch.Tensor,  # bool, of the weight's shape: True stays
+        dense_gradient: bool = False,  # do masked weights get gradients too?
     ):
         super().__init__()
         self.register_buffer('mask', mask.bool().clone())
         self.dense_gradient = dense_gradient
 
     def forward(self, weight):
-        hidden = 0.
-        if self.dense_gradient: hidden = (finite := weight.nan_to_num()) - finite.detach()   # 0, with a gradient
+        hidden = 0.0
+        if self.dense_gradient:
+            hidden = (finite := weight.nan_to_num()) - finite.detach()  # 0, with a gradient
         return torch.where(self.mask, weight, hidden)
 
-    def right_inverse(self, weight): return weight
-    def extra_repr(self): return f"dense_gradient={self.dense_gradient}"
+    def right_inverse(self, weight):
+        return weight
+
+    def extra_repr(self):
+        return f"dense_gradient={self.dense_gradient}"
 
 # %% ../nbs/06_pruning.ipynb #fc1056c2
 def mask_of(
-    module: nn.Module  # a Conv2d or Linear
-):                     # its `Mask`, or None
+    module: nn.Module,  # a Conv2d or Linear
+):  # its `Mask`, or None
     "The mask on a layer's weight."
-    return next((p for p in module.parametrizations.weight if isinstance(p, Mask)), None) if parametrize.is_parametrized(module, 'weight') else None
+    return (
+        next((p for p in module.parametrizations.weight if isinstance(p, Mask)), None)
+        if parametrize.is_parametrized(module, 'weight')
+        else None
+    )
+
 
 def dense_weight(
-    module: nn.Module, # a Conv2d or Linear
-    name: str = None   # of the layer, for the message
+    module: nn.Module,  # a Conv2d or Linear
+    name: str = None,  # of the layer, for the message
 ) -> nn.Parameter:
     "The trained parameter, below masks and quantisers. MicronetError where torch makes the weight of other parameters."
     if parametrize.is_parametrized(module, 'weight'):
         stack = module.parametrizations.weight
-        if hasattr(stack, 'original'): return stack.original
+        if hasattr(stack, 'original'):
+            return stack.original
         who, remedy = type(stack[0]).__name__, "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-    elif 'weight' in module._parameters: return module.weight
-    else: who, remedy = next(((w, r) for mark, w, r in _REMAKERS if hasattr(module, mark)), ('a hook', 'what removes the hook'))
-    raise MicronetError(f"{who} keeps no dense weight of {'the layer' if name is None else repr(name)}: undo it first, with {remedy}")
+    elif 'weight' in module._parameters:
+        return module.weight
+    else:
+        who, remedy = next(
+            ((w, r) for mark, w, r in _REMAKERS if hasattr(module, mark)), ('a hook', 'what removes the hook')
+        )
+    raise MicronetError(
+        f"{who} keeps no dense weight of {'the layer' if name is None else repr(name)}: undo it first, with {remedy}"
+    )
+
 
 _REMAKERS = (  # an attribute that tells, who makes the weight, and what undoes it
     ('weight_mask', 'torch.nn.utils.prune', "torch.nn.utils.prune.remove(layer, 'weight')"),
     ('weight_g', 'torch.nn.utils.weight_norm', 'torch.nn.utils.remove_weight_norm(layer)'),
-    ('weight_u', 'torch.nn.utils.spectral_norm', 'torch.nn.utils.remove_spectral_norm(layer)'))
+    ('weight_u', 'torch.nn.utils.spectral_norm', 'torch.nn.utils.remove_spectral_norm(layer)'),
+)
+
 
 def masks(
-    model: nn.Module  # any model
-) -> dict:            # layer name to (layer, its Mask)
+    model: nn.Module,  # any model
+) -> dict:  # layer name to (layer, its Mask)
     "Every masked layer, in module order."
     return {n: (m, k) for n, m in compressible(model).items() if (k := mask_of(m)) is not None}
 
 # %% ../nbs/06_pruning.ipynb #479bbbe0
 def _put_mask(module, mask, dense_gradient):
     "A mask as the first parametrization of the weight."
-    if parametrize.is_parametrized(module, 'weight'): module.parametrizations.weight.insert(0, Mask(mask, dense_gradient))
-    else: parametrize.register_parametrization(module, 'weight', Mask(mask, dense_gradient))
+    if parametrize.is_parametrized(module, 'weight'):
+        module.parametrizations.weight.insert(0, Mask(mask, dense_gradient))
+    else:
+        parametrize.register_parametrization(module, 'weight', Mask(mask, dense_gradient))
+
 
 def plain_weight(
-    module: nn.Module  # a Conv2d or Linear whose weight is parametrized
+    module: nn.Module,  # a Conv2d or Linear whose weight is parametrized
 ):
     "Makes `weight` an ordinary parameter again: the one below the parametrizations. Not by torch's own removal, which edits a class that the module's deepcopies share."
-    if len(module.parametrizations) > 1: return parametrize.remove_parametrizations(module, 'weight', leave_parametrized=False)  # other tensors are parametrized too
+    if len(module.parametrizations) > 1:
+        return parametrize.remove_parametrizations(
+            module, 'weight', leave_parametrized=False
+        )  # other tensors are parametrized too
     weight, others = module.parametrizations.weight.original, dict(module._parameters)
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations
     module._parameters.clear()
-    for name, p in {'weight': weight, **others}.items(): module.register_parameter(name, p)
+    for name, p in {'weight': weight, **others}.items():
+        module.register_parameter(name, p)
 
 # %% ../nbs/06_pruning.ipynb #4bbf80e9
 def _take_mask(module):
     "No mask, the dense weight as it is; other parametrizations stay."
     stack = module.parametrizations.weight
-    if len(stack) == 1: plain_weight(module)
-    else: del stack[list(stack).index(mask_of(module))]
+    if len(stack) == 1:
+        plain_weight(module)
+    else:
+        del stack[list(stack).index(mask_of(module))]
 
 # %% ../nbs/06_pruning.ipynb #b6c0d101
 @torch.no_grad()
 def put_masks(
     model: nn.Module,  # changed in place
-    masks: dict        # layer name to mask, of the weight's shape: not 0 stays
-) -> list:             # names of the layers among them that have a mask now
+    masks: dict,  # layer name to mask, of the weight's shape: not 0 stays
+) -> list:  # names of the layers among them that have a mask now
     "Masks that are known already, of a published net for instance, instead of those that are there; one that hides nothing is no mask. MicronetError before anything is changed."
     layers = compressible(model)
     for name, mask in masks.items():
-        if name not in layers: raise MicronetError(f'no layer is called {name!r}: the model has {", ".join(list(layers)[:3])}, ...')
-        if not isinstance(mask, torch.Tensor): raise MicronetError(f'the mask of {name} is a {type(mask).__name__}: give a tensor')
+        if name not in layers:
+            raise MicronetError(f'no layer is called {name!r}: the model has {", ".join(list(layers)[:3])}, ...')
+        if not isinstance(mask, torch.Tensor):
+            raise MicronetError(f'the mask of {name} is a {type(mask).__name__}: give a tensor')
         if mask.shape != layers[name].weight.shape:
-            raise MicronetError(f'the mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(layers[name].weight.shape)}')
-        if mask.is_floating_point() and not bool(torch.isfinite(mask).all()): raise MicronetError(f'the mask of {name} holds NaN or infinity')
+            raise MicronetError(
+                f'the mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(layers[name].weight.shape)}'
+            )
+        if mask.is_floating_point() and not bool(torch.isfinite(mask).all()):
+            raise MicronetError(f'the mask of {name} holds NaN or infinity')
     for name, mask in masks.items():
-        if mask_of(layers[name]) is not None: _take_mask(layers[name])
-        if bool((mask == 0).any()): _put_mask(layers[name], mask != 0, False)
+        if mask_of(layers[name]) is not None:
+            _take_mask(layers[name])
+        if bool((mask == 0).any()):
+            _put_mask(layers[name], mask != 0, False)
     return [name for name in masks if mask_of(layers[name]) is not None]
 
 # %% ../nbs/06_pruning.ipynb #dc5b85f0
 class _Products(TorchDispatchMode):
     "Collects the second factors of convolutions and matrix products."
-    def __init__(self): super().__init__(); self.seen = []
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op = func.overloadpacket.__name__
-        if op in ('convolution', 'linear'): self.seen.append(args[1])
-        if op in ('mm', 'addmm'): self.seen.append(args[-1].t())
+        if op in ('convolution', 'linear'):
+            self.seen.append(args[1])
+        if op in ('mm', 'addmm'):
+            self.seen.append(args[-1].t())
         return func(*args, **(kwargs or {}))
+
 
 def _own_weight(module):
     "Does a layer compute with something that may differ from its `weight`?"
@@ -149,56 +195,77 @@ def _own_weight(module):
     stored = 'weight' in module._parameters or parametrize.is_parametrized(module, 'weight')
     return not stored or type(module).forward is not plain.forward or 'forward' in vars(module)
 
+
 @torch.no_grad()
 def computing_weight(
-    module: nn.Module, # a Conv2d or Linear
-    name: str = None   # of the layer, for the message
-) -> torch.Tensor:     # of the weight's shape, detached
+    module: nn.Module,  # a Conv2d or Linear
+    name: str = None,  # of the layer, for the message
+) -> torch.Tensor:  # of the weight's shape, detached
     "What a layer multiplies its input by, whatever its forward makes of `weight`. MicronetError where that cannot be seen."
     modes, products, failed = {m: m.training for m in module.modules()}, _Products(), ''
     try:
-        module.eval()    # in training a spectral norm moves whenever it is read
+        module.eval()  # in training a spectral norm moves whenever it is read
         w = module.weight.detach()
-        if not _own_weight(module): return w
-        x = w.new_zeros(1, w.shape[1]) if isinstance(module, nn.Linear) else w.new_zeros(1, module.in_channels, *_least_side(module))
-        with products: module(x)
-    except (RuntimeError, TypeError, ValueError, IndexError) as e: failed = f' ({str(e).splitlines()[0]})'
+        if not _own_weight(module):
+            return w
+        x = (
+            w.new_zeros(1, w.shape[1])
+            if isinstance(module, nn.Linear)
+            else w.new_zeros(1, module.in_channels, *_least_side(module))
+        )
+        with products:
+            module(x)
+    except (RuntimeError, TypeError, ValueError, IndexError) as e:
+        failed = f' ({str(e).splitlines()[0]})'
     finally:
-        for m, training in modes.items(): m.training = training
+        for m, training in modes.items():
+            m.training = training
     fit = [p for p in products.seen if p.shape == w.shape]
-    if not failed and len(fit) == 1: return fit[0].detach()
-    raise MicronetError(f"cannot see by what {'the layer' if name is None else repr(name)} ({type(module).__name__}) multiplies{failed}: "
-                        f"make it an nn.{'Linear' if isinstance(module, nn.Linear) else 'Conv2d'} with the weight that it computes with")
+    if not failed and len(fit) == 1:
+        return fit[0].detach()
+    raise MicronetError(
+        f"cannot see by what {'the layer' if name is None else repr(name)} ({type(module).__name__}) multiplies{failed}: "
+        f"make it an nn.{'Linear' if isinstance(module, nn.Linear) else 'Conv2d'} with the weight that it computes with"
+    )
+
 
 def _least_side(module):
     "Height and width of an image that one kernel fits into."
     pads = module.padding if isinstance(module.padding, tuple) else (0, 0)
-    return [d*(k - 1) + 1 + p for d, k, p in zip(module.dilation, module.kernel_size, pads)]
+    return [d * (k - 1) + 1 + p for d, k, p in zip(module.dilation, module.kernel_size, pads)]
+
 
 def computes_otherwise(
-    module: nn.Module, # a Conv2d or Linear
-    name: str = None   # of the layer, for the message
+    module: nn.Module,  # a Conv2d or Linear
+    name: str = None,  # of the layer, for the message
 ) -> bool:
     "Does a layer multiply by another weight than its `weight`? MicronetError where that cannot be seen."
     return _own_weight(module) and not torch.equal(computing_weight(module, name), module.weight)
 
 # %% ../nbs/06_pruning.ipynb #4911e436
-SIZEABLE = .05  # share of a net's weights that is not passed by without a warning
+SIZEABLE = 0.05  # share of a net's weights that is not passed by without a warning
+
 
 def untouched(
     model: nn.Module,  # any model
-    left=None          # layer name to the reason why a call has left it out, if it has
-) -> pd.DataFrame:     # a row a parameter: module, shape, weights, share (of all weights), why
+    left=None,  # layer name to the reason why a call has left it out, if it has
+) -> pd.DataFrame:  # a row a parameter: module, shape, weights, share (of all weights), why
     "The weights that masks and quantisers do not reach: parameters of two dimensions and more outside Conv2d and Linear layers, or made into others by their layer; and those of the layers in `left`."
     require_shapes(model, 'a list of what is not reached')
     owners, rows = _owners(model), {}
     for name, p in model.named_parameters():
-        if p.dim() < 2 or _is_step(name): continue
+        if p.dim() < 2 or _is_step(name):
+            continue
         owner, layer, reached = owners.get(id(p), (model.get_submodule(name.rpartition('.')[0]), None, False))
         why = 'out of reach' if not reached else (left or {}).get(layer)
-        rows[name] = dict(module=_class(owner), shape='x'.join(map(str, p.shape)), weights=p.numel(), share=0., why=why)
-    table = pd.DataFrame(rows.values(), index=pd.Index(rows, name='parameter'), columns=['module', 'shape', 'weights', 'share', 'why'])
-    return table.assign(share=table.weights/max(table.weights.sum(), 1))[table.why.notna()]
+        rows[name] = dict(
+            module=_class(owner), shape='x'.join(map(str, p.shape)), weights=p.numel(), share=0.0, why=why
+        )
+    table = pd.DataFrame(
+        rows.values(), index=pd.Index(rows, name='parameter'), columns=['module', 'shape', 'weights', 'share', 'why']
+    )
+    return table.assign(share=table.weights / max(table.weights.sum(), 1))[table.why.notna()]
+
 
 def _owners(model):
     "Number of a parameter to its layer, the layer's name, and whether masks and quantisers reach it."
@@ -210,108 +277,139 @@ def _owners(model):
             found.setdefault(id(p), (m, name, reached and stored))
     return found
 
+
 @torch.no_grad()
 def _sees_weight(module):
     "Does a layer compute with its stored weight?"
-    if 'weight' not in module._parameters and not parametrize.is_parametrized(module, 'weight'): return False
-    try: return not computes_otherwise(module)
-    except MicronetError: return False
+    if 'weight' not in module._parameters and not parametrize.is_parametrized(module, 'weight'):
+        return False
+    try:
+        return not computes_otherwise(module)
+    except MicronetError:
+        return False
 
-def _is_step(name): return '.parametrizations.' in f'.{name}' and not name.rpartition('.')[2].startswith('original')
+
+def _is_step(name):
+    return '.parametrizations.' in f'.{name}' and not name.rpartition('.')[2].startswith('original')
+
 
 def _class(module):
     "A module's class, masks and quantisers aside."
-    while type(module) is parametrize.ParametrizationList: module = module[0]
-    return (parametrize.type_before_parametrizations(module) if parametrize.is_parametrized(module) else type(module)).__name__
+    while type(module) is parametrize.ParametrizationList:
+        module = module[0]
+    return (
+        parametrize.type_before_parametrizations(module) if parametrize.is_parametrized(module) else type(module)
+    ).__name__
+
 
 def tell_untouched(
     table: pd.DataFrame,  # as `untouched` gives it
-    what: str,            # what passes by: 'prune', ...
-    stacklevel: int = 4   # frames up to the user's own line
-) -> pd.DataFrame:        # the table
+    what: str,  # what passes by: 'prune', ...
+    stacklevel: int = 4,  # frames up to the user's own line
+) -> pd.DataFrame:  # the table
     "Warns where a sizeable share of the weights is out of reach."
     far = table[table.why == 'out of reach'].sort_values('weights', ascending=False, kind='stable')
     if far.share.sum() >= SIZEABLE:
         names = ', '.join(f'{n} ({m})' for n, m in far.module.head(3).items())
-        warnings.warn(f"{what} passes by {far.share.sum():.0%} of the weights, which are not in Conv2d or Linear layers: {names}"
-                      f"{', ...' if len(far) > 3 else ''}; untouched(model) lists them", stacklevel=stacklevel)
+        warnings.warn(
+            f"{what} passes by {far.share.sum():.0%} of the weights, which are not in Conv2d or Linear layers: {names}"
+            f"{', ...' if len(far) > 3 else ''}; untouched(model) lists them",
+            stacklevel=stacklevel,
+        )
     return table
+
 
 class Reach(dict):
     "What a call has done, layer by layer, with `untouched`, the table of what it has passed by."
-    def __init__(self, done, untouched): super().__init__(done); self.untouched = untouched
-    def __reduce__(self): return Reach, (dict(self), self.untouched)
+
+    def __init__(self, done, untouched):
+        super().__init__(done)
+        self.untouched = untouched
+
+    def __reduce__(self):
+        return Reach, (dict(self), self.untouched)
 
 # %% ../nbs/06_pruning.ipynb #3ee3368a
 def plan_rates(
     model: nn.Module,  # any model
-    rates              # fraction; dict of name pattern to fraction; list of fractions in module order
-) -> dict:             # layer name to fraction in [0,1]
+    rates,  # fraction; dict of name pattern to fraction; list of fractions in module order
+) -> dict:  # layer name to fraction in [0,1]
     "A rate for every Conv2d and Linear. MicronetError for a pattern that fits no layer, a list of another length, or a rate that is no fraction."
     names = list(compressible(model))
-    if isinstance(rates, dict): plan = _by_pattern(names, rates)
+    if isinstance(rates, dict):
+        plan = _by_pattern(names, rates)
     elif isinstance(rates, (list, tuple)):
-        if len(rates) != len(names): raise MicronetError(f'{len(rates)} rates for {len(names)} layers: they do not belong together')
+        if len(rates) != len(names):
+            raise MicronetError(f'{len(rates)} rates for {len(names)} layers: they do not belong together')
         plan = dict(zip(names, rates))
-    else: plan = dict.fromkeys(names, rates)
+    else:
+        plan = dict.fromkeys(names, rates)
     return {n: _fraction(r, f'the rate of {n}') for n, r in plan.items()}
 
-def _by_pattern(names, values, default=0.):
+
+def _by_pattern(names, values, default=0.0):
     "Name to the value of the last pattern that fits."
     plan = dict.fromkeys(names, default)
     for pattern, v in values.items():
         hit = [n for n in names if fnmatchcase(n, pattern)]
-        if not hit: raise MicronetError(f"no layer is called {pattern!r}; layers are called {', '.join(names[:3])}, ...")
+        if not hit:
+            raise MicronetError(f"no layer is called {pattern!r}; layers are called {', '.join(names[:3])}, ...")
         plan.update(dict.fromkeys(hit, v))
     return plan
 
 # %% ../nbs/06_pruning.ipynb #ec417e95
 def uniform_rates(
     model: nn.Module,  # any model
-    rate: float        # fraction in [0,1]
+    rate: float,  # fraction in [0,1]
 ) -> dict:
     "The same rate for every layer."
     return plan_rates(model, rate)
 
+
 def global_rates(
     model: nn.Module,  # any model
-    rate: float,       # fraction in [0,1] of all weights together
-    most: float = .98  # fraction that no layer goes beyond
+    rate: float,  # fraction in [0,1] of all weights together
+    most: float = 0.98,  # fraction that no layer goes beyond
 ) -> dict:
     "The rates that one threshold for the whole net gives: exactly round(rate n) weights in all. MicronetError where `most` forbids that."
     require_shapes(model, 'a plan')
-    dense = {n: dense_weight(m, n).detach().abs().flatten().float().sort().values for n, m in compressible(model).items()}
-    open_ = [w[:math.floor(_fraction(most, '`most`')*len(w) + 1e-9)] for w in dense.values()]
-    ranked, n = torch.cat(open_), round(_fraction(rate)*sum(map(len, dense.values())))
-    if n > len(ranked): raise MicronetError(f'a rate of {rate} is more than most={most} allows: raise `most`')
-    gone = ~magnitude_mask(ranked, n/max(len(ranked), 1))
-    return {name: int(g.sum())/len(w) for (name, w), g in zip(dense.items(), gone.split([*map(len, open_)]))}
+    dense = {
+        n: dense_weight(m, n).detach().abs().flatten().float().sort().values for n, m in compressible(model).items()
+    }
+    open_ = [w[: math.floor(_fraction(most, '`most`') * len(w) + 1e-9)] for w in dense.values()]
+    ranked, n = torch.cat(open_), round(_fraction(rate) * sum(map(len, dense.values())))
+    if n > len(ranked):
+        raise MicronetError(f'a rate of {rate} is more than most={most} allows: raise `most`')
+    gone = ~magnitude_mask(ranked, n / max(len(ranked), 1))
+    return {name: int(g.sum()) / len(w) for (name, w), g in zip(dense.items(), gone.split([*map(len, open_)]))}
 
 # %% ../nbs/06_pruning.ipynb #23f72ed0
 def erk_rates(
     model: nn.Module,  # any model
-    rate: float        # fraction in [0,1] of all weights together
+    rate: float,  # fraction in [0,1] of all weights together
 ) -> dict:
     "Erdos-Renyi kernel: density proportional to (sum of a weight's dimensions)/(their product), at most 1. Mocanu et al. 2018, Evci et al. 2020."
     require_shapes(model, 'a plan')
     shapes = {n: dense_weight(m, n).shape for n, m in compressible(model).items()}
-    whole, keep = set(), (1 - _fraction(rate))*sum(s.numel() for s in shapes.values())
+    whole, keep = set(), (1 - _fraction(rate)) * sum(s.numel() for s in shapes.values())
     while True:
-        rest = {n: sum(s)/s.numel() for n, s in shapes.items() if n not in whole}
-        eps = (keep - sum(shapes[n].numel() for n in whole))/max(sum(sum(shapes[n]) for n in rest), 1)
-        if not (new := {n for n, d in rest.items() if eps*d > 1}): return {n: 1 - eps*rest[n] if n in rest else 0. for n in shapes}
+        rest = {n: sum(s) / s.numel() for n, s in shapes.items() if n not in whole}
+        eps = (keep - sum(shapes[n].numel() for n in whole)) / max(sum(sum(shapes[n]) for n in rest), 1)
+        if not (new := {n for n, d in rest.items() if eps * d > 1}):
+            return {n: 1 - eps * rest[n] if n in rest else 0.0 for n in shapes}
         whole |= new
 
 # %% ../nbs/06_pruning.ipynb #7934eb43
 def at_least(
     model: nn.Module,  # any model
-    rates,             # see `plan_rates`
-    floor: float,      # fraction in [0,1]
-    large=None         # names or name patterns; None: layers with more weights than the mean layer has
+    rates,  # see `plan_rates`
+    floor: float,  # fraction in [0,1]
+    large=None,  # names or name patterns; None: layers with more weights than the mean layer has
 ) -> dict:
     "The plan, with no large layer below `floor`. Slide 'Pruning Results': 'large layer >= 50 %'."
     plan, size = plan_rates(model, rates), {n: m.weight.numel() for n, m in compressible(model).items()}
-    if large is None: large = [n for n, s in size.items() if s*len(size) > sum(size.values())]
+    if large is None:
+        large = [n for n, s in size.items() if s * len(size) > sum(size.values())]
     hit = _by_pattern(list(plan), dict.fromkeys(large, True), False)
     return {n: max(r, _fraction(floor, 'the floor')) if hit[n] else r for n, r in plan.items()}
 
@@ -321,21 +419,23 @@ def _applied(model, input_size):
     nodes = [as_layer(node) for node in trace(model, input_size).nodes if node.op in LAYERS]
     return [(n.name, n.weight.numel(), int((n.weight != 0).sum()), positions(n)) for n in nodes if n.weight is not None]
 
+
 def layer_positions(
-    model: nn.Module,   # any model
-    input_size: tuple   # (channels, height, width)
-) -> dict:              # layer name to count
+    model: nn.Module,  # any model
+    input_size: tuple,  # (channels, height, width)
+) -> dict:  # layer name to count
     "How often each kernel of a layer is applied in one forward pass."
     used = {}
-    for name, _, _, times in _applied(model, input_size): used[name] = used.get(name, 0) + times
+    for name, _, _, times in _applied(model, input_size):
+        used[name] = used.get(name, 0) + times
     return used
 
 # %% ../nbs/06_pruning.ipynb #8304d03a
 @torch.no_grad()
 def sparsity(
-    model: nn.Module,         # any model
-    input_size: tuple = None  # (channels, height, width): count MACs too
-) -> pd.DataFrame:            # a row per layer
+    model: nn.Module,  # any model
+    input_size: tuple = None,  # (channels, height, width): count MACs too
+) -> pd.DataFrame:  # a row per layer
     "Weights and zeros of every Conv2d and Linear, as it computes with them; with an input size also its MACs and those on nonzero weights. Biases and norms are not counted."
     require_shapes(model, 'sparsity')
     rows = {}
@@ -343,122 +443,161 @@ def sparsity(
         w = computing_weight(m, n)
         rows[n] = dict(shape='x'.join(map(str, w.shape)), weights=w.numel(), zeros=int((w == 0).sum()))
     table = pd.DataFrame(rows.values(), index=pd.Index(rows, name='layer'), columns=['shape', 'weights', 'zeros'])
-    table['sparsity'] = table.zeros/table.weights
-    if input_size is None: return table
+    table['sparsity'] = table.zeros / table.weights
+    if input_size is None:
+        return table
     used = layer_positions(model, input_size)
     times = [used.get(n, 0) for n in rows]
-    return table.assign(macs=table.weights*times, nonzero_macs=(table.weights - table.zeros)*times)
+    return table.assign(macs=table.weights * times, nonzero_macs=(table.weights - table.zeros) * times)
 
 # %% ../nbs/06_pruning.ipynb #d7339b4e
 @torch.no_grad()
 def param_sparsity(
-    model: nn.Module  # any model
-) -> float:           # fraction in [0,1]
+    model: nn.Module,  # any model
+) -> float:  # fraction in [0,1]
     "Zeros among the weights of all Conv2d and Linear layers, as they compute with them, and among those that are out of their reach (`untouched`)."
     t, theirs = sparsity(model), {id(p) for m in compressible(model).values() for p in m.parameters()}
     others = [p for p in model.parameters() if p.dim() > 1 and id(p) not in theirs]
-    return float((t.zeros.sum() + sum(int((p == 0).sum()) for p in others))/max(t.weights.sum() + sum(p.numel() for p in others), 1))
+    return float(
+        (t.zeros.sum() + sum(int((p == 0).sum()) for p in others))
+        / max(t.weights.sum() + sum(p.numel() for p in others), 1)
+    )
+
 
 def op_sparsity(
     model: nn.Module,  # any model
-    input_size: tuple  # (channels, height, width)
-) -> float:            # fraction in [0,1]
+    input_size: tuple,  # (channels, height, width)
+) -> float:  # fraction in [0,1]
     "MACs on zero weights among all MACs with stored weights in one forward pass."
     used = _applied(model, input_size)
-    macs = sum(every*times for _, every, _, times in used)
-    return 1 - sum(some*times for _, _, some, times in used)/macs if macs else 0.
+    macs = sum(every * times for _, every, _, times in used)
+    return 1 - sum(some * times for _, _, some, times in used) / macs if macs else 0.0
 
 # %% ../nbs/06_pruning.ipynb #cb9b113c
 def large_layers(
     model: nn.Module,  # any model
-    input_size: tuple  # (channels, height, width)
-) -> list:             # of names
+    input_size: tuple,  # (channels, height, width)
+) -> list:  # of names
     "Layers with more MACs than the mean layer has."
     t = sparsity(model, input_size)
-    return [n for n, m in t.macs.items() if m*len(t) > t.macs.sum()]
+    return [n for n, m in t.macs.items() if m * len(t) > t.macs.sum()]
 
 # %% ../nbs/06_pruning.ipynb #7e892f4f
 METHODS = ('static', 'dynamic', 'progressive', 'gradual')
 
+
 class Pruner:
     "A callback of `fit` that renews masks as its method says. Slide 'Pruning'. `Pruner()` holds whatever masks a model has: for the stages after pruning."
-    def __init__(self,
-        rates=None,              # layer name to fraction; None: renews nothing
-        method: str = 'static',  # one of METHODS
-        start=None,              # gradual: layer name to fraction at the first step; None: 0
-        ramp: float = .75        # gradual: fraction of the run after which `rates` is reached
-    ):
-        if method not in METHODS: raise MicronetError(f"no method {method!r}: choose one of {', '.join(METHODS)}")
-        self.rates, self.method, self.start, self.ramp, self.hidden = dict(rates or {}), method, dict(start or {}), _fraction(ramp, '`ramp`'), []
-        self.untouched = None    # a table of the weights that `prune` passed by
-        self.loop = None         # a training loop of one's own, see `attach`
 
-    def describe(self): return dict(method=self.method, rates=self.rates) | (dict(start=self.start, ramp=self.ramp) if self.method == 'gradual' else {})
+    def __init__(
+        self,
+        rates=None,  # layer name to fraction; None: renews nothing
+        method: str = 'static',  # one of METHODS
+        start=None,  # gradual: layer name to fraction at the first step; None: 0
+        ramp: float = 0.75,  # gradual: fraction of the run after which `rates` is reached
+    ):
+        if method not in METHODS:
+            raise MicronetError(f"no method {method!r}: choose one of {', '.join(METHODS)}")
+        self.rates, self.method, self.start, self.ramp, self.hidden = (
+            dict(rates or {}),
+            method,
+            dict(start or {}),
+            _fraction(ramp, '`ramp`'),
+            [],
+        )
+        self.untouched = None  # a table of the weights that `prune` passed by
+        self.loop = None  # a training loop of one's own, see `attach`
+
+    def describe(self):
+        return dict(method=self.method, rates=self.rates) | (
+            dict(start=self.start, ramp=self.ramp) if self.method == 'gradual' else {}
+        )
 
     def ramped(self, done: float) -> dict:
         "The rates of gradual when a fraction `done` of the run is over."
-        left = (1 - min(done/self.ramp, 1.))**3 if self.ramp else 0.
-        return {n: r + (self.start.get(n, 0.) - r)*left for n, r in self.rates.items()}
+        left = (1 - min(done / self.ramp, 1.0)) ** 3 if self.ramp else 0.0
+        return {n: r + (self.start.get(n, 0.0) - r) * left for n, r in self.rates.items()}
 
 # %% ../nbs/06_pruning.ipynb #26660d73
 @torch.no_grad()
 def prune(
-    model: nn.Module,        # changed in place
-    rates,                   # see `plan_rates`
+    model: nn.Module,  # changed in place
+    rates,  # see `plan_rates`
     method: str = 'static',  # one of METHODS
-    start=0.,                # gradual: the rates at the first step, said like `rates`
-    ramp: float = .75        # gradual: fraction of the run after which `rates` is reached
-) -> Pruner:                 # a callback of `fit`, or `attach` it to a loop of one's own; `untouched` is a table of what it passes by
+    start=0.0,  # gradual: the rates at the first step, said like `rates`
+    ramp: float = 0.75,  # gradual: fraction of the run after which `rates` is reached
+) -> Pruner:  # a callback of `fit`, or `attach` it to a loop of one's own; `untouched` is a table of what it passes by
     "Masks the smallest weights of each layer, instead of the masks of an earlier call. Slide 'Pruning'; MicronetError for a bad plan, weights that are not finite, or a layer that does not compute with its zeros."
     require_shapes(model, 'pruning')
-    layers, plan, first = compressible(model), plan_rates(model, rates), plan_rates(model, start if method == 'gradual' else 0.)
-    pruner = Pruner({n: r for n, r in plan.items() if r or first[n]}, method, first if method == 'gradual' else None, ramp)
+    layers, plan, first = (
+        compressible(model),
+        plan_rates(model, rates),
+        plan_rates(model, start if method == 'gradual' else 0.0),
+    )
+    pruner = Pruner(
+        {n: r for n, r in plan.items() if r or first[n]}, method, first if method == 'gradual' else None, ramp
+    )
     bad = [n for n in pruner.rates if not torch.isfinite(dense_weight(layers[n], n)).all()]
-    if bad: raise MicronetError(f'the weight of {bad[0]} holds NaN or infinity: find where the training went wrong before pruning')
+    if bad:
+        raise MicronetError(
+            f'the weight of {bad[0]} holds NaN or infinity: find where the training went wrong before pruning'
+        )
     before = [(m, k.mask.clone(), k.dense_gradient) for m, k in masks(model).values()]
     remove_pruning(model, restore=True)
-    for n, r in (pruner.ramped(0.) if method == 'gradual' else pruner.rates).items():
+    for n, r in (pruner.ramped(0.0) if method == 'gradual' else pruner.rates).items():
         _put_mask(layers[n], magnitude_mask(dense_weight(layers[n]), r), method == 'dynamic')
-    try: _check_zeros(layers, pruner.rates)
+    try:
+        _check_zeros(layers, pruner.rates)
     except MicronetError:
         remove_pruning(model, restore=True)
-        for put in before: _put_mask(*put)
+        for put in before:
+            _put_mask(*put)
         raise
     pruner.untouched = tell_untouched(untouched(model, {n: 'rate 0' for n in plan if n not in pruner.rates}), 'prune')
     return pruner
+
 
 def _check_zeros(layers, names):
     "MicronetError where a layer computes with something else where its mask has a zero."
     for n in names:
         m, mask = layers[n], mask_of(layers[n]).mask
-        if len(m.parametrizations.weight) == 1 and not _own_weight(m): continue
+        if len(m.parametrizations.weight) == 1 and not _own_weight(m):
+            continue
         kept = mask.clone()
-        mask.copy_(magnitude_mask(dense_weight(m), .5))   # a gradual mask begins without zeros
+        mask.copy_(magnitude_mask(dense_weight(m), 0.5))  # a gradual mask begins without zeros
         lost = bool((computing_weight(m, n)[~mask] != 0).any())
         mask.copy_(kept)
-        if lost: raise MicronetError(f'{_class(m)} {n!r} makes another weight of the one that is masked, where zeros are none: '
-                                     'give it the rate 0, or replace it by a plain layer with the weight that it computes with')
+        if lost:
+            raise MicronetError(
+                f'{_class(m)} {n!r} makes another weight of the one that is masked, where zeros are none: '
+                'give it the rate 0, or replace it by a plain layer with the weight that it computes with'
+            )
 
 # %% ../nbs/06_pruning.ipynb #b608a3ec
 @torch.no_grad()
 def remove_pruning(
-    model: nn.Module,      # changed in place
-    restore: bool = False  # bring back what the masks hid; False: the zeros stay for good
+    model: nn.Module,  # changed in place
+    restore: bool = False,  # bring back what the masks hid; False: the zeros stay for good
 ):
     "Takes every mask away; quantisers stay."
     for module, mask in masks(model).values():
-        if not restore: dense_weight(module).masked_fill_(~mask.mask, 0.)
+        if not restore:
+            dense_weight(module).masked_fill_(~mask.mask, 0.0)
         _take_mask(module)
 
 # %% ../nbs/06_pruning.ipynb #06205d28
 @torch.no_grad()
 def on_gradients(self, run):
-    if self.method != 'dynamic': self.hidden = [(w := dense_weight(m), k.mask, w.detach().clone()) for m, k in masks(run.model).values()]
+    if self.method != 'dynamic':
+        self.hidden = [(w := dense_weight(m), k.mask, w.detach().clone()) for m, k in masks(run.model).values()]
+
 
 @torch.no_grad()
 def on_update(self, run):
-    for w, mask, old in self.hidden: w.copy_(torch.where(mask, w, old))
+    for w, mask, old in self.hidden:
+        w.copy_(torch.where(mask, w, old))
     self.hidden = []
+
 
 Pruner.on_gradients, Pruner.on_update = on_gradients, on_update
 
@@ -466,97 +605,125 @@ Pruner.on_gradients, Pruner.on_update = on_gradients, on_update
 @torch.no_grad()
 def renew(
     model: nn.Module,  # masked
-    rates: dict,       # layer name to fraction
-    state=None         # optimiser state; what it remembers of masked weights is forgotten
+    rates: dict,  # layer name to fraction
+    state=None,  # optimiser state; what it remembers of masked weights is forgotten
 ):
     "Masks anew, by the magnitudes of the dense weights. MicronetError where a layer has no mask."
     there = masks(model)
     for n, r in rates.items():
-        if n not in there: raise MicronetError(f'layer {n!r} has no mask: call prune(model, rates) on this very model before training it')
+        if n not in there:
+            raise MicronetError(
+                f'layer {n!r} has no mask: call prune(model, rates) on this very model before training it'
+            )
         (module, mask), w = there[n], dense_weight(there[n][0])
         for v in (state or {}).get(w, {}).values():
-            if torch.is_tensor(v) and v.shape == w.shape: v.masked_fill_(~mask.mask, 0.)
+            if torch.is_tensor(v) and v.shape == w.shape:
+                v.masked_fill_(~mask.mask, 0.0)
         mask.mask.copy_(magnitude_mask(w, r))
 
 # %% ../nbs/06_pruning.ipynb #a8c53a72
 def on_epoch(self, run):
-    if self.method == 'progressive': renew(run.model, self.rates, run.optimizer.state)
+    if self.method == 'progressive':
+        renew(run.model, self.rates, run.optimizer.state)
+
 
 def on_step(self, run):
-    if self.method == 'dynamic': renew(run.model, self.rates)
+    if self.method == 'dynamic':
+        renew(run.model, self.rates)
     last = max(run.total - 1, 1)
-    if self.method == 'gradual' and (run.step - 1)/last < self.ramp: renew(run.model, self.ramped(run.step/last), run.optimizer.state)
+    if self.method == 'gradual' and (run.step - 1) / last < self.ramp:
+        renew(run.model, self.ramped(run.step / last), run.optimizer.state)
+
 
 Pruner.on_epoch, Pruner.on_step = on_epoch, on_step
 
 # %% ../nbs/06_pruning.ipynb #4eae7840
-def attach(self: Pruner,
-    model: nn.Module,          # pruned; trained by a loop of one's own
-    optimizer,                 # any of torch's; what it remembers of masked weights is forgotten where masks are renewed
-    steps: int,                # of the whole run
-    steps_an_epoch: int = None # progressive renews its masks after so many
-) -> Pruner:                   # itself
+def attach(
+    self: Pruner,
+    model: nn.Module,  # pruned; trained by a loop of one's own
+    optimizer,  # any of torch's; what it remembers of masked weights is forgotten where masks are renewed
+    steps: int,  # of the whole run
+    steps_an_epoch: int = None,  # progressive renews its masks after so many
+) -> Pruner:  # itself
     "For a loop of one's own: call `step` after each step of the optimiser, and the masks change as in `fit`. MicronetError where the run's length is missing."
     for what, n in (('steps', steps), ('steps_an_epoch', steps_an_epoch)):
-        if n is None and what == 'steps_an_epoch' and self.method != 'progressive': continue
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise MicronetError(f'{self.method} pruning needs {what}, a whole number from 1 on, not {n!r}')
-    self.loop = SimpleNamespace(model=model, optimizer=optimizer, total=steps, steps_an_epoch=steps_an_epoch or steps, step=0)
+        if n is None and what == 'steps_an_epoch' and self.method != 'progressive':
+            continue
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise MicronetError(f'{self.method} pruning needs {what}, a whole number from 1 on, not {n!r}')
+    self.loop = SimpleNamespace(
+        model=model, optimizer=optimizer, total=steps, steps_an_epoch=steps_an_epoch or steps, step=0
+    )
     _begin(self)
     return self
+
 
 def _begin(pruner):
     "What comes before a step."
     run = pruner.loop
-    if run.step % run.steps_an_epoch == 0: pruner.on_epoch(run)
+    if run.step % run.steps_an_epoch == 0:
+        pruner.on_epoch(run)
     pruner.on_step(run)
     pruner.on_gradients(run)
 
+
 def step(self: Pruner):
     "After a step of the optimiser: masked weights are put back where they were, and masks renewed for the next step. MicronetError before `attach`, or past the end of the run."
-    if self.loop is None: raise MicronetError('the pruner does not know the run: call pruner.attach(model, optimizer, steps) before the loop')
-    if self.loop.step >= self.loop.total: raise MicronetError(f'the run of {self.loop.total} steps that `attach` was told of is over: attach again, with the right number')
+    if self.loop is None:
+        raise MicronetError(
+            'the pruner does not know the run: call pruner.attach(model, optimizer, steps) before the loop'
+        )
+    if self.loop.step >= self.loop.total:
+        raise MicronetError(
+            f'the run of {self.loop.total} steps that `attach` was told of is over: attach again, with the right number'
+        )
     self.on_update(self.loop)
     self.loop.step += 1
-    if self.loop.step < self.loop.total: _begin(self)
+    if self.loop.step < self.loop.total:
+        _begin(self)
+
 
 Pruner.attach, Pruner.step = attach, step
 
 # %% ../nbs/06_pruning.ipynb #347b8233
 def holm(
-    p: list  # p-values of comparisons that are made together
-) -> list:   # in the same order
+    p: list,  # p-values of comparisons that are made together
+) -> list:  # in the same order
     "p-values that may each be held against one level although there are several (Holm 1979)."
-    raised, adjusted = 0., [0.]*len(p)
+    raised, adjusted = 0.0, [0.0] * len(p)
     for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        raised = max(raised, min(1., (len(p) - rank)*p[i]))
+        raised = max(raised, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = raised
     return adjusted
 
 # %% ../nbs/06_pruning.ipynb #795a8ce2
 PAIRS = [('static', 'dynamic'), ('progressive', 'dynamic'), ('static', 'progressive'), ('gradual', 'static')]
 
+
 def paired_differences(
     runs: pd.DataFrame,  # method, seed, top1 in %
-    level: float = .05   # chance of any false verdict among all
-) -> pd.DataFrame:       # a row a pair: points, half-width (95 %, of this pair alone), p (Holm), verdict
+    level: float = 0.05,  # chance of any false verdict among all
+) -> pd.DataFrame:  # a row a pair: points, half-width (95 %, of this pair alone), p (Holm), verdict
     "Methods compared seed by seed, Student's t, the p-values corrected for the number of comparisons."
     from scipy.stats import ttest_rel
+
     wide = runs.pivot(index='seed', columns='method', values='top1')
     rows = []
     for a, b in PAIRS:
         apart = wide[a] - wide[b]
         test = ttest_rel(wide[a], wide[b]) if apart.std() else None  # all alike: no variance to test with
-        low, high = test.confidence_interval(.95) if test else (apart.mean(), apart.mean())
+        low, high = test.confidence_interval(0.95) if test else (apart.mean(), apart.mean())
         p = float(test.pvalue) if test else float(apart.mean() == 0)
-        rows.append({'difference': f'{a} - {b}', 'points': float(apart.mean()), 'half-width': float(high - low)/2,
-                     'p': p})
+        rows.append(
+            {'difference': f'{a} - {b}', 'points': float(apart.mean()), 'half-width': float(high - low) / 2, 'p': p}
+        )
     for r, p in zip(rows, holm([r['p'] for r in rows])):
         r.update(p=p, verdict='no difference seen' if p >= level else 'higher' if r['points'] > 0 else 'lower')
     return pd.DataFrame(rows).set_index('difference')
 
 # %% ../nbs/06_pruning.ipynb #d4390566
 def method_verdict(
-    differences: pd.DataFrame  # see `paired_differences`
+    differences: pd.DataFrame,  # see `paired_differences`
 ) -> str:
     "What the differences say to the slide's 'static ~ progressive > dynamic'."
     static, progressive, alike = differences.verdict.iloc[:3]
@@ -565,7 +732,9 @@ def method_verdict(
         lie = 'lies' if len(poorer) == 1 else 'lie'
         return f"contradicts the slide: dynamic is not the poorest, {' and '.join(poorer)} {lie} below it"
     if {static, progressive} == {'higher'}:
-        if alike == 'no difference seen': return 'agrees with the slide'
+        if alike == 'no difference seen':
+            return 'agrees with the slide'
         return f'agrees that dynamic is the poorest, but static is {alike} than progressive'
-    if {static, progressive, alike} == {'no difference seen'}: return 'cannot tell the three methods apart'
+    if {static, progressive, alike} == {'no difference seen'}:
+        return 'cannot tell the three methods apart'
     return 'cannot confirm the slide: not every difference to dynamic stands clear of chance'

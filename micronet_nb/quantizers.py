@@ -12,29 +12,30 @@ from .core import MicronetError
 
 # %% ../nbs/08_quantizers.ipynb #e6a7fc44
 def grid(
-    bits: int,           # 1 to 16
-    signed: bool = True  # symmetric around 0, or from 0 up
+    bits: int,  # 1 to 16
+    signed: bool = True,  # symmetric around 0, or from 0 up
 ) -> tuple:
     "(Qmin, Qmax) of a `bits`-bit grid. Slide 'Quantization'; MicronetError for a width that makes no sense."
-    if not isinstance(bits, int) or not 1 <= bits <= 16: raise MicronetError(f'bits must be a whole number from 1 to 16, not {bits!r}')
-    return (-max(2**(bits - 1) - 1, 1), max(2**(bits - 1) - 1, 1)) if signed else (0, 2**bits - 1)
+    if not isinstance(bits, int) or not 1 <= bits <= 16:
+        raise MicronetError(f'bits must be a whole number from 1 to 16, not {bits!r}')
+    return (-max(2 ** (bits - 1) - 1, 1), max(2 ** (bits - 1) - 1, 1)) if signed else (0, 2**bits - 1)
 
 # %% ../nbs/08_quantizers.ipynb #96eca553
 def quantise(
-    x: torch.Tensor,     # any shape, floating point
-    scale,               # step a > 0: a number, or a tensor that broadcasts to x
-    bits: int,           # 1 to 16
-    signed: bool = True  # see `grid`
+    x: torch.Tensor,  # any shape, floating point
+    scale,  # step a > 0: a number, or a tensor that broadcasts to x
+    bits: int,  # 1 to 16
+    signed: bool = True,  # see `grid`
 ) -> torch.Tensor:
     "q(x): the integers, as floating point of x's shape. One signed bit is the sign."
     lo, hi = grid(bits, signed)
-    return x.sign() if bits == 1 and signed else (x/scale).round().clamp(lo, hi)
+    return x.sign() if bits == 1 and signed else (x / scale).round().clamp(lo, hi)
 
 # %% ../nbs/08_quantizers.ipynb #4756dbce
 def _project(x, inverse, lo, hi):
     "X'Q and Q'Q of each row (rows,) for the integers of step 1/inverse: their ratio is the next step, X'Q X'Q / Q'Q the gain."
-    q = (x*inverse).round_().clamp_(lo, hi)
-    xq = (x*q).sum(1)
+    q = (x * inverse).round_().clamp_(lo, hi)
+    xq = (x * q).sum(1)
     return xq, q.mul_(q).sum(1)
 
 # %% ../nbs/08_quantizers.ipynb #6958365f
@@ -43,119 +44,143 @@ def _settle(x, a, lo, hi, turns=100):
     a, rows = a.clone(), torch.arange(len(a), device=a.device)
     for _ in range(turns):
         old = a[rows]
-        xq, qq = _project(x, 1/old[:, None], lo, hi)
-        a[rows] = new = torch.where(qq > 0, xq/qq.clamp(min=1), old)
-        moving = (new - old).abs() > 1e-7*old
-        if not (left := int(moving.sum())): break
-        if left < .6*len(rows): x, rows = x[moving], rows[moving]
+        xq, qq = _project(x, 1 / old[:, None], lo, hi)
+        a[rows] = new = torch.where(qq > 0, xq / qq.clamp(min=1), old)
+        moving = (new - old).abs() > 1e-7 * old
+        if not (left := int(moving.sum())):
+            break
+        if left < 0.6 * len(rows):
+            x, rows = x[moving], rows[moving]
     return a
 
 # %% ../nbs/08_quantizers.ipynb #0a7c4c8e
 def best_scale(
     x: torch.Tensor,  # (rows, n) floating point, largest magnitude about 1
-    hi: int,          # Qmax
-    signed: bool = True  # see `grid`
-) -> torch.Tensor:    # (rows,) steps
+    hi: int,  # Qmax
+    signed: bool = True,  # see `grid`
+) -> torch.Tensor:  # (rows,) steps
     "The least-squares step, exactly: every place where an integer changes is tried. Memory and time grow with n Qmax."
     m = x.abs() if signed else x.clamp(min=0)
-    places = (m[:, :, None]/(torch.arange(1, hi + 1, dtype=x.dtype, device=x.device) - .5)).flatten(1)
+    places = (m[:, :, None] / (torch.arange(1, hi + 1, dtype=x.dtype, device=x.device) - 0.5)).flatten(1)
     order = places.argsort(1, descending=True)
-    xq, qq = m.gather(1, order//hi).double().cumsum(1), (2*(order % hi) + 1).double().cumsum(1)
-    best = (xq*xq/qq).argmax(1, keepdim=True)
-    return (xq.gather(1, best)/qq.gather(1, best))[:, 0].to(x.dtype)
+    xq, qq = m.gather(1, order // hi).double().cumsum(1), (2 * (order % hi) + 1).double().cumsum(1)
+    best = (xq * xq / qq).argmax(1, keepdim=True)
+    return (xq.gather(1, best) / qq.gather(1, best))[:, 0].to(x.dtype)
 
 # %% ../nbs/08_quantizers.ipynb #69a6cc05
 def _look_around(x, lo, hi, n=128):
     "The best of n steps from 2 to 0.16 times max/Qmax, for rows whose largest magnitude is 1."
-    a, best = torch.full((len(x),), 1/hi, dtype=x.dtype, device=x.device), torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    for step in torch.logspace(.3, -.8, n).tolist():
-        xq, qq = _project(x, hi/step, lo, hi)
-        gain = xq*xq/qq.clamp(min=1)
-        a, best = torch.where(gain > best, xq/qq.clamp(min=1), a), torch.maximum(gain, best)
+    a, best = (
+        torch.full((len(x),), 1 / hi, dtype=x.dtype, device=x.device),
+        torch.zeros(len(x), dtype=x.dtype, device=x.device),
+    )
+    for step in torch.logspace(0.3, -0.8, n).tolist():
+        xq, qq = _project(x, hi / step, lo, hi)
+        gain = xq * xq / qq.clamp(min=1)
+        a, best = torch.where(gain > best, xq / qq.clamp(min=1), a), torch.maximum(gain, best)
     return a
 
 # %% ../nbs/08_quantizers.ipynb #9603045c
 def _check_finite(x):
     bad = ~torch.isfinite(x).all(1)
-    if bool(bad.any()): raise MicronetError(f'row {int(bad.nonzero()[0])} holds NaN or infinity: find where the training went wrong before quantising')
+    if bool(bad.any()):
+        raise MicronetError(
+            f'row {int(bad.nonzero()[0])} holds NaN or infinity: find where the training went wrong before quantising'
+        )
+
 
 def _solve(x, lo, hi, search):
     "(rows,) steps for rows whose largest magnitude is 1."
-    a = _settle(x, torch.full((len(x),), 1/hi, dtype=x.dtype, device=x.device), lo, hi)
-    if search == 'plain': return a
-    exact = search == 'exact' or x.shape[1]*hi <= 600
+    a = _settle(x, torch.full((len(x),), 1 / hi, dtype=x.dtype, device=x.device), lo, hi)
+    if search == 'plain':
+        return a
+    exact = search == 'exact' or x.shape[1] * hi <= 600
     other = _settle(x, best_scale(x, hi, lo < 0) if exact else _look_around(x, lo, hi), lo, hi)
     return torch.where(_error(x, other, lo, hi) < _error(x, a, lo, hi), other, a)
 
+
 def _error(x, a, lo, hi):
     "Squared error of each row (rows,): a difference of gains would drown in float32's last digits."
-    q = (x/a[:, None]).round_().clamp_(lo, hi)
+    q = (x / a[:, None]).round_().clamp_(lo, hi)
     return q.mul_(a[:, None]).sub_(x).square_().sum(1)
 
 # %% ../nbs/08_quantizers.ipynb #d112e0e7
 @torch.no_grad()
 def solve_scale(
-    x: torch.Tensor,       # (rows, n) floating point: a kernel, or a layer, in each row
-    bits: int,             # 1 to 16
-    signed: bool = True,   # see `grid`
-    search: str = 'auto'   # 'plain': the slides' iteration; 'exact': `best_scale` for every row; 'auto': exact for short rows, 128 starts for long ones
-) -> torch.Tensor:         # (rows,) steps a > 0
+    x: torch.Tensor,  # (rows, n) floating point: a kernel, or a layer, in each row
+    bits: int,  # 1 to 16
+    signed: bool = True,  # see `grid`
+    search: str = 'auto',  # 'plain': the slides' iteration; 'exact': `best_scale` for every row; 'auto': exact for short rows, 128 starts for long ones
+) -> torch.Tensor:  # (rows,) steps a > 0
     "The step that minimises ||x - a q(x)||^2 in each row, never worse than the plain iteration. Slide 'Quantization'; MicronetError for NaN."
-    if search not in ('plain', 'exact', 'auto'): raise MicronetError(f"search must be 'plain', 'exact' or 'auto', not {search!r}")
+    if search not in ('plain', 'exact', 'auto'):
+        raise MicronetError(f"search must be 'plain', 'exact' or 'auto', not {search!r}")
     lo, hi = grid(bits, signed)
     x = x if x.dtype == torch.float64 else x.float()
     _check_finite(x)
-    if bits == 1 and signed: return _binary(x)
-    if not signed: x = x.clamp(min=0)  # what is below becomes 0 whatever the step
+    if bits == 1 and signed:
+        return _binary(x)
+    if not signed:
+        x = x.clamp(min=0)  # what is below becomes 0 whatever the step
     largest = x.abs().amax(1)
-    unit = torch.where(largest > 0, largest, 1.)
-    rows = max(1, 32768//max(x.shape[1]*(hi if search == 'exact' else 1), 1))
-    blocks = [_solve(b/u[:, None], lo, hi, search) for b, u in zip(x.split(rows), unit.split(rows))]
-    return torch.where(largest > 0, torch.cat(blocks)*unit, 1.)
+    unit = torch.where(largest > 0, largest, 1.0)
+    rows = max(1, 32768 // max(x.shape[1] * (hi if search == 'exact' else 1), 1))
+    blocks = [_solve(b / u[:, None], lo, hi, search) for b, u in zip(x.split(rows), unit.split(rows))]
+    return torch.where(largest > 0, torch.cat(blocks) * unit, 1.0)
 
 # %% ../nbs/08_quantizers.ipynb #4fed5f8c
 def _binary(x):
     "One signed bit: the mean magnitude of what is not zero (closed form), 1 where all is zero."
     unit = x.abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)
-    mean = (x/unit[:, None]).abs().sum(1)/(x != 0).sum(1).clamp(min=1)*unit
-    return torch.where((x != 0).any(1), mean, 1.)
+    mean = (x / unit[:, None]).abs().sum(1) / (x != 0).sum(1).clamp(min=1) * unit
+    return torch.where((x != 0).any(1), mean, 1.0)
 
 # %% ../nbs/08_quantizers.ipynb #4b454ed5
 def solve_scales(
-    tensors,             # list of weights (out, ...) of any shapes
-    bits,                # 1 to 16: a number, or one a tensor
-    signed: bool = True, # see `grid`
-    per: str = 'kernel', # one step a 'kernel' or one a 'layer': a string, or one a tensor
-    search: str = 'auto'  # see `solve_scale`
-) -> list:               # of (out,) or (1,) steps
+    tensors,  # list of weights (out, ...) of any shapes
+    bits,  # 1 to 16: a number, or one a tensor
+    signed: bool = True,  # see `grid`
+    per: str = 'kernel',  # one step a 'kernel' or one a 'layer': a string, or one a tensor
+    search: str = 'auto',  # see `solve_scale`
+) -> list:  # of (out,) or (1,) steps
     "Least-squares steps of many weights at once: rows of equal length and bits are solved together."
-    bits, per = [bits]*len(tensors) if isinstance(bits, int) else bits, [per]*len(tensors) if isinstance(per, str) else per
-    if bad := {*per} - {'kernel', 'layer'}: raise MicronetError(f"per must be 'kernel' or 'layer', not {bad.pop()!r}")
+    bits, per = (
+        [bits] * len(tensors) if isinstance(bits, int) else bits,
+        [per] * len(tensors) if isinstance(per, str) else per,
+    )
+    if bad := {*per} - {'kernel', 'layer'}:
+        raise MicronetError(f"per must be 'kernel' or 'layer', not {bad.pop()!r}")
     rows = [t.detach().reshape(len(t) if p == 'kernel' else 1, -1) for t, p in zip(tensors, per)]
-    groups, out = {}, [None]*len(rows)
-    for i, r in enumerate(rows): groups.setdefault((r.shape[1], bits[i]), []).append(i)
+    groups, out = {}, [None] * len(rows)
+    for i, r in enumerate(rows):
+        groups.setdefault((r.shape[1], bits[i]), []).append(i)
     for (_, b), members in groups.items():
         a = solve_scale(torch.cat([rows[i] for i in members]), b, signed, search)
-        for i, part in zip(members, a.split([len(rows[i]) for i in members])): out[i] = part
+        for i, part in zip(members, a.split([len(rows[i]) for i in members])):
+            out[i] = part
     return out
 
 # %% ../nbs/08_quantizers.ipynb #ef01a7dd
 def round_ste(
-    x: torch.Tensor  # any
+    x: torch.Tensor,  # any
 ) -> torch.Tensor:
     "round(x) with the gradient of x. Bengio et al. 2013."
     return x + (x.round() - x).detach()
 
 # %% ../nbs/08_quantizers.ipynb #6835b148
 def fake_quantise(
-    x: torch.Tensor,      # any shape, any floating dtype
+    x: torch.Tensor,  # any shape, any floating dtype
     scale: torch.Tensor,  # step a > 0; broadcasts to x; gets a gradient where it asks for one
-    bits: int,            # 1 to 16
-    signed: bool = True   # see `grid`
+    bits: int,  # 1 to 16
+    signed: bool = True,  # see `grid`
 ) -> torch.Tensor:
     "a q(x), in x's dtype, with straight-through gradients for x and LSQ's for a. Computed in float32 at least."
     lo, hi = grid(bits, signed)
     wide = x if x.dtype == torch.float64 else x.float()
-    scaled = wide/scale
-    q = scaled.clamp(-1, 1) + (scaled.sign() - scaled.clamp(-1, 1)).detach() if bits == 1 and signed else round_ste(scaled.clamp(lo, hi))
-    return (q*scale).to(x.dtype)
+    scaled = wide / scale
+    q = (
+        scaled.clamp(-1, 1) + (scaled.sign() - scaled.clamp(-1, 1)).detach()
+        if bits == 1 and signed
+        else round_ste(scaled.clamp(lo, hi))
+    )
+    return (q * scale).to(x.dtype)

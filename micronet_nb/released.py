@@ -10,7 +10,15 @@ __all__ = ['MEAN', 'STD', 'Bottleneck', 'Transition', 'ReleasedDenseNet', 'load_
 from functools import partial
 from pathlib import Path
 
-from .core import MicronetError, atomic_path, fetch, progress, published_dir, read_json, released_figures  # before timm: it silences a warning of tqdm's
+from micronet_nb.core import (
+    MicronetError,
+    atomic_path,
+    fetch,
+    progress,
+    published_dir,
+    read_json,
+    released_figures,
+)  # before timm: it silences a warning of tqdm's
 import numpy as np
 import torch
 from timm.layers import ConvNormAct, SqueezeExcite
@@ -24,11 +32,21 @@ from .scoring import compressible
 # %% ../nbs/13_released.ipynb #f5a11e7e
 class Bottleneck(nn.Module):
     "A folded dense layer: (n, C, h, w) to (n, C + growth, h, w)."
+
     def __init__(self, channels, growth=12, bits=4):
         super().__init__()
-        self.scale1, self.quantise1, self.conv1 = ScaleBias(channels), Quantise(bits), IntConv2d(channels, 4*growth, 1, weight_bits=4)
-        self.scale2, self.quantise2, self.conv2 = ScaleBias(4*growth), Quantise(bits), IntConv2d(4*growth, growth, 3, padding=1, weight_bits=4)
+        self.scale1, self.quantise1, self.conv1 = (
+            ScaleBias(channels),
+            Quantise(bits),
+            IntConv2d(channels, 4 * growth, 1, weight_bits=4),
+        )
+        self.scale2, self.quantise2, self.conv2 = (
+            ScaleBias(4 * growth),
+            Quantise(bits),
+            IntConv2d(4 * growth, growth, 3, padding=1, weight_bits=4),
+        )
         self.scale3 = ScaleBias(growth)
+
     def forward(self, x):
         y = self.conv1(self.quantise1(self.scale1(x)))
         y = self.conv2(self.quantise2(self.scale2(y)))
@@ -37,25 +55,36 @@ class Bottleneck(nn.Module):
 # %% ../nbs/13_released.ipynb #e81822c1
 class Transition(nn.Module):
     "A folded transition: half the channels, half the side."
+
     def __init__(self, channels, bits=4):
         super().__init__()
-        self.scale1, self.quantise1, self.conv1 = ScaleBias(channels), Quantise(bits), IntConv2d(channels, channels//2, 1, weight_bits=4)
-        self.pool, self.scale2 = nn.AvgPool2d(2), ScaleBias(channels//2)
-    def forward(self, x): return self.scale2(self.pool(self.conv1(self.quantise1(self.scale1(x)))))
+        self.scale1, self.quantise1, self.conv1 = (
+            ScaleBias(channels),
+            Quantise(bits),
+            IntConv2d(channels, channels // 2, 1, weight_bits=4),
+        )
+        self.pool, self.scale2 = nn.AvgPool2d(2), ScaleBias(channels // 2)
+
+    def forward(self, x):
+        return self.scale2(self.pool(self.conv1(self.quantise1(self.scale1(x)))))
 
 # %% ../nbs/13_released.ipynb #e90f29a1
 class ReleasedDenseNet(nn.Module):
     "RIAIR's folded DenseNet-100-12 for CIFAR-100, module by module."
+
     def __init__(self, layers=16, growth=12, num_classes=100):
         super().__init__()
-        c = 2*growth
+        c = 2 * growth
         self.conv1, self.scale1 = IntConv2d(3, c, 3, padding=1, weight_bits=4), ScaleBias(c)
         for d in (1, 2, 3):
-            setattr(self, f'dense{d}', nn.Sequential(*[Bottleneck(c + i*growth, growth) for i in range(layers)]))
-            c += layers*growth
-            if d < 3: setattr(self, f'trans{d}', Transition(c)); c //= 2
+            setattr(self, f'dense{d}', nn.Sequential(*[Bottleneck(c + i * growth, growth) for i in range(layers)]))
+            c += layers * growth
+            if d < 3:
+                setattr(self, f'trans{d}', Transition(c))
+                c //= 2
         self.scale2, self.relu, self.pool = ScaleBias(c), nn.ReLU(), nn.AvgPool2d(8)
         self.fc, self.scale3 = IntLinear(c, num_classes, weight_bits=6), ScaleBias(num_classes)
+
     def forward(self, x):
         x = self.scale1(self.conv1(x))
         x = self.dense3(self.trans2(self.dense2(self.trans1(self.dense1(x)))))
@@ -64,7 +93,7 @@ class ReleasedDenseNet(nn.Module):
 
 # %% ../nbs/13_released.ipynb #faffb682
 def load_released(
-    root=None  # data folder that has riair/densenet-100.pth.tar; None: MICRONET_DATA, data/, the cache, else a download
+    root=None,  # data folder that has riair/densenet-100.pth.tar; None: MICRONET_DATA, data/, the cache, else a download
 ) -> nn.Module:
     "RIAIR's checkpoint as deployment modules, in evaluation mode; MicronetError where it is missing, altered or not what it should be."
     source = released_figures()['files']['densenet-100.pth.tar']
@@ -73,80 +102,94 @@ def load_released(
     net = ReleasedDenseNet()
     net.load_state_dict({k: v.flatten() if 'scale' in k else v for k, v in state.items()})
     for name, m in net.named_modules():
-        if isinstance(m, (IntConv2d, IntLinear)): check_integers(m.weight, m.weight_bits, f'{name}.weight')
+        if isinstance(m, (IntConv2d, IntLinear)):
+            check_integers(m.weight, m.weight_bits, f'{name}.weight')
     return net.eval()
 
 # %% ../nbs/13_released.ipynb #aa7c4ef0
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
+
 def prepare(
-    images: torch.Tensor,    # (n, 3, h, w) uint8
-    truncated: bool = False, # RIAIR's 8-bit round trip first?
-    dtype=torch.float32      # of the result
+    images: torch.Tensor,  # (n, 3, h, w) uint8
+    truncated: bool = False,  # RIAIR's 8-bit round trip first?
+    dtype=torch.float32,  # of the result
 ) -> torch.Tensor:
     "Pixels as the released net wants them: ((p/255 - mean)/std)/255, (n, 3, h, w)."
-    if images.dtype != torch.uint8: raise MicronetError(f'prepare takes uint8 images, not {images.dtype}')
-    if truncated: images = truncate(images)
+    if images.dtype != torch.uint8:
+        raise MicronetError(f'prepare takes uint8 images, not {images.dtype}')
+    if truncated:
+        images = truncate(images)
     mean, std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
-    return ((images.to(dtype)*(1/255) - mean)/std)/255
+    return ((images.to(dtype) * (1 / 255) - mean) / std) / 255
 
 # %% ../nbs/13_released.ipynb #3a0f51a4
 def truncate(
-    images: torch.Tensor  # (n, 3, h, w) uint8
+    images: torch.Tensor,  # (n, 3, h, w) uint8
 ) -> torch.Tensor:
     "The 8-bit round trip of RIAIR's augmentation: normalise, undo it, cut to uint8; some values drop by one."
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    normal = (images.float()*(1/255) - mean)/std
-    return ((normal*std + mean)*255).to(torch.uint8)
+    normal = (images.float() * (1 / 255) - mean) / std
+    return ((normal * std + mean) * 255).to(torch.uint8)
 
 # %% ../nbs/13_released.ipynb #2d8c8bad
 @torch.inference_mode()
 def predict(
-    run,                    # a net, or a `Runner` of it: float (n, 3, 32, 32) to (n, classes)
-    images: torch.Tensor,   # (n, 3, 32, 32) uint8
+    run,  # a net, or a `Runner` of it: float (n, 3, 32, 32) to (n, classes)
+    images: torch.Tensor,  # (n, 3, 32, 32) uint8
     truncated: bool = False,  # RIAIR's 8-bit round trip?
-    dtype=torch.float32,    # of the arithmetic
-    batch: int = 25,        # images at a time
-    folder=None             # keeps pieces of 1000 predictions there and finds them again; None: keeps nothing
+    dtype=torch.float32,  # of the arithmetic
+    batch: int = 25,  # images at a time
+    folder=None,  # keeps pieces of 1000 predictions there and finds them again; None: keeps nothing
 ) -> np.ndarray:
     "Predicted classes, (n,) int64. Killed and started again with the same folder, it goes on where it was."
     pieces = []
     for start in progress(range(0, len(images), 1000), 'predicting', unit='k images'):
-        path = None if folder is None else Path(folder)/f'{start:06d}.npy'
+        path = None if folder is None else Path(folder) / f'{start:06d}.npy'
         if path is None or not path.exists():
-            part = images[start:start + 1000]
-            found = torch.cat([run(prepare(part[i:i + batch], truncated, dtype)).argmax(1) for i in range(0, len(part), batch)]).numpy()
-            if path is not None: _save(path, found)
+            part = images[start : start + 1000]
+            found = torch.cat(
+                [run(prepare(part[i : i + batch], truncated, dtype)).argmax(1) for i in range(0, len(part), batch)]
+            ).numpy()
+            if path is not None:
+                _save(path, found)
         pieces.append(found if path is None else np.load(path))
     return np.concatenate(pieces)
 
 # %% ../nbs/13_released.ipynb #e8053fcf
 def _save(path, array):
-    with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.save(f, array)
+    with atomic_path(path) as tmp, open(tmp, 'wb') as f:
+        np.save(f, array)
 
 # %% ../nbs/13_released.ipynb #d13e0101
 class MobileBlock(nn.Module):
     "Expand, depthwise, project, with squeeze-excite before the projection or on the output. MobileNetV2, V3."
-    def __init__(self,
-        channels: int,      # in
-        out: int,           # channels out
-        expansion: float,   # of the channels between; 1: no expansion
-        stride: int,        # of the depthwise convolution
-        act,                # type of the activation
-        gate: str,          # place of squeeze-excite: 'output' (KAIST: not where stride is 2) or 'inside' (OSI-AI)
+
+    def __init__(
+        self,
+        channels: int,  # in
+        out: int,  # channels out
+        expansion: float,  # of the channels between; 1: no expansion
+        stride: int,  # of the depthwise convolution
+        act,  # type of the activation
+        gate: str,  # place of squeeze-excite: 'output' (KAIST: not where stride is 2) or 'inside' (OSI-AI)
     ):
         super().__init__()
-        wide, still, norm = int(expansion*channels), stride == 1, partial(ConvNormAct, act_layer=act)
-        corner = gate == 'inside' and not still   # pads right and bottom
+        wide, still, norm = int(expansion * channels), stride == 1, partial(ConvNormAct, act_layer=act)
+        corner = gate == 'inside' and not still  # pads right and bottom
         self.expand = norm(channels, wide, 1) if expansion != 1 else nn.Identity()
         self.pad = nn.ZeroPad2d((0, 1, 0, 1)) if corner else nn.Identity()
         self.depthwise = norm(wide, wide, 3, stride, padding=0 if corner else 1, groups=wide)
         self.inside, self.gate, self.shortcut = nn.Identity(), nn.Identity(), None
-        if gate == 'inside': self.inside = SqueezeExcite(wide, rd_channels=max(1, int(channels*.2)), act_layer=act)
-        elif still: self.gate = SqueezeExcite(out, rd_channels=int(out*.25), act_layer=act)
+        if gate == 'inside':
+            self.inside = SqueezeExcite(wide, rd_channels=max(1, int(channels * 0.2)), act_layer=act)
+        elif still:
+            self.gate = SqueezeExcite(out, rd_channels=int(out * 0.25), act_layer=act)
         self.project = norm(wide, out, 1, apply_act=False)
-        if still and channels == out: self.shortcut = nn.Identity()
-        elif still and gate == 'output': self.shortcut = norm(channels, out, 1, apply_act=False)
+        if still and channels == out:
+            self.shortcut = nn.Identity()
+        elif still and gate == 'output':
+            self.shortcut = norm(channels, out, 1, apply_act=False)
 
     def forward(self, x):
         y = self.gate(self.project(self.inside(self.depthwise(self.pad(self.expand(x))))))
@@ -155,14 +198,16 @@ class MobileBlock(nn.Module):
 # %% ../nbs/13_released.ipynb #d13e0102
 class MobileNet(nn.Module):
     "A stem, `MobileBlock`s, perhaps a head, and a classifier."
-    def __init__(self,
-        stem: int,          # channels
-        blocks,             # (expansion, channels out, repeats, stride of the first) each
-        act,                # type of the activation
-        gate: str,          # see `MobileBlock`
-        size: int = None,   # pixels a side that the image is stretched to (nearest neighbour); None: as it comes
-        head: int = None,   # channels of a 1x1 convolution before the classifier; None: none
-        classes: int = 100
+
+    def __init__(
+        self,
+        stem: int,  # channels
+        blocks,  # (expansion, channels out, repeats, stride of the first) each
+        act,  # type of the activation
+        gate: str,  # see `MobileBlock`
+        size: int = None,  # pixels a side that the image is stretched to (nearest neighbour); None: as it comes
+        head: int = None,  # channels of a 1x1 convolution before the classifier; None: none
+        classes: int = 100,
     ):
         super().__init__()
         self.size, layers, c = size, [], stem
@@ -177,38 +222,76 @@ class MobileNet(nn.Module):
         self.classifier = nn.Linear(head or c, classes)
 
     def forward(self, x):
-        if self.size: x = F.interpolate(x, size=(self.size, self.size))
+        if self.size:
+            x = F.interpolate(x, size=(self.size, self.size))
         return self.classifier(self.head(self.blocks(self.stem(self.pad(x)))).mean((2, 3)))
 
 # %% ../nbs/13_released.ipynb #d13e0105
 _FAMILIES = {
-    'kaist': dict(act=nn.Hardswish, gate='output', block='layers',
+    'kaist': dict(
+        act=nn.Hardswish,
+        gate='output',
+        block='layers',
         net={'stem.conv': 'conv1', 'stem.bn': 'bn1', 'classifier': 'linear'},
-        parts={'expand.conv': 'conv1', 'expand.bn': 'bn1', 'depthwise.conv': 'conv2', 'depthwise.bn': 'bn2',
-               'project.conv': 'conv3', 'project.bn': 'bn3', 'shortcut.conv': 'shortcut.0', 'shortcut.bn': 'shortcut.1',
-               'gate.fc1': 'fc1', 'gate.fc2': 'fc2'}),
-    'osi-ai': dict(act=nn.SiLU, gate='inside', block='_blocks',
-        net={'stem.conv': '_conv_stem', 'stem.bn': '_bn0', 'head.conv': '_conv_head', 'head.bn': '_bn1', 'classifier': '_fc'},
-        parts={'expand.conv': '_expand_conv', 'expand.bn': '_bn0', 'depthwise.conv': '_conv', 'depthwise.bn': '_bn1',
-               'inside.fc1': '_se_reduce', 'inside.fc2': '_se_expand', 'project.conv': '_project_conv', 'project.bn': '_bn2'})}
+        parts={
+            'expand.conv': 'conv1',
+            'expand.bn': 'bn1',
+            'depthwise.conv': 'conv2',
+            'depthwise.bn': 'bn2',
+            'project.conv': 'conv3',
+            'project.bn': 'bn3',
+            'shortcut.conv': 'shortcut.0',
+            'shortcut.bn': 'shortcut.1',
+            'gate.fc1': 'fc1',
+            'gate.fc2': 'fc2',
+        },
+    ),
+    'osi-ai': dict(
+        act=nn.SiLU,
+        gate='inside',
+        block='_blocks',
+        net={
+            'stem.conv': '_conv_stem',
+            'stem.bn': '_bn0',
+            'head.conv': '_conv_head',
+            'head.bn': '_bn1',
+            'classifier': '_fc',
+        },
+        parts={
+            'expand.conv': '_expand_conv',
+            'expand.bn': '_bn0',
+            'depthwise.conv': '_conv',
+            'depthwise.bn': '_bn1',
+            'inside.fc1': '_se_reduce',
+            'inside.fc2': '_se_expand',
+            'project.conv': '_project_conv',
+            'project.bn': '_bn2',
+        },
+    ),
+}
+
 
 def _their_name(key, family):
     "A key of ours, such as blocks.3.expand.conv.weight, as the team calls it."
     module, what = key.rsplit('.', 1)
-    if not module.startswith('blocks.'): return f"{family['net'][module]}.{what}"
+    if not module.startswith('blocks.'):
+        return f"{family['net'][module]}.{what}"
     _, number, part = module.split('.', 2)
     return f"{family['block']}.{number}.{family['parts'][part]}.{what}"
+
 
 def _their_value(key, like, state, family):
     "Their tensor for a key of ours; ghost batch norms averaged."
     value = state[_their_name(key, family)]
-    if value.shape == like.shape: return value
+    if value.shape == like.shape:
+        return value
     return value.view(-1, *like.shape).mean(0)
 
 # %% ../nbs/13_released.ipynb #d13e0106
 def published_nets() -> dict:
     "What is known of the nets that the challenge's teams released: sources, licences, architectures (data/published/nets.json)."
-    return read_json(published_dir()/'nets.json')['nets']
+    return read_json(published_dir() / 'nets.json')['nets']
+
 
 def _mobile_net(told, state):
     "A published mobile net from its description and its state dict."
@@ -219,16 +302,23 @@ def _mobile_net(told, state):
     put_masks(net, hidden)
     return net
 
+
 def load_published(
     name: str,  # riair, kaist-v1-60, kaist-v2-15, kaist-v2-30, kaist-v2-45, kaist-v2-60 or osi-ai
-    root=None   # data folder to look in first; None: MICRONET_DATA, data/, the cache, else a download
+    root=None,  # data folder to look in first; None: MICRONET_DATA, data/, the cache, else a download
 ) -> nn.Module:
     "A released net of the challenge, masked, in evaluation mode; `input_stats` (mean, std) is how it wants its pixels. MicronetError for a name or file that is not right."
     nets = published_nets()
-    if name not in nets: raise MicronetError(f"no published net {name!r}: choose one of {', '.join(nets)}")
+    if name not in nets:
+        raise MicronetError(f"no published net {name!r}: choose one of {', '.join(nets)}")
     told = nets[name]
-    if told['family'] == 'riair': net = load_released(root)
-    else: net = _mobile_net(told, torch.load(fetch(told['file'], told['url'], told['sha256'], root), map_location='cpu', weights_only=True))
-    unit = 255 if told['family'] == 'riair' else 1   # RIAIR's net takes ((p/255 - mean)/std)/255
-    net.input_stats = tuple(told['mean']), tuple(s*unit for s in told['std'])
+    if told['family'] == 'riair':
+        net = load_released(root)
+    else:
+        net = _mobile_net(
+            told,
+            torch.load(fetch(told['file'], told['url'], told['sha256'], root), map_location='cpu', weights_only=True),
+        )
+    unit = 255 if told['family'] == 'riair' else 1  # RIAIR's net takes ((p/255 - mean)/std)/255
+    net.input_stats = tuple(told['mean']), tuple(s * unit for s in told['std'])
     return net.eval()

@@ -17,58 +17,109 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import MicronetError, PROFILES, _PACKAGES, _version, atomic_path, commit, committed_dir, find_file, get_profile, offline, project_root, published_dir, read_json, write_json
+from micronet_nb.core import (
+    MicronetError,
+    PROFILES,
+    _PACKAGES,
+    _version,
+    atomic_path,
+    commit,
+    committed_dir,
+    find_file,
+    get_profile,
+    offline,
+    project_root,
+    published_dir,
+    read_json,
+    write_json,
+)
 
 # %% ../nbs/95_reproduce.ipynb #db9fe93c
-def _source(cell): return ''.join(cell['source'])
-def _tagged(cell, *tags): return bool({*tags} & {*cell.get('metadata', {}).get('tags', [])})
+def _source(cell):
+    return ''.join(cell['source'])
+
+
+def _tagged(cell, *tags):
+    return bool({*tags} & {*cell.get('metadata', {}).get('tags', [])})
+
 
 def _tree(code):
     "The syntax tree of a cell without its magics; an empty one where it does not parse."
-    try: return ast.parse(re.sub(r'^\s*[%!].*', '', code, flags=re.M))
-    except SyntaxError: return ast.parse('')
+    try:
+        return ast.parse(re.sub(r'^\s*[%!].*', '', code, flags=re.M))
+    except SyntaxError:
+        return ast.parse('')
 
 # %% ../nbs/95_reproduce.ipynb #cada73e9
 @dataclass(frozen=True)
 class Notebook:
     "A notebook file, and what its cells say of it."
+
     path: Path
     cells: list  # as in the file
 
     @property
-    def stem(self): return self.path.stem
+    def stem(self):
+        return self.path.stem
+
     @property
-    def code(self): return [_source(c) for c in self.cells if c['cell_type'] == 'code']
+    def code(self):
+        return [_source(c) for c in self.cells if c['cell_type'] == 'code']
+
     @property
-    def title(self): return next((m[1] for c in self.cells if c['cell_type'] == 'markdown' and (m := re.search(r'^# +(.+)', _source(c), re.M))), self.stem)
+    def title(self):
+        return next(
+            (
+                m[1]
+                for c in self.cells
+                if c['cell_type'] == 'markdown' and (m := re.search(r'^# +(.+)', _source(c), re.M))
+            ),
+            self.stem,
+        )
+
     @property
-    def subtitle(self): return next((m[1] for c in self.cells if c['cell_type'] == 'markdown' and (m := re.search(r'^> +(.+)', _source(c), re.M))), '')
+    def subtitle(self):
+        return next(
+            (
+                m[1]
+                for c in self.cells
+                if c['cell_type'] == 'markdown' and (m := re.search(r'^> +(.+)', _source(c), re.M))
+            ),
+            '',
+        )
+
     @property
-    def module(self): return next((m[1] for c in self.code if (m := re.search(r'^#\| *default_exp +(\w+)', c, re.M))), None)
+    def module(self):
+        return next((m[1] for c in self.code if (m := re.search(r'^#\| *default_exp +(\w+)', c, re.M))), None)
 
 # %% ../nbs/95_reproduce.ipynb #b71d2ca6
 def find_notebooks(
-    folder=None  # default: nbs of this checkout
+    folder=None,  # default: nbs of this checkout
 ) -> list:
     "The numbered notebooks of a folder in order, index last; MicronetError where there are none."
-    folder = Path(folder or project_root()/'nbs')
-    paths = sorted(folder.glob('[0-9]*.ipynb')) + [p for p in [folder/'index.ipynb'] if p.exists()]
-    if not paths: raise MicronetError(f'no notebooks in {folder}: run this in a checkout installed by `make`, or name the folder with --nbs')
+    folder = Path(folder or project_root() / 'nbs')
+    paths = sorted(folder.glob('[0-9]*.ipynb')) + [p for p in [folder / 'index.ipynb'] if p.exists()]
+    if not paths:
+        raise MicronetError(
+            f'no notebooks in {folder}: run this in a checkout installed by `make`, or name the folder with --nbs'
+        )
     return [Notebook(p, read_json(p)['cells']) for p in paths]
 
 # %% ../nbs/95_reproduce.ipynb #53852d74
-def parameters_of(
-    nb: Notebook
-) -> dict:
+def parameters_of(nb: Notebook) -> dict:
     "The names assigned in its cell tagged `parameters`, with the text of their defaults."
     trees = [_tree(_source(c)) for c in nb.cells if _tagged(c, 'parameters')]
-    return {t.id: ast.unparse(node.value) for tree in trees for node in tree.body
-            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value for t in getattr(node, 'targets', None) or [node.target] if isinstance(t, ast.Name)}
+    return {
+        t.id: ast.unparse(node.value)
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value
+        for t in getattr(node, 'targets', None) or [node.target]
+        if isinstance(t, ast.Name)
+    }
 
 # %% ../nbs/95_reproduce.ipynb #df026f0c
-def imports_of(
-    nb: Notebook
-) -> set:
+def imports_of(nb: Notebook) -> set:
     "The modules of micronet_nb that its cells import."
     nodes = [n for c in nb.code for n in ast.walk(_tree(c))]
     dotted = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
@@ -77,67 +128,82 @@ def imports_of(
 
 # %% ../nbs/95_reproduce.ipynb #747e097a
 def needs(
-    notebooks: list  # of Notebook
+    notebooks: list,  # of Notebook
 ) -> dict:
     "For each notebook's stem the set of stems that it builds on, directly or not."
     owner = {n.module: n.stem for n in notebooks if n.module}
     direct = {n.stem: {owner[m] for m in imports_of(n) if m in owner} for n in notebooks}
+
     def all_of(stem):
         todo, seen = [stem], set()
-        while todo: new = direct[todo.pop()] - seen; seen |= new; todo += new
+        while todo:
+            new = direct[todo.pop()] - seen
+            seen |= new
+            todo += new
         return seen - {stem}
+
     return {stem: all_of(stem) for stem in direct}
 
 # %% ../nbs/95_reproduce.ipynb #68cf00b6
 def choose(
     notebooks: list,  # of Notebook
-    only=None         # names: '04_scoring', '04' or 'scoring'; None for all
+    only=None,  # names: '04_scoring', '04' or 'scoring'; None for all
 ) -> list:
     "The notebooks called so, in their order; MicronetError that lists the choices for an unknown name."
     names = [(n, {n.stem, *n.stem.split('_', 1)}) for n in notebooks]
-    if only is not None and not only: raise MicronetError(f"--only names no notebook: choose from {', '.join(n.stem for n in notebooks)}")
+    if only is not None and not only:
+        raise MicronetError(f"--only names no notebook: choose from {', '.join(n.stem for n in notebooks)}")
     for o in only or []:
-        if not any(o in s for _, s in names): raise MicronetError(f"no notebook called {o!r}: choose from {', '.join(n.stem for n in notebooks)}")
+        if not any(o in s for _, s in names):
+            raise MicronetError(f"no notebook called {o!r}: choose from {', '.join(n.stem for n in notebooks)}")
     return [n for n, s in names if only is None or s & {*only}]
 
 # %% ../nbs/95_reproduce.ipynb #9d4e1bee
 def parse_value(
-    text: str  # such as '3', '1e-3', 'true', 'None', '[1, 2]' or 'tree'
+    text: str,  # such as '3', '1e-3', 'true', 'None', '[1, 2]' or 'tree'
 ):
     "The number, truth value, None, list or string that `text` stands for."
     import yaml
+
     for parse in (ast.literal_eval, yaml.safe_load):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, yaml.YAMLError):
             value = parse(text)
             value = list(value) if isinstance(value, tuple) else value
-            if text and isinstance(value, (bool, int, float, str, list, dict, type(None))): return value
+            if text and isinstance(value, (bool, int, float, str, list, dict, type(None))):
+                return value
     return text
 
 # %% ../nbs/95_reproduce.ipynb #8840a2c5
 def parse_settings(
-    texts  # such as ['epochs=3']
+    texts,  # such as ['epochs=3']
 ) -> dict:
     "name=value texts as a dict; MicronetError for a text of another form."
     for t in texts:
-        if not re.match(r'[A-Za-z_]\w*=', t): raise MicronetError(f'--set wants name=value, got {t!r}')
-        if t.startswith('profile='): raise MicronetError(f'--set {t}: the profile is chosen by --profile')
+        if not re.match(r'[A-Za-z_]\w*=', t):
+            raise MicronetError(f'--set wants name=value, got {t!r}')
+        if t.startswith('profile='):
+            raise MicronetError(f'--set {t}: the profile is chosen by --profile')
     return {t.split('=', 1)[0]: parse_value(t.split('=', 1)[1]) for t in texts}
 
 # %% ../nbs/95_reproduce.ipynb #e7c2aeda
 def assign(
-    chosen: list,    # of Notebook: those that will run
-    profile: str,    # embedded, laptop or paper
-    settings: dict   # name -> value for the notebooks that have such a parameter
+    chosen: list,  # of Notebook: those that will run
+    profile: str,  # embedded, laptop or paper
+    settings: dict,  # name -> value for the notebooks that have such a parameter
 ) -> dict:
     "For each notebook's stem its own parameters; MicronetError for a name that none of them has."
     own = {n.stem: parameters_of(n) for n in chosen}
     known = sorted({p for ps in own.values() for p in ps} - {'profile'})
     for name in settings:
-        if name in known: continue
+        if name in known:
+            continue
         near = difflib.get_close_matches(name, known, 1)
-        raise MicronetError(f"no notebook of this run has a parameter {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}: they have {', '.join(known) or 'none but the profile'}")
+        raise MicronetError(
+            f"no notebook of this run has a parameter {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}: they have {', '.join(known) or 'none but the profile'}"
+        )
     for stem, ps in own.items():
-        for name in settings.keys() & ps.keys(): _check_kind(stem, name, ps[name], settings[name])
+        for name in settings.keys() & ps.keys():
+            _check_kind(stem, name, ps[name], settings[name])
     return {stem: {k: v for k, v in {**settings, 'profile': profile}.items() if k in ps} for stem, ps in own.items()}
 
 # %% ../nbs/95_reproduce.ipynb #7d4a83c9
@@ -149,95 +215,148 @@ def _check_kind(stem, name, default, value):
 
 # %% ../nbs/95_reproduce.ipynb #528dd737
 def digest(
-    files  # paths
+    files,  # paths
 ) -> str:
     "A hash of the names and bytes of files, in the order of their names."
     h = hashlib.sha256()
-    for f in sorted(map(Path, files)): h.update(f'{f.name}\0{f.stat().st_size}\0'.encode() + f.read_bytes())
+    for f in sorted(map(Path, files)):
+        h.update(f'{f.name}\0{f.stat().st_size}\0'.encode() + f.read_bytes())
     return h.hexdigest()
 
 # %% ../nbs/95_reproduce.ipynb #0b265892
 def library_key() -> str:
     "Stands for the library's source, the published data and the versions that results depend on."
     import micronet_nb
+
     files = [f for f in Path(micronet_nb.__file__).parent.glob('*.py') if f.name not in ('_modidx.py', 'reproduce.py')]
-    return digest(files + [*published_dir().glob('*.json')]) + json.dumps([sys.version_info[:2], {p: _version(p) for p in _PACKAGES}])
+    return digest(files + [*published_dir().glob('*.json')]) + json.dumps(
+        [sys.version_info[:2], {p: _version(p) for p in _PACKAGES}]
+    )
 
 # %% ../nbs/95_reproduce.ipynb #9d0a4117
 def run_key(
     nb: Notebook,
     parameters: dict,  # as given to papermill
-    library: str       # of `library_key()`
+    library: str,  # of `library_key()`
 ) -> str:
     "Sixteen hexadecimal digits that stand for all that this notebook's result depends on."
     shown = '' if nb.stem[0].isdigit() else digest(committed_dir().rglob('*.json'))
     cells = [[c['cell_type'], _source(c)] for c in nb.cells]
-    return hashlib.sha256(json.dumps([cells, parameters, library, shown], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([cells, parameters, library, shown], sort_keys=True, default=str).encode()
+    ).hexdigest()[:16]
 
 # %% ../nbs/95_reproduce.ipynb #32c40295
 def _end_with_parent():
     "Waits for the end of standard input, then ends this process and all below it."
     import psutil
-    while os.read(0, 4096): pass
+
+    while os.read(0, 4096):
+        pass
     for p in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error): p.kill()
+        with contextlib.suppress(psutil.Error):
+            p.kill()
     os._exit(1)
 
 # %% ../nbs/95_reproduce.ipynb #469d3c84
 _ADDED = ('injected-parameters', 'papermill-error-cell-tag')
 
+
 def _fault(cells, last, raised=None):
     "What went wrong in executed `cells`, of which `last` was started last; {} where nothing did."
-    bad = next(((c, f"{o['ename']}: {o['evalue']}") for c in cells for o in c.get('outputs', []) if o['output_type'] == 'error'), None)
-    if bad is None and raised is None: return {}
+    bad = next(
+        (
+            (c, f"{o['ename']}: {o['evalue']}")
+            for c in cells
+            for o in c.get('outputs', [])
+            if o['output_type'] == 'error'
+        ),
+        None,
+    )
+    if bad is None and raised is None:
+        return {}
     dead = type(raised).__name__ == 'DeadKernelError'
-    cell, error = bad or (cells[last], 'the kernel died (out of memory, or ended by its own code)' if dead else f'{type(raised).__name__}: {raised}')
-    if error.startswith('SystemExit'): error += ' (the cell ended the notebook before its last cell)'
-    number = sum(not _tagged(c, *_ADDED) for c in cells[:cells.index(cell)]) + 1
+    cell, error = bad or (
+        cells[last],
+        'the kernel died (out of memory, or ended by its own code)' if dead else f'{type(raised).__name__}: {raised}',
+    )
+    if error.startswith('SystemExit'):
+        error += ' (the cell ended the notebook before its last cell)'
+    number = sum(not _tagged(c, *_ADDED) for c in cells[: cells.index(cell)]) + 1
     return dict(cell=number, id=cell.get('id'), source=_source(cell), error=error)
 
 # %% ../nbs/95_reproduce.ipynb #225768a0
 def _papermill(job, tell):
     "Executes the job's notebook; returns what went wrong, {} where nothing was seen."
     import nbformat, papermill
+
     at, raised = [0], None
-    def started(cell, cell_index): at.append(cell_index); tell(cell=cell_index)
-    try: papermill.execute_notebook(job['source'], job['part'], job['parameters'], progress_bar=False, start_timeout=300, iopub_timeout=60, coalesce_streams=True, on_cell_start=started)
-    except papermill.PapermillExecutionError: pass  # the cell itself says it better
-    except Exception as e: raised = e
-    if not Path(job['part']).exists(): return dict(error=f'{type(raised).__name__}: {raised}')
+
+    def started(cell, cell_index):
+        at.append(cell_index)
+        tell(cell=cell_index)
+
+    try:
+        papermill.execute_notebook(
+            job['source'],
+            job['part'],
+            job['parameters'],
+            progress_bar=False,
+            start_timeout=300,
+            iopub_timeout=60,
+            coalesce_streams=True,
+            on_cell_start=started,
+        )
+    except papermill.PapermillExecutionError:
+        pass  # the cell itself says it better
+    except Exception as e:
+        raised = e
+    if not Path(job['part']).exists():
+        return dict(error=f'{type(raised).__name__}: {raised}')
     return _fault(nbformat.read(job['part'], 4).cells, at[-1], raised)
 
 # %% ../nbs/95_reproduce.ipynb #99dc2ede
 _PAGE = """{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}
 {% block html_head_js_mathjax %}{% if resources.has_math %}{{ super() | replace('<script src=', '<script async src=') }}{% endif %}{% endblock %}"""
 
+
 def to_html(
-    nb,         # nbformat's notebook
-    title: str  # of the page
+    nb,  # nbformat's notebook
+    title: str,  # of the page
 ) -> str:
     "The notebook as one page that needs no other file."
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
+
     math = any('$' in c.source or '\\begin{' in c.source for c in nb.cells if c.cell_type == 'markdown')
-    exporter = HTMLExporter(extra_loaders=[DictLoader({'page.html.j2': _PAGE})], template_file='page.html.j2', embed_images=True)
+    exporter = HTMLExporter(
+        extra_loaders=[DictLoader({'page.html.j2': _PAGE})], template_file='page.html.j2', embed_images=True
+    )
     return exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=title), has_math=math))[0]
 
 # %% ../nbs/95_reproduce.ipynb #988a9ea9
 def _is_empty(output):
     "What an emptied progress bar leaves: a display without content."
-    return output['output_type'] == 'display_data' and not ''.join(output['data'].get('text/plain', 'x')).strip() and len(output['data']) == 1
+    return (
+        output['output_type'] == 'display_data'
+        and not ''.join(output['data'].get('text/plain', 'x')).strip()
+        and len(output['data']) == 1
+    )
 
 # %% ../nbs/95_reproduce.ipynb #afd90c1a
 def _publish(job):
     "The executed notebook and its page under their own names, each whole."
     import nbformat
+
     part, path = Path(job['part']), Path(job['path'])
     nb = nbformat.read(part, 4)
     for c in nb.cells:
-        if 'outputs' in c: c.outputs = [o for o in c.outputs if not _is_empty(o)]
-    with atomic_path(path.with_suffix('.html')) as tmp: tmp.write_text(to_html(nb, path.stem), encoding='utf-8')
-    with atomic_path(path) as tmp: nbformat.write(nb, str(tmp))
+        if 'outputs' in c:
+            c.outputs = [o for o in c.outputs if not _is_empty(o)]
+    with atomic_path(path.with_suffix('.html')) as tmp:
+        tmp.write_text(to_html(nb, path.stem), encoding='utf-8')
+    with atomic_path(path) as tmp:
+        nbformat.write(nb, str(tmp))
     part.unlink()
 
 # %% ../nbs/95_reproduce.ipynb #3ff41cc6
@@ -247,29 +366,38 @@ def _child():
     pipe = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # whatever else is printed goes to the log
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.modules.setdefault('rfc3987_syntax', None)  # jsonschema takes a second to build a grammar of addresses, which no notebook's schema asks for
+    sys.modules.setdefault(
+        'rfc3987_syntax', None
+    )  # jsonschema takes a second to build a grammar of addresses, which no notebook's schema asks for
     tell = lambda **what: print(json.dumps(what), file=pipe, flush=True)
     fault = _papermill(job, tell)
-    if Path(job['part']).exists(): _publish(job)
+    if Path(job['part']).exists():
+        _publish(job)
     tell(fault=fault)
 
 # %% ../nbs/95_reproduce.ipynb #7384157d
 def proof(
-    folder,    # the results of this profile
-    stem: str, # of the notebook
-    key: str   # that was handed down
+    folder,  # the results of this profile
+    stem: str,  # of the notebook
+    key: str,  # that was handed down
 ) -> dict | None:
     "The notebook's result file if it is done under this key, else None."
-    try: result = read_json(Path(folder)/f'{stem}.json')
-    except MicronetError: return None
+    try:
+        result = read_json(Path(folder) / f'{stem}.json')
+    except MicronetError:
+        return None
     return result if result.get('status') == 'done' and result.get('run') == key else None
 
 # %% ../nbs/95_reproduce.ipynb #471a1af2
 def on_this_machine(
-    names  # as `find_file` was asked for them, and 'network' where `offline` was asked
+    names,  # as `find_file` was asked for them, and 'network' where `offline` was asked
 ) -> dict:
     "For each name its size in bytes, None where it is missing; for 'network' whether it may be used."
-    return {n: not offline() if n == 'network' else (f.stat().st_size if (f := find_file(n)) else None) for n in sorted({*names} - {''})}
+    return {
+        n: not offline() if n == 'network' else (f.stat().st_size if (f := find_file(n)) else None)
+        for n in sorted({*names} - {''})
+    }
+
 
 def _without(outcome):
     "What a notebook went without, in a few words; '' where it had all."
@@ -281,11 +409,13 @@ def _listen(child, job, tell):
     "Hands the child its job and listens until it ends; returns what it says went wrong, None where it could not say."
     fault = None
     with contextlib.suppress(BrokenPipeError):
-        child.stdin.write(json.dumps(job).encode() + b'\n'); child.stdin.flush()
+        child.stdin.write(json.dumps(job).encode() + b'\n')
+        child.stdin.flush()
     for line in child.stdout:
         what = json.loads(line)
         fault = what.get('fault', fault)
-        if 'cell' in what: tell(what['cell'])
+        if 'cell' in what:
+            tell(what['cell'])
     child.wait()
     return fault
 
@@ -293,13 +423,20 @@ def _listen(child, job, tell):
 def _end(child):
     "Ends a child process that may still run, and its kernel with it."
     import psutil
+
     below = []
-    with contextlib.suppress(psutil.Error): below = psutil.Process(child.pid).children(recursive=True)
-    with contextlib.suppress(BrokenPipeError): child.stdin.close()
-    try: child.wait(10)
-    except subprocess.TimeoutExpired: child.kill(); child.wait()
+    with contextlib.suppress(psutil.Error):
+        below = psutil.Process(child.pid).children(recursive=True)
+    with contextlib.suppress(BrokenPipeError):
+        child.stdin.close()
+    try:
+        child.wait(10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
     for p in below:
-        with contextlib.suppress(psutil.Error): p.kill()
+        with contextlib.suppress(psutil.Error):
+            p.kill()
     child.stdout.close()
 
 # %% ../nbs/95_reproduce.ipynb #a52658ef
@@ -308,48 +445,79 @@ from .core import SWIFT
 # %% ../nbs/95_reproduce.ipynb #73d7ac3c
 def run_notebook(
     nb: Notebook,
-    out,                    # folder for NN_name.ipynb and .html; results go to its results/
-    parameters: dict,       # for papermill
-    key: str,               # of `run_key`
-    tell=lambda cell: None, # is told the index of each cell that starts
-    begun=lambda child: None, # is told the process that runs it
-    threads=None            # of its kernel; None: as many as torch likes
+    out,  # folder for NN_name.ipynb and .html; results go to its results/
+    parameters: dict,  # for papermill
+    key: str,  # of `run_key`
+    tell=lambda cell: None,  # is told the index of each cell that starts
+    begun=lambda child: None,  # is told the process that runs it
+    threads=None,  # of its kernel; None: as many as torch likes
 ) -> dict:
     "Runs a notebook in a process of its own; returns status ('done' or 'failed'), seconds, the files that it asked for, and what went wrong."
     out, start = Path(out).resolve(), time.perf_counter()
-    (out/'results').mkdir(parents=True, exist_ok=True)
-    for old in (out/'results').glob(f'{nb.stem}.*'): old.unlink()
-    part, sought = out/f'.{nb.stem}.running.ipynb', out/f'.{nb.stem}.sought'
-    job = dict(source=str(nb.path.resolve()), part=str(part), path=str(out/nb.path.name), parameters=parameters)
-    env = {**SWIFT, **({'OMP_NUM_THREADS': str(threads)} if threads else {}), **os.environ,
-           'MICRONET_OUT': str(out/'results'), 'MICRONET_RUN': key, 'MICRONET_SOUGHT': str(sought), 'JUPYTER_PREFER_ENV_PATH': '1'}
+    (out / 'results').mkdir(parents=True, exist_ok=True)
+    for old in (out / 'results').glob(f'{nb.stem}.*'):
+        old.unlink()
+    part, sought = out / f'.{nb.stem}.running.ipynb', out / f'.{nb.stem}.sought'
+    job = dict(source=str(nb.path.resolve()), part=str(part), path=str(out / nb.path.name), parameters=parameters)
+    env = {
+        **SWIFT,
+        **({'OMP_NUM_THREADS': str(threads)} if threads else {}),
+        **os.environ,
+        'MICRONET_OUT': str(out / 'results'),
+        'MICRONET_RUN': key,
+        'MICRONET_SOUGHT': str(sought),
+        'JUPYTER_PREFER_ENV_PATH': '1',
+    }
     with tempfile.TemporaryFile('w+', errors='replace') as log:
-        child = subprocess.Popen([sys.executable, '-c', 'from micronet_nb.reproduce import _child; _child()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 stderr=log, env=env, cwd=out, start_new_session=True)
+        child = subprocess.Popen(
+            [sys.executable, '-c', 'from micronet_nb.reproduce import _child; _child()'],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=env,
+            cwd=out,
+            start_new_session=True,
+        )
         begun(child)
-        try: fault = _listen(child, job, tell)
+        try:
+            fault = _listen(child, job, tell)
         finally:
             _end(child)
             files = on_this_machine(sought.read_text().split('\n')) if sought.exists() else {}
-            for left in (part, sought): left.unlink(missing_ok=True)
+            for left in (part, sought):
+                left.unlink(missing_ok=True)
         log.seek(0)
         said = log.read().strip().splitlines()[-1:]
-    if fault is None: fault = dict(error=f'its process ended with code {child.returncode}: {"".join(said) or "it said nothing"}')
-    if not fault and not proof(out/'results', nb.stem, key): fault = dict(error='ended without writing its result file: its last cell must call finish')
-    return dict(status='failed' if fault else 'done', seconds=round(time.perf_counter() - start, 1), key=key, parameters=parameters, files=files, **fault)
+    if fault is None:
+        fault = dict(error=f'its process ended with code {child.returncode}: {"".join(said) or "it said nothing"}')
+    if not fault and not proof(out / 'results', nb.stem, key):
+        fault = dict(error='ended without writing its result file: its last cell must call finish')
+    return dict(
+        status='failed' if fault else 'done',
+        seconds=round(time.perf_counter() - start, 1),
+        key=key,
+        parameters=parameters,
+        files=files,
+        **fault,
+    )
 
 # %% ../nbs/95_reproduce.ipynb #ace98b6e
 def _number(v):
     "A number for people."
-    if not isinstance(v, float): return v
+    if not isinstance(v, float):
+        return v
     return f'{v:,.2f}' if abs(v) >= 1e5 else f'{v:.6g}'
 
+
 def headline_html(
-    headline: dict  # of a result file: columns and data
+    headline: dict,  # of a result file: columns and data
 ) -> str:
     "The headline table as HTML, everything in it escaped; '' where there is none."
-    if not headline: return ''
-    table = pd.DataFrame(headline['data'], columns=[c if c != 'index' else '' for c in headline['columns']], dtype=object)
+    if not headline:
+        return ''
+    table = pd.DataFrame(
+        headline['data'], columns=[c if c != 'index' else '' for c in headline['columns']], dtype=object
+    )
     return table.map(_number).to_html(index=False, border=0, na_rep='', escape=True)
 
 # %% ../nbs/95_reproduce.ipynb #6f192ad9
@@ -357,9 +525,13 @@ def _machine():
     "This machine in a few words."
     gpus = []
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = subprocess.run(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], capture_output=True, text=True, timeout=20)
+        asked = subprocess.run(
+            ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], capture_output=True, text=True, timeout=20
+        )
         gpus = asked.stdout.split('\n') if asked.returncode == 0 else []
-    return ', '.join([f'{platform.system()} {platform.machine()}', f'{os.cpu_count()} cores', *filter(None, map(str.strip, gpus))])
+    return ', '.join(
+        [f'{platform.system()} {platform.machine()}', f'{os.cpu_count()} cores', *filter(None, map(str.strip, gpus))]
+    )
 
 # %% ../nbs/95_reproduce.ipynb #d283c474
 _INDEX = """<!doctype html>
@@ -395,59 +567,95 @@ pre { background: var(--soft); padding: .7rem; overflow-x: auto; border-left: 3p
 """
 
 # %% ../nbs/95_reproduce.ipynb #34589433
-def took(
-    seconds: float
-) -> str:
+def took(seconds: float) -> str:
     "A duration for people."
     m, s = divmod(round(seconds), 60)
-    return f'{seconds:.1f} s' if seconds < 60 else f'{m} min {s} s' if m < 60 else f'{m//60} h {m%60} min'
+    return f'{seconds:.1f} s' if seconds < 60 else f'{m} min {s} s' if m < 60 else f'{m // 60} h {m % 60} min'
 
 # %% ../nbs/95_reproduce.ipynb #d0e5268f
 def _entry(nb, state, out, stale):
     "What the page shows of one notebook; numbers only where its result file proves them."
     s = state.get(nb.stem, dict(status='waiting'))
-    result = proof(out/'results', nb.stem, s.get('key')) if s['status'] == 'done' else None
-    label = dict(done=f"done in {took(s.get('seconds', 0))}{' ' + w if (w := _without(s)) else ''}", failed=f"failed after {took(s.get('seconds', 0))}", blocked=f"not run: needs {s.get('needs')}", running='running', waiting='not run').get(s['status'])
-    if s['status'] == 'done' and nb.stem in stale: label += ', before the sources, parameters or files changed'
+    result = proof(out / 'results', nb.stem, s.get('key')) if s['status'] == 'done' else None
+    label = dict(
+        done=f"done in {took(s.get('seconds', 0))}{' ' + w if (w := _without(s)) else ''}",
+        failed=f"failed after {took(s.get('seconds', 0))}",
+        blocked=f"not run: needs {s.get('needs')}",
+        running='running',
+        waiting='not run',
+    ).get(s['status'])
+    if s['status'] == 'done' and nb.stem in stale:
+        label += ', before the sources, parameters or files changed'
     result = result or {}
-    return dict(stem=nb.stem, name=nb.stem.split('_', 1)[-1], title=nb.title, subtitle=nb.subtitle, status=s['status'], label=label,
-                html=s['status'] in ('done', 'failed') and (out/f'{nb.stem}.html').exists(), id=s.get('id'), cell=s.get('cell'), error=s.get('error'),
-                source=s.get('source'), says=result.get('says'), table=headline_html(result.get('headline')), picture=result.get('picture'))
+    return dict(
+        stem=nb.stem,
+        name=nb.stem.split('_', 1)[-1],
+        title=nb.title,
+        subtitle=nb.subtitle,
+        status=s['status'],
+        label=label,
+        html=s['status'] in ('done', 'failed') and (out / f'{nb.stem}.html').exists(),
+        id=s.get('id'),
+        cell=s.get('cell'),
+        error=s.get('error'),
+        source=s.get('source'),
+        says=result.get('says'),
+        table=headline_html(result.get('headline')),
+        picture=result.get('picture'),
+    )
 
 # %% ../nbs/95_reproduce.ipynb #575e8009
 def write_index(
     notebooks: list,  # of Notebook: all, also those of other runs
-    state: dict,      # stem -> outcome of `run_notebook`
-    out,              # reports/<profile>
-    profile: str,     # embedded, laptop or paper
-    stale=(),         # stems whose result is of earlier sources
-    busy=False,       # whether the run goes on
-    machine=None      # of `_machine()`
+    state: dict,  # stem -> outcome of `run_notebook`
+    out,  # reports/<profile>
+    profile: str,  # embedded, laptop or paper
+    stale=(),  # stems whose result is of earlier sources
+    busy=False,  # whether the run goes on
+    machine=None,  # of `_machine()`
 ) -> Path:
     "Writes index.html, atomically."
     from jinja2 import Environment
+
     entries = [_entry(n, state, Path(out), stale) for n in notebooks]
     count = {s: sum(e['status'] == s for e in entries) for s in ('done', 'failed')}
-    html = Environment(autoescape=True, trim_blocks=True).from_string(_INDEX).render(
-        notebooks=entries, profile=profile, purpose=PROFILES[profile].purpose, count=count, busy=busy, machine=machine or _machine(),
-        total=took(sum(state.get(n.stem, {}).get('seconds', 0) for n in notebooks)), date=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
-        commit=commit(), python=platform.python_version(), versions={p: v for p in _PACKAGES if (v := _version(p))})
-    with atomic_path(Path(out)/'index.html') as tmp: tmp.write_text(html, encoding='utf-8')
-    return Path(out)/'index.html'
+    html = (
+        Environment(autoescape=True, trim_blocks=True)
+        .from_string(_INDEX)
+        .render(
+            notebooks=entries,
+            profile=profile,
+            purpose=PROFILES[profile].purpose,
+            count=count,
+            busy=busy,
+            machine=machine or _machine(),
+            total=took(sum(state.get(n.stem, {}).get('seconds', 0) for n in notebooks)),
+            date=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
+            commit=commit(),
+            python=platform.python_version(),
+            versions={p: v for p in _PACKAGES if (v := _version(p))},
+        )
+    )
+    with atomic_path(Path(out) / 'index.html') as tmp:
+        tmp.write_text(html, encoding='utf-8')
+    return Path(out) / 'index.html'
 
 # %% ../nbs/95_reproduce.ipynb #f3d08e8d
 def report_folder(
-    out,          # folder of all reports
-    profile: str, # embedded, laptop or paper
-    nbs           # folder of the notebooks
+    out,  # folder of all reports
+    profile: str,  # embedded, laptop or paper
+    nbs,  # folder of the notebooks
 ) -> Path:
     "`out`/`profile`, made and proved writable; MicronetError where it cannot be."
-    folder = Path(out).expanduser().resolve()/get_profile(profile).name
-    if Path(nbs).resolve() in folder.parents: raise MicronetError(f'{out} lies inside {nbs}, where every notebook is a source: choose another --out')
+    folder = Path(out).expanduser().resolve() / get_profile(profile).name
+    if Path(nbs).resolve() in folder.parents:
+        raise MicronetError(f'{out} lies inside {nbs}, where every notebook is a source: choose another --out')
     try:
-        (folder/'results').mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder/'results'): pass
-    except OSError as e: raise MicronetError(f'cannot write to {folder}: {e.strerror}; choose another folder with --out') from None
+        (folder / 'results').mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / 'results'):
+            pass
+    except OSError as e:
+        raise MicronetError(f'cannot write to {folder}: {e.strerror}; choose another folder with --out') from None
     return folder
 
 # %% ../nbs/95_reproduce.ipynb #fd575e13
@@ -455,20 +663,25 @@ def report_folder(
 def _alone(folder):
     "Holds the folder for one run; the lock goes with the process, however that ends."
     import fcntl
-    with open(folder/'.lock', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise MicronetError(f'another run is working in {folder}: wait for it, or choose another --out') from None
+
+    with open(folder / '.lock', 'w') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise MicronetError(f'another run is working in {folder}: wait for it, or choose another --out') from None
         yield
 
 # %% ../nbs/95_reproduce.ipynb #e62a7a6a
 def _is_done(out, stem, key, outcome):
     "Whether this notebook has its proof, its page and its executed copy under this key, and this machine still has the files that it found."
-    whole = proof(out/'results', stem, key) is not None and all((out/f'{stem}{s}').exists() for s in ('.ipynb', '.html'))
+    whole = proof(out / 'results', stem, key) is not None and all(
+        (out / f'{stem}{s}').exists() for s in ('.ipynb', '.html')
+    )
     return whole and outcome.get('files') == on_this_machine(outcome.get('files', {}))
 
 # %% ../nbs/95_reproduce.ipynb #da4b7f30
 def first_line(
-    source: str  # of a cell
+    source: str,  # of a cell
 ) -> str:
     "Its first line that is neither empty nor a directive."
     return next((line for line in source.split('\n') if line.strip() and not line.startswith('#|')), '')
@@ -478,87 +691,123 @@ def _line(outcome):
     "One line for people on what became of a notebook."
     o, short = outcome, lambda text: textwrap.shorten(text, 160, placeholder=' ...')
     where = f"cell {o['cell']} `{short(first_line(o['source']))}`: " if o.get('cell') else ''
-    return dict(done=f"done {'before, ' if o.get('before') else 'in '}{took(o.get('seconds', 0))}{', ' + w if (w := _without(o)) else ''}", blocked=f"not run: needs {o.get('needs')}",
-                failed=f"FAILED, {where}{short(str(o.get('error')))}").get(o['status'], o['status'])
+    return dict(
+        done=f"done {'before, ' if o.get('before') else 'in '}{took(o.get('seconds', 0))}{', ' + w if (w := _without(o)) else ''}",
+        blocked=f"not run: needs {o.get('needs')}",
+        failed=f"FAILED, {where}{short(str(o.get('error')))}",
+    ).get(o['status'], o['status'])
 
 # %% ../nbs/95_reproduce.ipynb #3aff83ee
 def _bar(nb, label, slot):
     "A bar by cell on a terminal, None elsewhere."
     from tqdm import tqdm
-    return tqdm(total=len(nb.cells), desc=label, unit='cell', leave=False, position=slot) if sys.stderr.isatty() else None
+
+    return (
+        tqdm(total=len(nb.cells), desc=label, unit='cell', leave=False, position=slot) if sys.stderr.isatty() else None
+    )
+
 
 def _moves(bar):
     "Shows at once which cell has started: the next one may take minutes."
+
     def tell(cell):
-        if bar is not None: bar.n = cell; bar.refresh()
+        if bar is not None:
+            bar.n = cell
+            bar.refresh()
+
     return tell
 
 # %% ../nbs/95_reproduce.ipynb #28bb266d
 def jobs_for(
     profile: str,  # embedded, laptop or paper
-    jobs=None      # notebooks at a time; None: two at `embedded` where there are two cores, else one
+    jobs=None,  # notebooks at a time; None: two at `embedded` where there are two cores, else one
 ) -> tuple:
     "How many notebooks run at a time, and the threads of each (None: as many as torch likes); MicronetError for a number that cannot be."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    if jobs is None: jobs = min(2, cores) if profile == 'embedded' else 1
-    if jobs < 1: raise MicronetError(f'--jobs {jobs}: at least one notebook must run at a time')
-    return jobs, max(1, cores//jobs) if jobs > 1 else None
+    if jobs is None:
+        jobs = min(2, cores) if profile == 'embedded' else 1
+    if jobs < 1:
+        raise MicronetError(f'--jobs {jobs}: at least one notebook must run at a time')
+    return jobs, max(1, cores // jobs) if jobs > 1 else None
 
 # %% ../nbs/95_reproduce.ipynb #537d77e5
 def reproduce(
-    profile: str,    # embedded, laptop or paper
-    only=None,       # names of the notebooks to run; None for all
-    settings=None,   # dict of parameters for those that have them
-    out=None,        # folder of the reports; default reports/ of the checkout
-    nbs=None,        # folder of the notebooks; default nbs/ of the checkout
-    fresh=False,     # run again what is done
-    record=False,    # write outputs and records back into the checkout, for maintainers; one notebook at a time
-    show=print,      # takes the lines for people
-    jobs=None        # notebooks at a time, see `jobs_for`
+    profile: str,  # embedded, laptop or paper
+    only=None,  # names of the notebooks to run; None for all
+    settings=None,  # dict of parameters for those that have them
+    out=None,  # folder of the reports; default reports/ of the checkout
+    nbs=None,  # folder of the notebooks; default nbs/ of the checkout
+    fresh=False,  # run again what is done
+    record=False,  # write outputs and records back into the checkout, for maintainers; one notebook at a time
+    show=print,  # takes the lines for people
+    jobs=None,  # notebooks at a time, see `jobs_for`
 ) -> dict:
     "Runs the notebooks in order; returns for each chosen stem its outcome, with status 'done', 'failed' or 'blocked'. MicronetError for wrong arguments."
     get_profile(profile)
-    nbs = Path(nbs or project_root()/'nbs')
+    nbs = Path(nbs or project_root() / 'nbs')
     notebooks = find_notebooks(nbs)
     chosen = choose(notebooks, only)
     given = assign(chosen, profile, settings or {})
     jobs, threads = jobs_for(profile, 1 if record else jobs)
-    folder = report_folder(out or project_root()/'reports', profile, nbs)
-    if record: _developers_tools()
-    with _alone(folder): return _Run(notebooks, chosen, given, folder, profile, fresh, record, show, jobs, threads).all()
+    folder = report_folder(out or project_root() / 'reports', profile, nbs)
+    if record:
+        _developers_tools()
+    with _alone(folder):
+        return _Run(notebooks, chosen, given, folder, profile, fresh, record, show, jobs, threads).all()
 
 # %% ../nbs/95_reproduce.ipynb #6712416c
 class _Children:
     "The processes that a run has begun: ended together, and whatever is begun later is ended at once."
-    def __init__(self): self.begun, self.over, self.lock = [], False, threading.Lock()
+
+    def __init__(self):
+        self.begun, self.over, self.lock = [], False, threading.Lock()
+
     def add(self, child):
-        with self.lock: self.begun.append(child)
-        if self.over: _end(child)
+        with self.lock:
+            self.begun.append(child)
+        if self.over:
+            _end(child)
+
     def end(self):
-        with self.lock: self.over = True
-        for child in self.begun: _end(child)
+        with self.lock:
+            self.over = True
+        for child in self.begun:
+            _end(child)
 
 # %% ../nbs/95_reproduce.ipynb #3dfc290d
 @dataclass
 class _Run:
     "One run over the chosen notebooks of a folder."
-    notebooks: list; chosen: list; given: dict; folder: Path; profile: str; fresh: bool; record: bool; show: object; jobs: int = 1; threads: int | None = None
+
+    notebooks: list
+    chosen: list
+    given: dict
+    folder: Path
+    profile: str
+    fresh: bool
+    record: bool
+    show: object
+    jobs: int = 1
+    threads: int | None = None
 
     def all(self):
         "Each in its turn, `jobs` at a time; the page tells the truth also when this is interrupted."
         self.library, self.machine, self.needs = library_key(), _machine(), needs(self.notebooks)
-        self.state = read_json(self.folder/'status.json') if (self.folder/'status.json').exists() else {}
+        self.state = read_json(self.folder / 'status.json') if (self.folder / 'status.json').exists() else {}
         self.state = {s: o for s, o in self.state.items() if o['status'] in ('done', 'failed')}
         self.outcomes, self.running, self.children, self.pool = {}, {}, _Children(), ThreadPoolExecutor(self.jobs)
         try:
             for i, nb in enumerate(self.chosen):
-                while len(self.running) == self.jobs: self.await_one()
-                self.begin(nb, f'[{i+1}/{len(self.chosen)}] {nb.stem}')
-            while self.running: self.await_one()
+                while len(self.running) == self.jobs:
+                    self.await_one()
+                self.begin(nb, f'[{i + 1}/{len(self.chosen)}] {nb.stem}')
+            while self.running:
+                self.await_one()
         finally:
             self.children.end()
             self.pool.shutdown()
-            for *_, bar in self.running.values(): bar is None or bar.close()
+            for *_, bar in self.running.values():
+                bar is None or bar.close()
             self.state = {s: o for s, o in self.state.items() if o['status'] != 'running'}
             self.save(busy=False)
         return {n.stem: self.outcomes[n.stem] for n in self.chosen}
@@ -570,49 +819,69 @@ def _begin(self, nb, label):
     failed = [s for s in sorted(self.needs[nb.stem]) if self.outcomes.get(s, {}).get('status') == 'failed']
     if not self.fresh and _is_done(self.folder, nb.stem, key, before := self.state.get(nb.stem, {})):
         self.ended(nb, label, dict(before, status='done', key=key, parameters=given, before=True))
-    elif failed: self.ended(nb, label, dict(status='blocked', needs=', '.join(failed)))
+    elif failed:
+        self.ended(nb, label, dict(status='blocked', needs=', '.join(failed)))
     else:
-        self.state[nb.stem] = dict(status='running'); self.save()
+        self.state[nb.stem] = dict(status='running')
+        self.save()
         used = {slot for *_, slot, _ in self.running.values()}
         slot = next(i for i in range(self.jobs) if i not in used)
         bar = _bar(nb, label, slot)
-        if bar is None and self.jobs == 1: self.show(label, end=' ', flush=True)
+        if bar is None and self.jobs == 1:
+            self.show(label, end=' ', flush=True)
         job = self.pool.submit(run_notebook, nb, self.folder, given, key, _moves(bar), self.children.add, self.threads)
         self.running[job] = nb, label, slot, bar
+
 
 def _await_one(self):
     "Waits until a notebook that is running has ended, or several."
     for job in wait(self.running, return_when=FIRST_COMPLETED).done:
         nb, label, _, bar = self.running.pop(job)
-        if bar is not None: bar.close()
+        if bar is not None:
+            bar.close()
         self.ended(nb, '' if bar is None and self.jobs == 1 else label, job.result())
+
 
 def _ended(self, nb, label, outcome):
     "Tells and stores what became of a notebook."
     from tqdm import tqdm
+
     self.outcomes[nb.stem] = outcome
-    with tqdm.external_write_mode(): self.show(f'{label} {_line(outcome)}'.strip(), flush=True)  # bars of others make way
+    with tqdm.external_write_mode():
+        self.show(f'{label} {_line(outcome)}'.strip(), flush=True)  # bars of others make way
     self.state[nb.stem] = {k: v for k, v in outcome.items() if k != 'before'}
     self.save()
-    if self.record and outcome['status'] == 'done': self.show(f'      recorded: {", ".join(keep_outputs(nb, self.folder, self.profile))}')
+    if self.record and outcome['status'] == 'done':
+        self.show(f'      recorded: {", ".join(keep_outputs(nb, self.folder, self.profile))}')
+
 
 _Run.begin, _Run.await_one, _Run.ended = _begin, _await_one, _ended
 
 # %% ../nbs/95_reproduce.ipynb #9fcd7dd4
 def _save(self, busy=True):
     "status.json and index.html, as things stand."
-    def changed(n, s): return s['key'] != run_key(n, s['parameters'], self.library) or s.get('files') != on_this_machine(s.get('files', {}))
-    self.state = {n.stem: self.state[n.stem] for n in self.notebooks if n.stem in self.state}  # in their order, whichever ended first
+
+    def changed(n, s):
+        return s['key'] != run_key(n, s['parameters'], self.library) or s.get('files') != on_this_machine(
+            s.get('files', {})
+        )
+
+    self.state = {
+        n.stem: self.state[n.stem] for n in self.notebooks if n.stem in self.state
+    }  # in their order, whichever ended first
     stale = [n.stem for n in self.notebooks if (s := self.state.get(n.stem, {})).get('key') and changed(n, s)]
-    write_json(self.folder/'status.json', self.state)
+    write_json(self.folder / 'status.json', self.state)
     write_index(self.notebooks, self.state, self.folder, self.profile, stale, busy, self.machine)
+
 
 _Run.save = _save
 
 # %% ../nbs/95_reproduce.ipynb #48e377cc
 def _developers_tools():
     "MicronetError where nbdev is not installed."
-    if importlib.util.find_spec('nbdev') is None: raise MicronetError("this needs the developers' tools: python -m pip install -e '.[dev]'")
+    if importlib.util.find_spec('nbdev') is None:
+        raise MicronetError("this needs the developers' tools: python -m pip install -e '.[dev]'")
+
 
 def _kept(outputs):
     "The outputs worth committing: no warnings on stderr, no empty displays."
@@ -620,43 +889,52 @@ def _kept(outputs):
 
 # %% ../nbs/95_reproduce.ipynb #91e82588
 def keep_outputs(
-    nb: Notebook,   # the source, which is rewritten
-    folder,         # reports/<profile>, with the executed notebook and its results
-    profile: str    # embedded, laptop or paper
+    nb: Notebook,  # the source, which is rewritten
+    folder,  # reports/<profile>, with the executed notebook and its results
+    profile: str,  # embedded, laptop or paper
 ) -> list:
     "Copies executed outputs into the source notebook and its records to data/results of the same checkout; returns the names of the files written."
     from nbdev.clean import clean_nb
-    folder, results = Path(folder), nb.path.resolve().parent.parent/'data'/'results'/profile
-    ran = {c['id']: c for c in read_json(folder/nb.path.name)['cells'] if not _tagged(c, *_ADDED)}
+
+    folder, results = Path(folder), nb.path.resolve().parent.parent / 'data' / 'results' / profile
+    ran = {c['id']: c for c in read_json(folder / nb.path.name)['cells'] if not _tagged(c, *_ADDED)}
     source = read_json(nb.path)
     for c in source['cells']:
-        if c['cell_type'] != 'code': continue
-        if c['id'] not in ran or _source(ran[c['id']]) != _source(c): raise MicronetError(f"{nb.path.name} has changed since it ran: run it again")
+        if c['cell_type'] != 'code':
+            continue
+        if c['id'] not in ran or _source(ran[c['id']]) != _source(c):
+            raise MicronetError(f"{nb.path.name} has changed since it ran: run it again")
         c['outputs'] = _kept(ran[c['id']]['outputs'])
     clean_nb(source, allowed_cell_metadata_keys=['tags'], clean_ids=True)
-    with atomic_path(nb.path) as tmp: tmp.write_text(json.dumps(source, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    records = sorted((folder/'results').glob(f'{nb.stem}.*.json'))
-    for r in records: write_json(results/r.name, read_json(r))
+    with atomic_path(nb.path) as tmp:
+        tmp.write_text(json.dumps(source, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    records = sorted((folder / 'results').glob(f'{nb.stem}.*.json'))
+    for r in records:
+        write_json(results / r.name, read_json(r))
     return [nb.path.name, *(r.name for r in records)]
 
 # %% ../nbs/95_reproduce.ipynb #0c7b21fd
 def _for_readme(nb):
     "An executed notebook without what a README does not show."
-    hidden = lambda c: c.cell_type == 'code' and re.match(r'#\| *(hide|default_exp)\b', c.source) or _tagged(c, 'parameters', *_ADDED)
+    hidden = lambda c: (
+        c.cell_type == 'code' and re.match(r'#\| *(hide|default_exp)\b', c.source) or _tagged(c, 'parameters', *_ADDED)
+    )
     nb.cells = [c for c in nb.cells if not hidden(c)]
     for c in nb.cells:
-        if c.cell_type != 'code': continue
+        if c.cell_type != 'code':
+            continue
         quiet = re.search(r'^#\| *echo: *false', c.source, re.M)
         c.source, c.outputs = '' if quiet else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M).strip(), _kept(c.outputs)
     return nb
 
 # %% ../nbs/95_reproduce.ipynb #3872d0d0
 def to_markdown(
-    nb  # nbformat's notebook, executed
+    nb,  # nbformat's notebook, executed
 ) -> str:
     "Markdown for a README."
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
+
     shown = Config(NbConvertBase=dict(display_data_priority=['text/markdown', 'text/html', 'text/plain']))
     text = MarkdownExporter(config=shown).from_notebook_node(_for_readme(nb))[0]
     text = re.sub(r'<style.*?</style>\n?|```python\s+```', '', text, flags=re.S)
@@ -665,16 +943,18 @@ def to_markdown(
 
 # %% ../nbs/95_reproduce.ipynb #9d7276bb
 def readme(
-    index=None  # the notebook; default nbs/index.ipynb of the checkout
+    index=None,  # the notebook; default nbs/index.ipynb of the checkout
 ) -> str:
     "The README's text, from a fresh run of the index notebook that sees committed results only; MicronetError where it fails."
-    path = Path(index or project_root()/'nbs'/'index.ipynb')
+    path = Path(index or project_root() / 'nbs' / 'index.ipynb')
     nb = Notebook(path, read_json(path)['cells'])
     with tempfile.TemporaryDirectory() as tmp:
         outcome = run_notebook(nb, tmp, {}, 'readme')
-        if outcome['status'] != 'done': raise MicronetError(f'{path.name} {_line(outcome)}')
+        if outcome['status'] != 'done':
+            raise MicronetError(f'{path.name} {_line(outcome)}')
         import nbformat
-        return to_markdown(nbformat.read(Path(tmp)/path.name, 4))
+
+        return to_markdown(nbformat.read(Path(tmp) / path.name, 4))
 
 # %% ../nbs/95_reproduce.ipynb #1e5c8a06
 def _generate(root):
@@ -682,25 +962,39 @@ def _generate(root):
     tools = ('doclinks', 'nbdev_export'), ('clean', 'nbdev_clean')
     code = '; '.join(f'from nbdev.{module} import {tool} as tool; tool()' for module, tool in tools)
     done = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
-    if done.returncode: raise MicronetError(f'nbdev_export or nbdev_clean failed: {(done.stderr.strip().splitlines() or [""])[-1]}')
+    if done.returncode:
+        raise MicronetError(f'nbdev_export or nbdev_clean failed: {(done.stderr.strip().splitlines() or [""])[-1]}')
 
-def _files(root): return {f.relative_to(root).as_posix(): f.read_bytes() for g in ('nbs/*.ipynb', 'micronet_nb/*.py') for f in sorted(Path(root).glob(g))}
+
+def _files(root):
+    return {
+        f.relative_to(root).as_posix(): f.read_bytes()
+        for g in ('nbs/*.ipynb', 'micronet_nb/*.py')
+        for f in sorted(Path(root).glob(g))
+    }
 
 # %% ../nbs/95_reproduce.ipynb #cd5f3258
 def out_of_sync(
-    root=None  # default: this checkout
+    root=None,  # default: this checkout
 ) -> list:
     "The generated files that differ from what their notebooks make, each with its remedy; nothing is changed."
     root = Path(root or project_root())
     _developers_tools()
     with tempfile.TemporaryDirectory() as tmp:
-        for name in ('nbs', 'micronet_nb'): shutil.copytree(root/name, Path(tmp)/name, ignore=shutil.ignore_patterns('__pycache__', '.*'))
+        for name in ('nbs', 'micronet_nb'):
+            shutil.copytree(root / name, Path(tmp) / name, ignore=shutil.ignore_patterns('__pycache__', '.*'))
         for name in ('settings.ini', 'pyproject.toml', 'setup.py', 'README.md'):
-            if (root/name).exists(): shutil.copy(root/name, tmp)
-        for f in Path(tmp).glob('micronet_nb/[!_]*.py'): f.unlink()  # a module without its notebook would stay
+            if (root / name).exists():
+                shutil.copy(root / name, tmp)
+        for f in Path(tmp).glob('micronet_nb/[!_]*.py'):
+            f.unlink()  # a module without its notebook would stay
         _generate(tmp)
         now, then = _files(root), _files(tmp)
-    return [f'{f} differs from what nbdev makes of the notebooks: run `make export`' for f in sorted(now.keys() | then.keys()) if now.get(f) != then.get(f)]
+    return [
+        f'{f} differs from what nbdev makes of the notebooks: run `make export`'
+        for f in sorted(now.keys() | then.keys())
+        if now.get(f) != then.get(f)
+    ]
 
 # %% ../nbs/95_reproduce.ipynb #0795e273
 _EXAMPLES = """examples:
@@ -718,57 +1012,110 @@ profiles:
 
 # %% ../nbs/95_reproduce.ipynb #f7086c85
 class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+    def error(self, message):
+        self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+
 
 def _parser():
-    p = _Parser('micronet-reproduce', description='Runs the notebooks of the study and makes a page of their results.', epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _Parser(
+        'micronet-reproduce',
+        description='Runs the notebooks of the study and makes a page of their results.',
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument('--profile', default='embedded', help='embedded (default), laptop or paper')
-    p.add_argument('--only', metavar='NAMES', action='append', help='only these notebooks, such as scoring,released; what they need is not added')
-    p.add_argument('--set', '-p', metavar='NAME=VALUE', action='append', default=[], help='a parameter for the notebooks that have it; repeat for more')
+    p.add_argument(
+        '--only',
+        metavar='NAMES',
+        action='append',
+        help='only these notebooks, such as scoring,released; what they need is not added',
+    )
+    p.add_argument(
+        '--set',
+        '-p',
+        metavar='NAME=VALUE',
+        action='append',
+        default=[],
+        help='a parameter for the notebooks that have it; repeat for more',
+    )
     p.add_argument('--out', help='folder of the reports (default: reports/ of the checkout)')
     p.add_argument('--nbs', help='folder of the notebooks (default: nbs/ of the checkout)')
-    p.add_argument('--jobs', type=int, metavar='N', help='notebooks at a time (default: 2 at embedded, which then share the cores; else 1, since they measure speeds)')
+    p.add_argument(
+        '--jobs',
+        type=int,
+        metavar='N',
+        help='notebooks at a time (default: 2 at embedded, which then share the cores; else 1, since they measure speeds)',
+    )
     p.add_argument('--fresh', action='store_true', help='run again what is done already')
-    p.add_argument('--record', action='store_true', help='for maintainers: copy outputs into nbs/ and records into data/results/')
-    p.add_argument('--readme', choices=('write', 'check'), help='for maintainers: make README.md from index.ipynb, or check that it is so')
-    p.add_argument('--check-sync', action='store_true', help='for maintainers: check that modules and notebooks are as nbdev makes them')
+    p.add_argument(
+        '--record', action='store_true', help='for maintainers: copy outputs into nbs/ and records into data/results/'
+    )
+    p.add_argument(
+        '--readme',
+        choices=('write', 'check'),
+        help='for maintainers: make README.md from index.ipynb, or check that it is so',
+    )
+    p.add_argument(
+        '--check-sync',
+        action='store_true',
+        help='for maintainers: check that modules and notebooks are as nbdev makes them',
+    )
     return p
 
 # %% ../nbs/95_reproduce.ipynb #6c16be33
 def _run_command(args):
     "The main job of the command; returns the exit code."
     only = [n for o in args.only for n in re.split(r'[,\s]+', o) if n] if args.only is not None else None
-    if args.record: os.environ['MICRONET_RECORD'] = '1'  # for `compare` in the notebooks
-    outcomes = reproduce(args.profile, only, parse_settings(args.set), args.out, args.nbs, args.fresh, args.record, jobs=args.jobs)
+    if args.record:
+        os.environ['MICRONET_RECORD'] = '1'  # for `compare` in the notebooks
+    outcomes = reproduce(
+        args.profile, only, parse_settings(args.set), args.out, args.nbs, args.fresh, args.record, jobs=args.jobs
+    )
     count = {s: sum(o['status'] == s for o in outcomes.values()) for s in ('done', 'failed', 'blocked')}
     print(', '.join(f'{n} {s}' for s, n in zip(('done', 'failed', 'not run'), count.values()) if n))
-    print(f"{report_folder(args.out or project_root()/'reports', args.profile, args.nbs or project_root()/'nbs')/'index.html'}")
+    print(
+        f"{report_folder(args.out or project_root() / 'reports', args.profile, args.nbs or project_root() / 'nbs') / 'index.html'}"
+    )
     return 0 if count['done'] == len(outcomes) else 1
 
 # %% ../nbs/95_reproduce.ipynb #0d2874dd
 def _upkeep(args):
     "The maintainers' jobs; returns the exit code."
-    wrong, path = out_of_sync() if args.check_sync else [], project_root()/'README.md'
+    wrong, path = out_of_sync() if args.check_sync else [], project_root() / 'README.md'
     text = readme() if args.readme else None
-    if args.readme == 'check' and (not path.exists() or path.read_text(encoding='utf-8') != text): wrong.append('README.md differs from what nbs/index.ipynb makes: run `make readme`')
+    if args.readme == 'check' and (not path.exists() or path.read_text(encoding='utf-8') != text):
+        wrong.append('README.md differs from what nbs/index.ipynb makes: run `make readme`')
     if args.readme == 'write':
-        with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
-    print('\n'.join(wrong) or ('README.md written' if args.readme == 'write' else 'in sync'), file=sys.stderr if wrong else sys.stdout)
+        with atomic_path(path) as tmp:
+            tmp.write_text(text, encoding='utf-8')
+    print(
+        '\n'.join(wrong) or ('README.md written' if args.readme == 'write' else 'in sync'),
+        file=sys.stderr if wrong else sys.stdout,
+    )
     return 1 if wrong else 0
 
 # %% ../nbs/95_reproduce.ipynb #609b66df
 def main(
-    argv=None  # default: the command line
+    argv=None,  # default: the command line
 ) -> int:
     "The console command; returns its exit code. A mistake is one line on stderr."
     args = _parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         for s in ('SIGTERM', 'SIGHUP'):
-            if hasattr(signal, s): signal.signal(getattr(signal, s), signal.default_int_handler)  # as Ctrl-C
-    try: return (_upkeep if args.readme or args.check_sync else _run_command)(args)
-    except MicronetError as e: print(f'micronet-reproduce: {e}', file=sys.stderr); return 2
-    except OSError as e: print(f'micronet-reproduce: {e.filename or ""}: {e.strerror or e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('\nmicronet-reproduce: stopped; the same command continues where this one was', file=sys.stderr); return 130
+            if hasattr(signal, s):
+                signal.signal(getattr(signal, s), signal.default_int_handler)  # as Ctrl-C
+    try:
+        return (_upkeep if args.readme or args.check_sync else _run_command)(args)
+    except MicronetError as e:
+        print(f'micronet-reproduce: {e}', file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f'micronet-reproduce: {e.filename or ""}: {e.strerror or e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('\nmicronet-reproduce: stopped; the same command continues where this one was', file=sys.stderr)
+        return 130
 
 # %% ../nbs/95_reproduce.ipynb #9393e835
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())

@@ -15,7 +15,7 @@ __all__ = ['ELEMENTWISE', 'WHOLE', 'FREE', 'PADS', 'SHAPES', 'BLANK', 'GATES', '
 # %% ../nbs/04_scoring.ipynb #0eb7af73
 import argparse, math, sys
 from collections import Counter
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass
 from typing import NamedTuple
 
 import pandas as pd
@@ -30,76 +30,185 @@ from .models import create_model
 
 # %% ../nbs/04_scoring.ipynb #844dabf7
 ELEMENTWISE = {  # operation: (multiplies, adds) an element of the output
-    'relu': (1, 0), 'hardtanh': (1, 0), 'clamp': (1, 0), 'clamp_min': (1, 0), 'clamp_max': (1, 0), 'leaky_relu': (2, 0), 'prelu_kernel': (2, 0), 'abs': (1, 0), 'sign': (1, 0),
-    'sigmoid': (2, 1), 'silu': (3, 1), 'hardsigmoid': (2, 1), 'hardswish': (3, 1), 'gelu': (4, 1), 'tanh': (1, 0), 'exp': (1, 0), 'erf': (1, 0),
-    'softplus': (2, 1), 'elu': (2, 1), 'mish': (4, 1), 'glu': (3, 1), 'log': (1, 0), 'sin': (1, 0), 'cos': (1, 0), 'reciprocal': (1, 0),
-    'softmax': (2, 1), 'safe_softmax': (2, 1), 'log_softmax': (1, 2), 'rsqrt': (1, 0), 'sqrt': (1, 0), 'pow': (1, 0), 'square': (1, 0),
-    'add': (0, 1), 'sub': (0, 1), 'rsub': (0, 1), 'mul': (1, 0), 'div': (1, 0), 'neg': (0, 0), 'maximum': (0, 1), 'minimum': (0, 1),
-    'addcmul': (1, 1), 'lerp': (1, 2), 'upsample_bilinear2d': (4, 3), 'upsample_bicubic2d': (16, 15)}
-WHOLE = {'softmax', 'safe_softmax', 'log_softmax', 'glu', 'upsample_bilinear2d', 'upsample_bicubic2d'}   # of these, an element depends on others of its input
+    'relu': (1, 0),
+    'hardtanh': (1, 0),
+    'clamp': (1, 0),
+    'clamp_min': (1, 0),
+    'clamp_max': (1, 0),
+    'leaky_relu': (2, 0),
+    'prelu_kernel': (2, 0),
+    'abs': (1, 0),
+    'sign': (1, 0),
+    'sigmoid': (2, 1),
+    'silu': (3, 1),
+    'hardsigmoid': (2, 1),
+    'hardswish': (3, 1),
+    'gelu': (4, 1),
+    'tanh': (1, 0),
+    'exp': (1, 0),
+    'erf': (1, 0),
+    'softplus': (2, 1),
+    'elu': (2, 1),
+    'mish': (4, 1),
+    'glu': (3, 1),
+    'log': (1, 0),
+    'sin': (1, 0),
+    'cos': (1, 0),
+    'reciprocal': (1, 0),
+    'softmax': (2, 1),
+    'safe_softmax': (2, 1),
+    'log_softmax': (1, 2),
+    'rsqrt': (1, 0),
+    'sqrt': (1, 0),
+    'pow': (1, 0),
+    'square': (1, 0),
+    'add': (0, 1),
+    'sub': (0, 1),
+    'rsub': (0, 1),
+    'mul': (1, 0),
+    'div': (1, 0),
+    'neg': (0, 0),
+    'maximum': (0, 1),
+    'minimum': (0, 1),
+    'addcmul': (1, 1),
+    'lerp': (1, 2),
+    'upsample_bilinear2d': (4, 3),
+    'upsample_bicubic2d': (16, 15),
+}
+WHOLE = {
+    'softmax',
+    'safe_softmax',
+    'log_softmax',
+    'glu',
+    'upsample_bilinear2d',
+    'upsample_bicubic2d',
+}  # of these, an element depends on others of its input
 
 # %% ../nbs/04_scoring.ipynb #a8b4d9d1
-FREE = set('''view unsafe_view reshape t transpose permute expand expand_as clone contiguous detach alias as_strided slice select narrow split
+FREE = set(
+    '''view unsafe_view reshape t transpose permute expand expand_as clone contiguous detach alias as_strided slice select narrow split
  split_with_sizes unsafe_split chunk unbind cat stack unsqueeze squeeze flatten unfold im2col pad constant_pad_nd reflection_pad2d replication_pad2d to_copy
- copy lift_fresh pixel_shuffle pixel_unshuffle channel_shuffle roll flip rot90 upsample_nearest2d repeat index index_select gather embedding'''.split())
+ copy lift_fresh pixel_shuffle pixel_unshuffle channel_shuffle roll flip rot90 upsample_nearest2d repeat index index_select gather embedding'''.split()
+)
 PADS = {'pad', 'constant_pad_nd', 'reflection_pad2d', 'replication_pad2d'}
-SHAPES = set('empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full'.split())   # use the shape of their input alone
+SHAPES = set(
+    'empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full'.split()
+)  # use the shape of their input alone
 BLANK = set('empty zeros zero empty_like zeros_like new_empty new_zeros empty_strided new_empty_strided'.split())
-GATES = {'sigmoid', 'silu', 'hardsigmoid', 'hardswish', 'gelu', 'tanh', 'exp', 'erf', 'softmax', 'safe_softmax', 'log_softmax', 'softplus', 'elu', 'mish', 'glu', 'log', 'sin', 'cos'}
+GATES = {
+    'sigmoid',
+    'silu',
+    'hardsigmoid',
+    'hardswish',
+    'gelu',
+    'tanh',
+    'exp',
+    'erf',
+    'softmax',
+    'safe_softmax',
+    'log_softmax',
+    'softplus',
+    'elu',
+    'mish',
+    'glu',
+    'log',
+    'sin',
+    'cos',
+}
 LAYERS = {'convolution', 'addmm', 'mm', 'linear'}
 AVERAGES = {'mean', 'avg_pool2d', 'avg_pool3d', 'adaptive_avg_pool2d', 'adaptive_avg_pool3d'}
-MAXIMA = {'max_pool2d_with_indices', 'max_pool3d_with_indices', 'adaptive_max_pool2d', 'amax', 'amin', 'max', 'min', 'argmax', 'argmin'}
+MAXIMA = {
+    'max_pool2d_with_indices',
+    'max_pool3d_with_indices',
+    'adaptive_max_pool2d',
+    'amax',
+    'amin',
+    'max',
+    'min',
+    'argmax',
+    'argmin',
+}
 POOLS = AVERAGES | MAXIMA | {'sum'}
-ATTENTION = {f'scaled_dot_product_{how}' for how in ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention', 'attention')}
+ATTENTION = {
+    f'scaled_dot_product_{how}'
+    for how in ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention', 'attention')
+}
 PRODUCTS = {'bmm', 'baddbmm'} | ATTENTION
-NORMS = {'native_batch_norm', 'native_batch_norm_legit', 'native_batch_norm_legit_no_training', 'cudnn_batch_norm', 'miopen_batch_norm', 'batch_norm_with_update'}
-STATISTICS = {'native_layer_norm', 'native_group_norm', 'fused_rms_norm', 'var', 'var_mean', 'std', 'std_mean', 'linalg_vector_norm'}
+NORMS = {
+    'native_batch_norm',
+    'native_batch_norm_legit',
+    'native_batch_norm_legit_no_training',
+    'cudnn_batch_norm',
+    'miopen_batch_norm',
+    'batch_norm_with_update',
+}
+STATISTICS = {
+    'native_layer_norm',
+    'native_group_norm',
+    'fused_rms_norm',
+    'var',
+    'var_mean',
+    'std',
+    'std_mean',
+    'linalg_vector_norm',
+}
 LEAVES = {'scale', 'quantise'}
 
 # %% ../nbs/04_scoring.ipynb #010b819d
 @dataclass(eq=False)
 class Node:
     "One operation on activations, as it was seen to happen."
-    name: str                  # qualified name of the module that did it
-    op: str                    # 'convolution', 'relu', ...: the dispatcher's name, or what a deployment module counts as
-    inputs: list               # nodes that made its inputs
-    shape: tuple               # of its output, without the batch
-    in_shape: tuple            # of its largest input, without the batch
-    args: tuple = ()           # other arguments
-    weight: object = None      # (out, in per kernel) for a convolution or linear layer
-    bias: object = None        # (out,) or None
-    module: object = None      # the innermost module
+
+    name: str  # qualified name of the module that did it
+    op: str  # 'convolution', 'relu', ...: the dispatcher's name, or what a deployment module counts as
+    inputs: list  # nodes that made its inputs
+    shape: tuple  # of its output, without the batch
+    in_shape: tuple  # of its largest input, without the batch
+    args: tuple = ()  # other arguments
+    weight: object = None  # (out, in per kernel) for a convolution or linear layer
+    bias: object = None  # (out,) or None
+    module: object = None  # the innermost module
     constants: list = field(default_factory=list)  # stored tensors that it reads, weights aside
-    consumers: int = 0         # operations that read its output
-    left: bool = False         # of a matrix product: is the left factor the constant one?
+    consumers: int = 0  # operations that read its output
+    left: bool = False  # of a matrix product: is the left factor the constant one?
     bound: dict = field(default_factory=dict)  # all arguments by name
     reads: dict = field(default_factory=dict)  # name of an argument that depends on the image to the node that made it
-    call: tuple = None         # (function, positional, named arguments, id of a tensor to the node that made it)
-    full: tuple = ()           # shape of its output, batch and all
-    outputs: int = 1           # tensors that it makes
-    blank: bool = True         # are its other inputs, stored ones aside, nothing but zeros?
-    data: object = None        # of a layer: the node that made its input
-    kernel: object = None      # of a layer: its weight as it is stored
-    own: str = ''              # of a layer: the name of that weight in its module; '' for one that was computed
+    call: tuple = None  # (function, positional, named arguments, id of a tensor to the node that made it)
+    full: tuple = ()  # shape of its output, batch and all
+    outputs: int = 1  # tensors that it makes
+    blank: bool = True  # are its other inputs, stored ones aside, nothing but zeros?
+    data: object = None  # of a layer: the node that made its input
+    kernel: object = None  # of a layer: its weight as it is stored
+    own: str = ''  # of a layer: the name of that weight in its module; '' for one that was computed
+
     @property
-    def elements(self): return math.prod(self.shape)
+    def elements(self):
+        return math.prod(self.shape)
+
     @property
-    def in_elements(self): return math.prod(self.in_shape)
+    def in_elements(self):
+        return math.prod(self.in_shape)
 
 # %% ../nbs/04_scoring.ipynb #47363c02
 def _tensors(args):
     "All tensors in nested arguments."
     for a in args:
-        if isinstance(a, torch.Tensor): yield a
-        elif isinstance(a, (list, tuple)): yield from _tensors(a)
-        elif isinstance(a, dict): yield from _tensors(a.values())
+        if isinstance(a, torch.Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _tensors(a)
+        elif isinstance(a, dict):
+            yield from _tensors(a.values())
 
 # %% ../nbs/04_scoring.ipynb #f36a0bf8
 class Elements:
     "Which stored numbers a constant tensor is made of: an id for each, 0 for what is not stored."
-    def __init__(self): self.size, self.cells, self.roots, self.made, self.alive = 1, {}, {}, [], []
 
-    def __contains__(self, tensor): return _memory(tensor) in self.roots
+    def __init__(self):
+        self.size, self.cells, self.roots, self.made, self.alive = 1, {}, {}, [], []
+
+    def __contains__(self, tensor):
+        return _memory(tensor) in self.roots
 
     def leaf(self, tensor, roots=None):
         "New numbers, one for each place in a tensor's memory."
@@ -113,48 +222,74 @@ class Elements:
 
     def ids(self, tensor):
         "The id of each element of a tensor, in its shape."
-        if (_memory(tensor), tensor.element_size()) not in self.cells: self.leaf(tensor)   # read as another type
+        if (_memory(tensor), tensor.element_size()) not in self.cells:
+            self.leaf(tensor)  # read as another type
         cells = self.cells[_memory(tensor), tensor.element_size()]
-        start, reach = tensor.storage_offset(), 1 + sum((n - 1)*s for n, s in zip(tensor.shape, tensor.stride()))
-        if isinstance(cells, int): return torch.arange(cells + start, cells + start + max(reach, 0)).as_strided(tensor.shape, tensor.stride(), 0)
+        start, reach = tensor.storage_offset(), 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+        if isinstance(cells, int):
+            return torch.arange(cells + start, cells + start + max(reach, 0)).as_strided(
+                tensor.shape, tensor.stride(), 0
+            )
         return cells.as_strided(tensor.shape, tensor.stride(), start)
 
     def key(self, tensor):
         "Equal for tensors that hold the same numbers in the same places."
-        if tensor not in self or not tensor.numel(): return id(tensor)
-        return int(self.ids(tensor[(slice(1),)*tensor.dim()])), tuple(tensor.shape), tensor.stride()
+        if tensor not in self or not tensor.numel():
+            return id(tensor)
+        return int(self.ids(tensor[(slice(1),) * tensor.dim()])), tuple(tensor.shape), tensor.stride()
 
     def distinct(self, tensor):
         "Is it clear that no stored number occurs twice in a tensor?"
-        return isinstance(self.cells.get((_memory(tensor), tensor.element_size())), int) and torch._debug_has_internal_overlap(tensor) == 0
+        return (
+            isinstance(self.cells.get((_memory(tensor), tensor.element_size())), int)
+            and torch._debug_has_internal_overlap(tensor) == 0
+        )
 
     def places(self, tensor, marks):
         "The view of `marks`, one for each id, that lies under a tensor of distinct numbers."
-        return marks.as_strided(tensor.shape, tensor.stride(), self.cells[_memory(tensor), tensor.element_size()] + tensor.storage_offset())
+        return marks.as_strided(
+            tensor.shape, tensor.stride(), self.cells[_memory(tensor), tensor.element_size()] + tensor.storage_offset()
+        )
 
     def within(self, tensor, whole):
         "Does a tensor hold only numbers of another one?"
-        if tensor not in self or whole not in self: return False
+        if tensor not in self or whole not in self:
+            return False
         return _memory(tensor) == _memory(whole) or bool(torch.isin(self.ids(tensor), self.ids(whole)).all())
 
-def _memory(tensor): return ('memory', tensor.untyped_storage()._cdata)
 
-def _places(tensor): return tensor.untyped_storage().nbytes()//tensor.element_size()
+def _memory(tensor):
+    return ('memory', tensor.untyped_storage()._cdata)
+
+
+def _places(tensor):
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 # %% ../nbs/04_scoring.ipynb #cd89bcdf
 def _make(self, op, func, args, kwargs, out):
     "Notes what an operation on constants made."
     roots = {r for t in _tensors([*args, *kwargs.values()]) if t in self for r in self.roots[_memory(t)]}
-    if op == 'copy' and isinstance(args[0], torch.Tensor): return self.write(args[0], args[1], roots)
+    if op == 'copy' and isinstance(args[0], torch.Tensor):
+        return self.write(args[0], args[1], roots)
     for t in _tensors([out]):
-        if t not in self: self.note(t, self.moved(op, func, args, kwargs, t) if t.is_floating_point() else None, roots)
-        elif func._schema.is_mutable and self.roots[_memory(t)] != {_memory(t)}: self.leaf(t, roots)   # computed in place
+        if t not in self:
+            self.note(t, self.moved(op, func, args, kwargs, t) if t.is_floating_point() else None, roots)
+        elif func._schema.is_mutable and self.roots[_memory(t)] != {_memory(t)}:
+            self.leaf(t, roots)  # computed in place
+
 
 def _write(self, to, source, roots):
     "Constants copied into a part of a tensor."
-    cells = self.ids(to.as_strided((_places(to),), (1,), 0)).clone() if to in self else torch.zeros(_places(to), dtype=torch.int64)
-    cells.as_strided(to.shape, to.stride(), to.storage_offset()).copy_(self.ids(source) if source in self else torch.zeros(()))
+    cells = (
+        self.ids(to.as_strided((_places(to),), (1,), 0)).clone()
+        if to in self
+        else torch.zeros(_places(to), dtype=torch.int64)
+    )
+    cells.as_strided(to.shape, to.stride(), to.storage_offset()).copy_(
+        self.ids(source) if source in self else torch.zeros(())
+    )
     self.hold(to, cells, roots)
+
 
 def _note(self, tensor, ids, roots):
     "A constant that was made: of these ids, or of numbers of its own."
@@ -162,52 +297,80 @@ def _note(self, tensor, ids, roots):
         cells = torch.zeros(_places(tensor), dtype=torch.int64)
         cells.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
         return self.hold(tensor, cells, roots)
-    for t, base, was in self.made:   # tied weights, each under a mask or a quantiser of its own
-        if was & roots and t.shape == tensor.shape and t.stride() == tensor.stride() and t.dtype == tensor.dtype and torch.equal(t, tensor):
+    for t, base, was in self.made:  # tied weights, each under a mask or a quantiser of its own
+        if (
+            was & roots
+            and t.shape == tensor.shape
+            and t.stride() == tensor.stride()
+            and t.dtype == tensor.dtype
+            and torch.equal(t, tensor)
+        ):
             return self.hold(tensor, base, roots)
     self.made.append((tensor, self.size, roots))
     self.leaf(tensor, roots)
+
 
 Elements.make, Elements.write, Elements.note = _make, _write, _note
 
 # %% ../nbs/04_scoring.ipynb #042b13d0
 def _moved(self, op, func, args, kwargs, out):
     "The ids of what an operation on constants made; None where it makes numbers of its own."
-    if op in ('to_copy', 'clone', 'contiguous'): return self.ids(args[0])
-    if op in ELEMENTWISE and op not in WHOLE: return self.combined([t for t in _tensors([*args, *kwargs.values()]) if t in self], out)
-    if op not in FREE: return None
-    if op == 'constant_pad_nd': args = args[:2]
+    if op in ('to_copy', 'clone', 'contiguous'):
+        return self.ids(args[0])
+    if op in ELEMENTWISE and op not in WHOLE:
+        return self.combined([t for t in _tensors([*args, *kwargs.values()]) if t in self], out)
+    if op not in FREE:
+        return None
+    if op == 'constant_pad_nd':
+        args = args[:2]
+
     def ids(t):
-        if t in self and t.is_floating_point(): return self.ids(t).double()   # exact, and known to every operation
+        if t in self and t.is_floating_point():
+            return self.ids(t).double()  # exact, and known to every operation
         return torch.zeros(t.shape, dtype=torch.float64) if t.is_floating_point() else t.cpu()
-    try: return func(*_replaced(args, ids), **_replaced(kwargs, ids)).long()
-    except (RuntimeError, AttributeError, TypeError, IndexError): return None
+
+    try:
+        return func(*_replaced(args, ids), **_replaced(kwargs, ids)).long()
+    except (RuntimeError, AttributeError, TypeError, IndexError):
+        return None
+
 
 def _combined(self, tensors, out):
     "Ids for what is computed element by element: one for each combination of ids that occurs."
-    if any(self.distinct(t) and t.numel() == out.numel() for t in tensors): return None
+    if any(self.distinct(t) and t.numel() == out.numel() for t in tensors):
+        return None
     rows = torch.stack([self.ids(t).expand(out.shape).flatten() for t in tensors])
     kinds, which = rows.unique(dim=1, return_inverse=True)
     self.size += kinds.shape[1]
     return which.view(out.shape) + self.size - kinds.shape[1]
 
+
 def _replaced(nested, change):
     "Nested arguments with every tensor changed."
-    if isinstance(nested, torch.Tensor): return change(nested)
-    if isinstance(nested, (list, tuple)): return type(nested)(_replaced(v, change) for v in nested)
+    if isinstance(nested, torch.Tensor):
+        return change(nested)
+    if isinstance(nested, (list, tuple)):
+        return type(nested)(_replaced(v, change) for v in nested)
     return {k: _replaced(v, change) for k, v in nested.items()} if isinstance(nested, dict) else nested
+
 
 Elements.moved, Elements.combined = _moved, _combined
 
 # %% ../nbs/04_scoring.ipynb #658e00e6
 class Tracer(TorchDispatchMode):
     "Collects a Node for every operation that depends on the network's input."
+
     def __init__(self, model, image):
         super().__init__()
         self.nodes, self.stack, self.muted, self.alive = [], [('', model)], 0, []
-        self.stored, self.made, self.literal = Elements(), {}, {}   # literal: memory of what code alone makes to whether it is all zeros
+        self.stored, self.made, self.literal = (
+            Elements(),
+            {},
+            {},
+        )  # literal: memory of what code alone makes to whether it is all zeros
         for t in [*model.parameters(), *model.buffers()]:
-            if t not in self.stored: self.stored.leaf(t)
+            if t not in self.stored:
+                self.stored.leaf(t)
         self.input = Node('input', 'input', [], tuple(image.shape[1:]), tuple(image.shape[1:]), full=tuple(image.shape))
         self.mark(image, self.input)
 
@@ -215,22 +378,29 @@ class Tracer(TorchDispatchMode):
         self.alive.append(tensor)
         self.made[id(tensor)] = self.made[_memory(tensor)] = node
 
-    def source(self, tensor): return self.made.get(id(tensor)) or self.made.get(_memory(tensor))
+    def source(self, tensor):
+        return self.made.get(id(tensor)) or self.made.get(_memory(tensor))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not self.muted: self.see(func, args, kwargs or {}, out)
+        if not self.muted:
+            self.see(func, args, kwargs or {}, out)
         return out
 
     def see(self, func, args, kwargs, out):
         op = func.overloadpacket.__name__.rstrip('_').lstrip('_')
         tensors = list(_tensors([*args, *kwargs.values()]))
-        if op in SHAPES or op == 'lift_fresh': return self.by_code(op, out)
-        for t in tensors:   # what nobody registered and nobody computed here is stored all the same
-            if self.source(t) is None and t not in self.stored and _memory(t) not in self.literal: self.stored.leaf(t)
-        if any(self.source(t) is not None for t in tensors): self.add(op, args, out, tensors, func, kwargs)
-        elif any(t in self.stored for t in tensors): self.stored.make(op, func, args, kwargs, out)
-        else: self.by_code(op, out)
+        if op in SHAPES or op == 'lift_fresh':
+            return self.by_code(op, out)
+        for t in tensors:  # what nobody registered and nobody computed here is stored all the same
+            if self.source(t) is None and t not in self.stored and _memory(t) not in self.literal:
+                self.stored.leaf(t)
+        if any(self.source(t) is not None for t in tensors):
+            self.add(op, args, out, tensors, func, kwargs)
+        elif any(t in self.stored for t in tensors):
+            self.stored.make(op, func, args, kwargs, out)
+        else:
+            self.by_code(op, out)
 
     def by_code(self, op, out):
         for t in _tensors([out]):
@@ -246,20 +416,40 @@ def _add(self, op, args, out, tensors, func=None, kwargs=None):
     others = [t for t in tensors if id(t) not in makers]
     big = max((t for t in tensors if id(t) in makers), key=lambda t: t.numel()).shape
     bound = _bound(func, args, kwargs or {}) if func else dict(input=args[0])
-    node = Node(name, op, sources, _shape(outs[0].shape), _shape(big), (*args, *(kwargs or {}).values()), module=module, bound=bound,
-                constants=[t for t in others if t in self.stored], reads={k: makers[id(v)] for k, v in bound.items() if id(v) in makers},
-                call=(func, args, kwargs or {}, makers), full=tuple(outs[0].shape), outputs=len(outs),
-                blank=all(self.literal.get(_memory(t), False) for t in others if t.is_floating_point()))
+    node = Node(
+        name,
+        op,
+        sources,
+        _shape(outs[0].shape),
+        _shape(big),
+        (*args, *(kwargs or {}).values()),
+        module=module,
+        bound=bound,
+        constants=[t for t in others if t in self.stored],
+        reads={k: makers[id(v)] for k, v in bound.items() if id(v) in makers},
+        call=(func, args, kwargs or {}, makers),
+        full=tuple(outs[0].shape),
+        outputs=len(outs),
+        blank=all(self.literal.get(_memory(t), False) for t in others if t.is_floating_point()),
+    )
     node.left = op in ('mm', 'addmm') and ('self' if op == 'mm' else 'mat1') not in node.reads
-    for s in sources: s.consumers += 1
+    for s in sources:
+        s.consumers += 1
     self.nodes.append(node)
-    for t in outs: self.mark(t, node)
+    for t in outs:
+        self.mark(t, node)
     return node
+
 
 def _bound(func, args, kwargs):
     "The arguments of a dispatcher's function by name, with their defaults."
     given = func._schema.arguments
-    return {a.name: a.default_value for a in given if a.has_default_value()} | dict(zip((a.name for a in given), args)) | kwargs
+    return (
+        {a.name: a.default_value for a in given if a.has_default_value()}
+        | dict(zip((a.name for a in given), args))
+        | kwargs
+    )
+
 
 Tracer.add = _add
 
@@ -273,22 +463,31 @@ def _enter(tracer, name):
     def hook(module, args, kwargs):
         tracer.stack.append((name, module))
         tracer.muted += hasattr(module, 'counts_as')
+
     return hook
+
 
 def _leave(tracer):
     def hook(module, args, kwargs, out):
         if hasattr(module, 'counts_as'):
             tracer.muted -= 1
-            if not tracer.muted: tracer.leaf(module, list(_tensors([*args, *kwargs.values()])), out)
+            if not tracer.muted:
+                tracer.leaf(module, list(_tensors([*args, *kwargs.values()])), out)
         tracer.stack.pop()
+
     return hook
+
 
 def _leaf(self, module, inputs, out):
     "A module that is one operation; on a constant, it is done before deployment."
-    if not inputs: raise MicronetError(f'module {self.stack[-1][0]!r} counts as {module.counts_as!r}, but is given no tensor')
-    if any(self.source(t) is not None for t in inputs): self.add(module.counts_as, inputs, out, inputs)
+    if not inputs:
+        raise MicronetError(f'module {self.stack[-1][0]!r} counts as {module.counts_as!r}, but is given no tensor')
+    if any(self.source(t) is not None for t in inputs):
+        self.add(module.counts_as, inputs, out, inputs)
     else:
-        for t in _tensors([out]): self.stored.note(t, None, {_memory(i) for i in inputs})
+        for t in _tensors([out]):
+            self.stored.note(t, None, {_memory(i) for i in inputs})
+
 
 Tracer.leaf = _leaf
 
@@ -297,49 +496,81 @@ def _own(tracer, model):
     "Names operations with a layer's weight after the layer, whoever did them; and says which layers compute with their module's weight."
     owner = {}
     for name, m in model.named_modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)): owner.setdefault(_memory(m.weight), (name, m))
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            owner.setdefault(_memory(m.weight), (name, m))
     for node in tracer.nodes:
         if not isinstance(node.module, (nn.Conv2d, nn.Linear)):
-            for t in node.constants: node.name, node.module = owner.get(_memory(t), (node.name, node.module))
-        if node.op in LAYERS: node.own = next((n for n, w in _weights(node.module) if any(tracer.stored.within(t, w) for t in node.constants if t.dim() > 1)), '')
+            for t in node.constants:
+                node.name, node.module = owner.get(_memory(t), (node.name, node.module))
+        if node.op in LAYERS:
+            node.own = next(
+                (
+                    n
+                    for n, w in _weights(node.module)
+                    if any(tracer.stored.within(t, w) for t in node.constants if t.dim() > 1)
+                ),
+                '',
+            )
+
 
 def _weights(module):
     "A module's own tensors by name, as it uses them; `weight` first."
     names = [*dict.fromkeys(['weight', *getattr(module, 'parametrizations', {}), *module._parameters])]
     return [(n, t) for n in names if isinstance(t := getattr(module, n, None), torch.Tensor) and t.dim() > 1]
 
+
 def _join(nodes):
     "A linear layer on a view comes as a product and a sum with its bias: one layer again."
     for node in nodes:
-        if node.op != 'add' or len(node.inputs) != 1 or len(node.constants) != 1 or node.bound['alpha'] != 1: continue
+        if node.op != 'add' or len(node.inputs) != 1 or len(node.constants) != 1 or node.bound['alpha'] != 1:
+            continue
         made, bias = node.inputs[0], node.constants[0]
-        while made.op in ('view', 'unsafe_view', 'reshape') and made.consumers == 1 and made.module is node.module: made = made.inputs[0]
-        if made.op == 'mm' and not made.left and made.consumers == 1 and made.module is node.module and bias.shape == made.full[-1:] == node.full[-1:]:
+        while made.op in ('view', 'unsafe_view', 'reshape') and made.consumers == 1 and made.module is node.module:
+            made = made.inputs[0]
+        if (
+            made.op == 'mm'
+            and not made.left
+            and made.consumers == 1
+            and made.module is node.module
+            and bias.shape == made.full[-1:] == node.full[-1:]
+        ):
             made.bound['bias'], node.op, node.constants = bias, 'alias', []
 
 # %% ../nbs/04_scoring.ipynb #11dea0cb
 @dataclass
 class Trace:
     "All that a net did with one image."
-    nodes: list        # of Node, in order
-    output: Node       # what made the result
+
+    nodes: list  # of Node, in order
+    output: Node  # what made the result
     input_size: tuple  # (channels, height, width)
     stored: Elements = None  # which stored numbers its constants hold
 
 # %% ../nbs/04_scoring.ipynb #a20e6865
 def _image(model, input_size):
     "A grey image for a model, after a look at both."
-    if not isinstance(model, nn.Module): raise MicronetError(f'a net to count must be an nn.Module, not {type(model).__name__}: wrap it in one')
-    try: size = tuple(int(v) for v in input_size)
-    except (TypeError, ValueError): size = ()
+    if not isinstance(model, nn.Module):
+        raise MicronetError(f'a net to count must be an nn.Module, not {type(model).__name__}: wrap it in one')
+    try:
+        size = tuple(int(v) for v in input_size)
+    except (TypeError, ValueError):
+        size = ()
     if not size or min(size) < 1 or size != tuple(input_size):
-        raise MicronetError(f'input_size is {input_size!r}: it must be whole numbers from 1 on, such as (3, 32, 32) for channels, height and width')
-    if math.prod(size) > 10**8: raise MicronetError(f"an image of {'x'.join(map(str, size))} has {math.prod(size):,} numbers, more than the 100,000,000 that are tried: give a smaller size")
+        raise MicronetError(
+            f'input_size is {input_size!r}: it must be whole numbers from 1 on, such as (3, 32, 32) for channels, height and width'
+        )
+    if math.prod(size) > 10**8:
+        raise MicronetError(
+            f"an image of {'x'.join(map(str, size))} has {math.prod(size):,} numbers, more than the 100,000,000 that are tried: give a smaller size"
+        )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if lazy := next((n for n, t in tensors if is_lazy(t)), None):
-        raise MicronetError(f'{lazy!r} of {type(model).__name__} has no shape yet (a lazy module): run the model once on an image, then count')
+        raise MicronetError(
+            f'{lazy!r} of {type(model).__name__} has no shape yet (a lazy module): run the model once on an image, then count'
+        )
     like = next((t for _, t in tensors if t.is_floating_point()), torch.zeros(()))
     return torch.full((1, *size), 0.5, dtype=like.dtype, device=like.device)
+
 
 def _plain(out):
     "What a model returns, with dataclasses as dicts."
@@ -349,130 +580,171 @@ def _plain(out):
 @torch.no_grad()
 def trace(
     model: nn.Module,  # any model whose forward takes one image batch; left as it was
-    input_size: tuple  # (channels, height, width)
+    input_size: tuple,  # (channels, height, width)
 ) -> Trace:
     "Runs `model` once in evaluation mode and writes down every operation. MicronetError where it does not run, or the output ignores the input."
     image = _image(model, input_size)
     modes = {m: m.training for m in model.modules()}
     tracer = Tracer(model, image)
-    fast = torch.backends.mha.get_fastpath_enabled()   # its fused attention would hide what it does
-    hooks = [h for n, m in model.named_modules() for h in (m.register_forward_pre_hook(_enter(tracer, n), with_kwargs=True),
-                                                           m.register_forward_hook(_leave(tracer), with_kwargs=True))]
+    fast = torch.backends.mha.get_fastpath_enabled()  # its fused attention would hide what it does
+    hooks = [
+        h
+        for n, m in model.named_modules()
+        for h in (
+            m.register_forward_pre_hook(_enter(tracer, n), with_kwargs=True),
+            m.register_forward_hook(_leave(tracer), with_kwargs=True),
+        )
+    ]
     try:
-        model.train().eval()   # some nets keep what they computed from their parameters until they train again
+        model.train().eval()  # some nets keep what they computed from their parameters until they train again
         torch.backends.mha.set_fastpath_enabled(False)
-        with parametrize.cached():   # a masked weight is made once, however often it is used
-            with tracer: out = model(image)
+        with parametrize.cached():  # a masked weight is made once, however often it is used
+            with tracer:
+                out = model(image)
             _own(tracer, model)
             _join(tracer.nodes)
-    except MicronetError: raise
+    except MicronetError:
+        raise
     except Exception as e:
-        raise MicronetError(f"{type(model).__name__} does not run on an image of {'x'.join(map(str, input_size))}: {type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}") from e
+        raise MicronetError(
+            f"{type(model).__name__} does not run on an image of {'x'.join(map(str, input_size))}: {type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}"
+        ) from e
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for h in hooks: h.remove()
-        for m, training in modes.items(): m.training = training
+        for h in hooks:
+            h.remove()
+        for m, training in modes.items():
+            m.training = training
     results = [s for t in _tensors([_plain(out)]) if (s := tracer.source(t)) is not None and s is not tracer.input]
-    if not results: raise MicronetError(f'the output of {type(model).__name__} does not depend on its input: nothing to count')
-    for s in results: s.consumers += 1
+    if not results:
+        raise MicronetError(f'the output of {type(model).__name__} does not depend on its input: nothing to count')
+    for s in results:
+        s.consumers += 1
     return Trace(tracer.nodes, results[0], tuple(input_size), tracer.stored)
 
 # %% ../nbs/04_scoring.ipynb #7d426b56
 def kind_of(
-    node: Node  # a traced operation
+    node: Node,  # a traced operation
 ) -> str:
     "layer, norm, statistics, elementwise, pool, product, scale, quantise or free; MicronetError for an operation that is not known."
-    if node.op in LAYERS: return 'product' if node.weight is None else 'layer'
-    if node.op in NORMS: return 'norm' if _running(node) else 'statistics'
-    for kind, ops in (('elementwise', ELEMENTWISE), ('pool', POOLS), ('product', PRODUCTS), ('statistics', STATISTICS), ('free', FREE)):
-        if node.op in ops: return kind
-    if node.op in LEAVES: return node.op
-    raise MicronetError(f"operation {node.op!r} in module {node.name!r} ({type(node.module).__name__}) is not known to the scorer: "
-                        f"say what it costs with micronet_nb.scoring.ELEMENTWISE[{node.op!r}] = (multiplies, adds), or FREE.add({node.op!r})")
+    if node.op in LAYERS:
+        return 'product' if node.weight is None else 'layer'
+    if node.op in NORMS:
+        return 'norm' if _running(node) else 'statistics'
+    for kind, ops in (
+        ('elementwise', ELEMENTWISE),
+        ('pool', POOLS),
+        ('product', PRODUCTS),
+        ('statistics', STATISTICS),
+        ('free', FREE),
+    ):
+        if node.op in ops:
+            return kind
+    if node.op in LEAVES:
+        return node.op
+    raise MicronetError(
+        f"operation {node.op!r} in module {node.name!r} ({type(node.module).__name__}) is not known to the scorer: "
+        f"say what it costs with micronet_nb.scoring.ELEMENTWISE[{node.op!r}] = (multiplies, adds), or FREE.add({node.op!r})"
+    )
+
 
 def _running(node):
     "Does a batch norm use statistics that it has stored?"
-    return node.bound.get('running_mean') is not None and not node.bound.get('training', node.op == 'batch_norm_with_update')
+    return node.bound.get('running_mean') is not None and not node.bound.get(
+        'training', node.op == 'batch_norm_with_update'
+    )
 
 # %% ../nbs/04_scoring.ipynb #59b38ce2
 def as_layer(node):
     "Fills in the weight of a convolution or linear layer as (out, K); a product of two activations keeps none."
     a = node.bound
-    data, weight, bias = {'addmm': ('mat1', 'mat2', 'self'), 'mm': ('self', 'mat2', 'bias')}.get(node.op, ('input', 'weight', 'bias'))
-    if node.left: data, weight = weight, data
+    data, weight, bias = {'addmm': ('mat1', 'mat2', 'self'), 'mm': ('self', 'mat2', 'bias')}.get(
+        node.op, ('input', 'weight', 'bias')
+    )
+    if node.left:
+        data, weight = weight, data
     node.bias = a.get(bias) if a.get('beta', 1) != 0 else None
     node.data, node.kernel, node.weight = node.reads.get(data), a[weight], None
-    if node.data is None or weight in node.reads: return node
+    if node.data is None or weight in node.reads:
+        return node
     node.constants = [t for t in node.constants if t is not node.kernel and t is not node.bias]
     node.weight = _rows(node, node.kernel.detach())
     return node
 
+
 def _rows(node, weight):
     "A weight as (out, K)."
-    if node.op == 'convolution' and node.bound['transposed']:   # stored as (in, out of its group, ...)
+    if node.op == 'convolution' and node.bound['transposed']:  # stored as (in, out of its group, ...)
         groups = node.bound['groups']
         return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
-    if node.op in ('mm', 'addmm') and not node.left: weight = weight.t()
+    if node.op in ('mm', 'addmm') and not node.left:
+        weight = weight.t()
     return weight.reshape(weight.shape[0], -1)
 
 # %% ../nbs/04_scoring.ipynb #df90d4bd
 def positions(
-    node: Node  # a layer
+    node: Node,  # a layer
 ) -> int:
     "How often each kernel is applied: output height x width, or 1 for a linear layer on a vector; input height x width where a convolution is transposed."
-    if node.op == 'convolution' and node.bound['transposed']: return node.in_elements//len(node.kernel)
-    return node.elements//node.weight.shape[0]
+    if node.op == 'convolution' and node.bound['transposed']:
+        return node.in_elements // len(node.kernel)
+    return node.elements // node.weight.shape[0]
 
 # %% ../nbs/04_scoring.ipynb #e9cc0767
 def tree_adds(
     n: torch.Tensor,  # (kernels,) numbers to add in each kernel
-    l                 # bits of a product: a number, or (kernels,)
+    l,  # bits of a product: a number, or (kernels,)
 ) -> torch.Tensor:
     "Bits added up in a tree, per kernel: level k does floor(n_k/2) adds of l + k bits. Slide 'Scoring', tree adder."
     n, level = n.to(torch.int64).clone(), 0
     cost = torch.zeros_like(n)
     while bool((n > 1).any()):
-        cost += n//2*(l + level)
-        n, level = (n + 1)//2, level + 1
+        cost += n // 2 * (l + level)
+        n, level = (n + 1) // 2, level + 1
     return cost
 
 # %% ../nbs/04_scoring.ipynb #e9f9d46a
 ADDERS = ('tree', 'int', 'int16', 'fp16', 'fp32')
 
+
 def root_bits(
     n: torch.Tensor,  # (kernels,) numbers to add in each kernel
-    l                 # bits of a product
+    l,  # bits of a product
 ):
     "L = l + ceil(log2 n) of the fullest kernel. Slide 'Scoring'."
     return l + math.ceil(math.log2(max(int(n.max()), 1)))
 
 # %% ../nbs/04_scoring.ipynb #186bc613
 def kernel_adds(
-    n: torch.Tensor,    # (kernels,) nonzero weights of each kernel
-    l: int,             # bits of a product
-    adder: str,         # tree, int, int16, fp16 or fp32
-    empty: int = 0      # adds of a kernel without weights: 0 is right, the released integer scorers count -1
+    n: torch.Tensor,  # (kernels,) nonzero weights of each kernel
+    l: int,  # bits of a product
+    adder: str,  # tree, int, int16, fp16 or fp32
+    empty: int = 0,  # adds of a kernel without weights: 0 is right, the released integer scorers count -1
 ) -> float:
     "Adds of one position, over all kernels, in 32-bit operations."
-    if adder == 'tree': return int(tree_adds(n, l).sum())/32
+    if adder == 'tree':
+        return int(tree_adds(n, l).sum()) / 32
     bits = {'fp16': 16, 'fp32': 32}.get(adder) or (root_bits(n, l) if adder == 'int' else min(root_bits(n, l), 16))
-    return int((n.to(torch.int64) - 1).clamp(min=empty).sum())*bits/32
+    return int((n.to(torch.int64) - 1).clamp(min=empty).sum()) * bits / 32
 
 # %% ../nbs/04_scoring.ipynb #2cb53f5f
 @dataclass(frozen=True)
 class LayerSpec:
     "How a convolution or linear layer is quantised."
-    weight_bits: int = 32            # bits
-    activation_bits: int = 32        # bits of its input
+
+    weight_bits: int = 32  # bits
+    activation_bits: int = 32  # bits of its input
     activation_signed: bool = False  # does the input's quantiser have a sign?
-    activation_scale: float = None   # step of the input's quantiser; None: some number other than 1
+    activation_scale: float = None  # step of the input's quantiser; None: some number other than 1
+
     def __post_init__(self):
         for b in ('weight_bits', 'activation_bits'):
-            if not (isinstance(v := getattr(self, b), int) and 1 <= v <= 32): raise MicronetError(f'{b} must be a whole number from 1 to 32, not {v!r}')
+            if not (isinstance(v := getattr(self, b), int) and 1 <= v <= 32):
+                raise MicronetError(f'{b} must be a whole number from 1 to 32, not {v!r}')
 
 # %% ../nbs/04_scoring.ipynb #4ec1054c
 def compressible(
-    model: nn.Module  # any model
+    model: nn.Module,  # any model
 ) -> dict:
     "Name to module of every Conv2d and Linear, in module order: the order of the released schedule."
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
@@ -480,37 +752,55 @@ def compressible(
 # %% ../nbs/04_scoring.ipynb #979966dc
 def schedule_specs(
     model: nn.Module,  # as many Conv2d and Linear layers as the schedule has entries
-    schedule: dict,    # as `released_schedule()`
-    scales=None        # (layers,) activation scales, the first one (the image's) taken as 1; None: the schedule's own
+    schedule: dict,  # as `released_schedule()`
+    scales=None,  # (layers,) activation scales, the first one (the image's) taken as 1; None: the schedule's own
 ) -> dict:
     "Specs for `score` from a released schedule; MicronetError where the layers do not match."
     names, bits = list(compressible(model)), schedule['weight_bits']
-    if len(names) != len(bits): raise MicronetError(f'the schedule has {len(bits)} layers, the model {len(names)}: they do not belong together')
+    if len(names) != len(bits):
+        raise MicronetError(f'the schedule has {len(bits)} layers, the model {len(names)}: they do not belong together')
     scales = schedule.get('activation_scale') if scales is None else scales
-    if scales is not None and len(scales) != len(bits): raise MicronetError(f'{len(scales)} scales for {len(bits)} layers')
-    step = [1., *map(float, scales[1:])] if scales is not None else [None]*len(bits)
-    return {n: LayerSpec(w, schedule['activation_bits'] if s is not None else schedule['first_layer_activation_bits'], bool(s), a)
-            for n, w, s, a in zip(names, bits, schedule['activation_signed'], step)}
+    if scales is not None and len(scales) != len(bits):
+        raise MicronetError(f'{len(scales)} scales for {len(bits)} layers')
+    step = [1.0, *map(float, scales[1:])] if scales is not None else [None] * len(bits)
+    return {
+        n: LayerSpec(
+            w, schedule['activation_bits'] if s is not None else schedule['first_layer_activation_bits'], bool(s), a
+        )
+        for n, w, s, a in zip(names, bits, schedule['activation_signed'], step)
+    }
 
 # %% ../nbs/04_scoring.ipynb #c856de44
 @dataclass(frozen=True)
 class Accounting:
     "What a convention charges, where conventions differ."
+
     name: str
-    gate_bits: int          # bits of sigmoid, swish and of a pool's multiplies
-    pool_bits: int          # bits of a pool's adds
-    riair: bool = True      # FP16 pointwise work, bitmask on every layer
+    gate_bits: int  # bits of sigmoid, swish and of a pool's multiplies
+    pool_bits: int  # bits of a pool's adds
+    riair: bool = True  # FP16 pointwise work, bitmask on every layer
     quantisers: bool = False  # is an activation quantiser charged?
 
 # %% ../nbs/04_scoring.ipynb #6c60b175
-ACCOUNTINGS = {a.name: a for a in (Accounting('official', 32, 32, riair=False), Accounting('riair-submitted', 16, 16, quantisers=True),
-                                   Accounting('riair-reviewed', 32, 32), Accounting('riair-cifar100', 16, 16))}
-TRACKS = {'imagenet': (6.9e6, 1170e6), 'cifar100': (36.5e6, 10.49e9)}  # baseline storage and operations: slide 'MicroNet Challenge'
+ACCOUNTINGS = {
+    a.name: a
+    for a in (
+        Accounting('official', 32, 32, riair=False),
+        Accounting('riair-submitted', 16, 16, quantisers=True),
+        Accounting('riair-reviewed', 32, 32),
+        Accounting('riair-cifar100', 16, 16),
+    )
+}
+TRACKS = {
+    'imagenet': (6.9e6, 1170e6),
+    'cifar100': (36.5e6, 10.49e9),
+}  # baseline storage and operations: slide 'MicroNet Challenge'
 
 # %% ../nbs/04_scoring.ipynb #ca82979f
 @dataclass
 class Counting:
     "One scorer at work: conventions, specs and what has been stored already."
+
     acc: Accounting
     adder: str
     specs: dict
@@ -518,30 +808,45 @@ class Counting:
     bias_bits: int
     corrected: bool
     freebie: bool = False
-    quantised: bool = False   # is any layer of the net quantised?
+    quantised: bool = False  # is any layer of the net quantised?
     rows: list = field(default_factory=list)
     stored: Elements = field(default_factory=Elements)
-    paid: set = field(default_factory=set)     # scales, biases and quantisers that are stored already
-    taken: object = None                       # (ids,) which stored numbers are paid for
+    paid: set = field(default_factory=set)  # scales, biases and quantisers that are stored already
+    taken: object = None  # (ids,) which stored numbers are paid for
 
     @property
-    def cifar(self): return self.acc.name == 'riair-cifar100'
+    def cifar(self):
+        return self.acc.name == 'riair-cifar100'
 
-    def row(self, node, kind, multiplies=0., adds=0., storage=0., name=None, shape=None, nnz=None, bits=''):
-        self.rows.append(dict(name=name or node.name, kind=kind, shape='x'.join(map(str, shape or node.shape)), nnz=nnz, bits=bits,
-                              multiplies=float(multiplies), adds=float(adds), storage=float(storage)))
+    def row(self, node, kind, multiplies=0.0, adds=0.0, storage=0.0, name=None, shape=None, nnz=None, bits=''):
+        self.rows.append(
+            dict(
+                name=name or node.name,
+                kind=kind,
+                shape='x'.join(map(str, shape or node.shape)),
+                nnz=nnz,
+                bits=bits,
+                multiplies=float(multiplies),
+                adds=float(adds),
+                storage=float(storage),
+            )
+        )
 
     def once(self, key, storage):
         "What is stored is paid for once, however often it is used."
         new = key not in self.paid
         self.paid.add(key)
-        return storage if new else 0.
+        return storage if new else 0.0
 
     def take(self, tensor):
         "Those elements of a stored tensor that are not paid for yet, (n,); now they are."
-        if not isinstance(tensor, torch.Tensor) or tensor not in self.stored: return torch.zeros(0)
-        bare = tensor.detach()[tuple(slice(1) if s == 0 else slice(None) for s in tensor.stride())]   # expanded: the same again
-        if self.taken is None: self.taken = torch.zeros(self.stored.size, dtype=torch.bool)
+        if not isinstance(tensor, torch.Tensor) or tensor not in self.stored:
+            return torch.zeros(0)
+        bare = tensor.detach()[
+            tuple(slice(1) if s == 0 else slice(None) for s in tensor.stride())
+        ]  # expanded: the same again
+        if self.taken is None:
+            self.taken = torch.zeros(self.stored.size, dtype=torch.bool)
         if self.stored.distinct(bare):
             taken = self.stored.places(bare, self.taken)
             values = bare.reshape(-1) if not taken.any() else bare[~taken.to(bare.device)]
@@ -555,37 +860,42 @@ class Counting:
 
 # %% ../nbs/04_scoring.ipynb #d0f74967
 def weight_storage(
-    N: int, nnz: int,  # weights; those that are not zero
-    bits: int,         # bits of a weight
-    always: bool       # a bitmask for every layer, as RIAIR charges?
+    N: int,
+    nnz: int,  # weights; those that are not zero
+    bits: int,  # bits of a weight
+    always: bool,  # a bitmask for every layer, as RIAIR charges?
 ) -> float:
     "32-bit numbers that a weight tensor takes: bitmask and nonzeros, or (official) all weights where that is less. One bit holds -1 and 1, so zeros among them need the mask."
-    masked = N + nnz*bits
-    return (masked if always or bits == 1 and nnz < N else min(masked, N*bits))/32
+    masked = N + nnz * bits
+    return (masked if always or bits == 1 and nnz < N else min(masked, N * bits)) / 32
 
 # %% ../nbs/04_scoring.ipynb #232e197e
 def average_adds(n, K):
     "Adds of one position as RIAIR counts them for float adders: (nnz/N) C (K - 1)."
     nnz, C = int(n.sum()), len(n)
-    return nnz/(C*K)*C*(K - 1)
+    return nnz / (C * K) * C * (K - 1)
+
 
 def cifar_root_bits(ba, K):
     "Width of RIAIR's CIFAR-100 integer adder: it holds the largest sum of a dense kernel."
-    return math.floor(math.log2((2**ba - 1)*(2**(ba - 1) - 1)*K)) + 1
+    return math.floor(math.log2((2**ba - 1) * (2 ** (ba - 1) - 1) * K)) + 1
 
 # %% ../nbs/04_scoring.ipynb #fd1f7d91
 def _layer_adds(c, node, n, K, bw, ba, signed):
     "Adds of one position of a layer, in 32-bit operations, under every accounting."
     empty = 0 if c.corrected or not c.acc.riair else -1
-    whole = ba == 32 or (bw == 32 and not c.acc.riair) or (c.cifar and node.op != 'convolution')  # a float factor: float adds
+    whole = (
+        ba == 32 or (bw == 32 and not c.acc.riair) or (c.cifar and node.op != 'convolution')
+    )  # a float factor: float adds
     if whole:
         adds = average_adds(n, K) if c.acc.riair else kernel_adds(n, 0, 'fp32')
         slip = c.cifar and node.op == 'convolution' and c.adder in ('int', 'int16') and not c.corrected
-        return adds/32 if slip else adds
-    if c.acc.riair and c.adder in ('fp16', 'fp32'): return average_adds(n, K)*(16 if c.adder == 'fp16' else 32)/32
+        return adds / 32 if slip else adds
+    if c.acc.riair and c.adder in ('fp16', 'fp32'):
+        return average_adds(n, K) * (16 if c.adder == 'fp16' else 32) / 32
     if c.cifar and c.adder in ('int', 'int16'):
         bits = cifar_root_bits(ba, K)
-        return int((n - 1).clamp(min=empty).sum())*(min(bits, 16) if c.adder == 'int16' else bits)/32
+        return int((n - 1).clamp(min=empty).sum()) * (min(bits, 16) if c.adder == 'int16' else bits) / 32
     return kernel_adds(n, bw + ba - bool(signed), c.adder, empty)
 
 # %% ../nbs/04_scoring.ipynb #cb9fd3f0
@@ -593,116 +903,186 @@ def count_layer(c, node, bits, scaled):
     "Rows of a convolution or linear layer: its products and sums, then its scale and bias."
     bw, ba, signed, spec = bits
     n, C, K, P = _kernel_sizes(node), len(node.weight), node.weight.shape[1], positions(node)
-    moved = node.op == 'convolution' and node.bound['transposed']   # the sizes of all its sums are there
+    moved = node.op == 'convolution' and node.bound['transposed']  # the sizes of all its sums are there
     nnz = int((node.weight != 0).sum()) if moved else int(n.sum())
-    if c.cifar and node.op != 'convolution': ba = 32                # the classifier's input is always counted as float
+    if c.cifar and node.op != 'convolution':
+        ba = 32  # the classifier's input is always counted as float
     wide = max(bw, ba)
     half, new = c.freebie and wide == 32, c.take(node.kernel)
-    c.row(node, 'conv' if node.op == 'convolution' else 'linear', nnz*P*(16 if half else wide)/32, (1 if moved else P)*_layer_adds(c, node, n, K, bw, ba, signed),
-          weight_storage(len(new), nnz if len(new) == C*K else int((new != 0).sum()), 16 if half else bw, c.acc.riair), shape=(*node.weight.shape, P), nnz=nnz, bits=f'{bw}w {ba}a')
-    count_layer_scale(c, node, C, node.elements//C, bw < 32, scaled, ba < 32 and node.data)
+    c.row(
+        node,
+        'conv' if node.op == 'convolution' else 'linear',
+        nnz * P * (16 if half else wide) / 32,
+        (1 if moved else P) * _layer_adds(c, node, n, K, bw, ba, signed),
+        weight_storage(len(new), nnz if len(new) == C * K else int((new != 0).sum()), 16 if half else bw, c.acc.riair),
+        shape=(*node.weight.shape, P),
+        nnz=nnz,
+        bits=f'{bw}w {ba}a',
+    )
+    count_layer_scale(c, node, C, node.elements // C, bw < 32, scaled, ba < 32 and node.data)
     count_beta(c, node)
     if c.acc.quantisers and spec is not None and ba < 32 and spec.activation_scale != 1:
         if one := c.once(('quantiser', node.name if node.name in c.specs else spec.activation_scale, node.data), 1):
-            c.row(node, 'quantiser', multiplies=one*node.in_elements/2, storage=one*.5, shape=node.in_shape, bits='16')
+            c.row(
+                node,
+                'quantiser',
+                multiplies=one * node.in_elements / 2,
+                storage=one * 0.5,
+                shape=node.in_shape,
+                bits='16',
+            )
 
 # %% ../nbs/04_scoring.ipynb #355b081f
 def _kernel_sizes(node):
     "(kernels,) nonzero weights of each kernel; for a transposed convolution, products in each sum of its whole output."
-    if not (node.op == 'convolution' and node.bound['transposed']): return (node.weight != 0).sum(1).cpu()
+    if not (node.op == 'convolution' and node.bound['transposed']):
+        return (node.weight != 0).sum(1).cpu()
     a, there = node.bound, (node.kernel.detach() != 0).double().cpu()
     ones = torch.ones(1, len(there), *node.in_shape[1:], dtype=torch.float64)
-    out = torch.ops.aten.convolution(ones, there, None, a['stride'], [0]*len(a['padding']), a['dilation'], True, a['output_padding'], a['groups'])
+    out = torch.ops.aten.convolution(
+        ones, there, None, a['stride'], [0] * len(a['padding']), a['dilation'], True, a['output_padding'], a['groups']
+    )
     return out.round().long().flatten()
+
 
 def count_beta(c, node):
     "What addmm multiplies beside the product: alpha and beta are folded into weights and biases that are stored, but not into activations."
-    factors = [node.bound.get('beta', 1) if 'self' in node.reads else 1, node.bound.get('alpha', 1) if node.weight is None else 1]
-    if times := sum(f not in (0, 1) for f in factors): c.row(node, 'mul', multiplies=times*node.elements*(16 if c.acc.riair or c.freebie else 32)/32, bits='32')
+    factors = [
+        node.bound.get('beta', 1) if 'self' in node.reads else 1,
+        node.bound.get('alpha', 1) if node.weight is None else 1,
+    ]
+    if times := sum(f not in (0, 1) for f in factors):
+        c.row(node, 'mul', multiplies=times * node.elements * (16 if c.acc.riair or c.freebie else 32) / 32, bits='32')
 
 # %% ../nbs/04_scoring.ipynb #c143eac0
 def count_layer_scale(c, node, C, P, quantised, scaled, maker=None):
     "The row for a layer's own scale and bias. `scaled`: 'explicit' (a module of its own follows), the key of the batch norm that is folded in, or None."
     bias = node.bias is not None or scaled is not None
-    if scaled == 'explicit': return
+    if scaled == 'explicit':
+        return
     own = c.stored.key(node.bias) if node.bias is not None else None
     key = 'scale', c.stored.key(node.kernel), own, scaled, maker
     if c.cifar:
-        if bias or quantised: count_scale(c, node, C, C*P, bias, key)
-    elif c.acc.riair: c.row(node, 'scale', C*P/2, C*P*c.bias_bits/32, c.once(key, (2*C + 1)/2), shape=(C, P), bits='16')
-    elif quantised: c.row(node, 'scale', C*P/2, bias*C*P*c.bias_bits/32, c.once(key, (C + bias*C)/2), shape=(C, P), bits='16')
+        if bias or quantised:
+            count_scale(c, node, C, C * P, bias, key)
+    elif c.acc.riair:
+        c.row(node, 'scale', C * P / 2, C * P * c.bias_bits / 32, c.once(key, (2 * C + 1) / 2), shape=(C, P), bits='16')
+    elif quantised:
+        c.row(
+            node,
+            'scale',
+            C * P / 2,
+            bias * C * P * c.bias_bits / 32,
+            c.once(key, (C + bias * C) / 2),
+            shape=(C, P),
+            bits='16',
+        )
     elif bias:
         stored = len(c.take(node.bias)) if scaled is None else c.once(('bias', own, scaled), C)
-        c.row(node, 'bias', adds=C*P, storage=stored*(.5 if c.freebie else 1), shape=(C, P), bits='32')
+        c.row(node, 'bias', adds=C * P, storage=stored * (0.5 if c.freebie else 1), shape=(C, P), bits='32')
 
 # %% ../nbs/04_scoring.ipynb #330d3c31
 def count_scale(c, node, C, elements, bias, key):
     "The row of a scale layer: C FP16 scales and, where `bias`, C biases. Released slip 1: half a number each, whatever C is."
     bits = 16 if c.acc.riair or c.quantised or node.op == 'scale' else 32
-    stored = (1 if c.cifar and not c.corrected else C)*(1 + bool(bias))*(16 if c.freebie else bits)/32
-    c.row(node, 'scale', elements*(16 if c.freebie else bits)/32, bool(bias)*elements*(c.bias_bits if bits == 16 else bits)/32, c.once(key, stored), shape=(C, elements//C), bits=str(bits))
+    stored = (1 if c.cifar and not c.corrected else C) * (1 + bool(bias)) * (16 if c.freebie else bits) / 32
+    c.row(
+        node,
+        'scale',
+        elements * (16 if c.freebie else bits) / 32,
+        bool(bias) * elements * (c.bias_bits if bits == 16 else bits) / 32,
+        c.once(key, stored),
+        shape=(C, elements // C),
+        bits=str(bits),
+    )
 
 # %% ../nbs/04_scoring.ipynb #a5c96e84
 def folds(
-    norm: Node  # a batch norm with statistics of its own
+    norm: Node,  # a batch norm with statistics of its own
 ) -> list:
     "The layers that a batch norm folds into, those of its channels in order; empty where it cannot fold."
     value = norm.reads['input']
-    if value.consumers == 1 and value.op == 'convolution' and value.weight is not None: return [value]
-    if not (layers := _behind(value)): return []
+    if value.consumers == 1 and value.op == 'convolution' and value.weight is not None:
+        return [value]
+    if not (layers := _behind(value)):
+        return []
     starts = dict(zip(layers, torch.tensor([0, *(len(n.weight) for n in layers)]).cumsum(0).tolist()))
-    try: numbers = _channels(value, starts)
-    except (RuntimeError, TypeError, NotImplementedError, KeyError, AttributeError): return []   # a move that cannot be done again
+    try:
+        numbers = _channels(value, starts)
+    except (RuntimeError, TypeError, NotImplementedError, KeyError, AttributeError):
+        return []  # a move that cannot be done again
     seen = numbers.transpose(0, 1).flatten(1)
     one_each = bool((seen == seen[:, :1]).all()) and len(seen[:, 0].unique()) == len(seen)
     return layers if one_each and len(seen) == sum(len(n.weight) for n in layers) else []
 
+
 def _behind(node):
     "The layers whose outputs, moved about and read by nobody else, are this value."
-    if node.consumers != 1 or node.outputs != 1: return []
-    if node.weight is not None: return [node]
+    if node.consumers != 1 or node.outputs != 1:
+        return []
+    if node.weight is not None:
+        return [node]
     parts = [_behind(i) for i in node.inputs] if node.op in FREE - PADS - {'copy'} and not node.constants else [[]]
     return sum(parts, []) if all(parts) and len({*sum(parts, [])}) == len(sum(parts, [])) else []
+
 
 def _channels(node, starts):
     "A tensor like a node's output, filled with the numbers of the channels that made it."
     if node in starts:
         dim = 1 if node.op == 'convolution' else 0 if node.left else -1
         numbers = torch.arange(len(node.weight), dtype=torch.float64) + starts[node]
-        return numbers.expand(*node.full[:dim], *node.full[dim + 1:], -1).movedim(-1, dim) if dim >= 0 else numbers.expand(node.full)
+        return (
+            numbers.expand(*node.full[:dim], *node.full[dim + 1 :], -1).movedim(-1, dim)
+            if dim >= 0
+            else numbers.expand(node.full)
+        )
     func, args, kwargs, makers = node.call
-    def change(t): return _channels(makers[id(t)], starts) if id(t) in makers else t
+
+    def change(t):
+        return _channels(makers[id(t)], starts) if id(t) in makers else t
+
     return func(*_replaced(args, change), **_replaced(kwargs, change))
 
 # %% ../nbs/04_scoring.ipynb #9e5c60a4
 def pool_size(
-    node: Node  # a pool
+    node: Node,  # a pool
 ) -> int:
     "Inputs that one output of a pool reads; where its windows differ, most of them."
     return int(windows(node)[0].max())
 
+
 def windows(
-    node: Node  # a pool
-) -> tuple:     # (inputs that it reads, what an average divides by): (windows,) each
+    node: Node,  # a pool
+) -> tuple:  # (inputs that it reads, what an average divides by): (windows,) each
     "Every window of a pool in one plane, as far as it lies on the image."
-    if '_pool' not in node.op: return (torch.tensor([max(node.in_elements//max(node.elements, 1), 1)]),)*2
+    if '_pool' not in node.op:
+        return (torch.tensor([max(node.in_elements // max(node.elements, 1), 1)]),) * 2
     dims, a = int(node.op.split('_pool')[1][0]), node.bound
-    spans = [_spans(a, node.op, d, dims, size, out) for d, (size, out) in enumerate(zip(node.in_shape[-dims:], node.shape[-dims:]))]
+    spans = [
+        _spans(a, node.op, d, dims, size, out)
+        for d, (size, out) in enumerate(zip(node.in_shape[-dims:], node.shape[-dims:]))
+    ]
     read, within = (_outer([s[i] for s in spans]) for i in (0, 1))
-    return read, torch.full_like(read, a['divisor_override']) if a.get('divisor_override') else within if a.get('count_include_pad', True) else read
+    return read, torch.full_like(read, a['divisor_override']) if a.get('divisor_override') else within if a.get(
+        'count_include_pad', True
+    ) else read
+
 
 def _spans(a, op, d, dims, size, out):
     "Along one dimension: inputs in each window, and places in it, padding included."
     i = torch.arange(out)
     if op.startswith('adaptive'):
-        read = ((i + 1)*size + out - 1)//out - i*size//out
+        read = ((i + 1) * size + out - 1) // out - i * size // out
         return read, read
+
     def at(name, default):
         v = a.get(name) or default
         return v if isinstance(v, int) else v[d if len(v) == dims else 0]
+
     k, pad, step = at('kernel_size', 1), at('padding', 0), at('dilation', 1)
-    places = (i*at('stride', a['kernel_size']) - pad)[:, None] + torch.arange(k)*step
+    places = (i * at('stride', a['kernel_size']) - pad)[:, None] + torch.arange(k) * step
     return ((places >= 0) & (places < size)).sum(1), (places < size + pad).sum(1)
+
 
 def _outer(counts):
     "Products of what lies along each dimension, as one list."
@@ -712,41 +1092,71 @@ def _outer(counts):
 def count_pool(c, node, wide):
     "An average of k inputs is a multiply and k - 1 adds; a maximum is k - 1 comparisons. Released slip 2: a k x k pool is charged k, not k k."
     k, most = windows(node), pool_size(node)
-    if c.cifar and not c.corrected: k = (torch.tensor([round(math.sqrt(most))]),)*2
-    planes = node.elements//len(k[0])
-    adds = planes*int((k[0] - 1).clamp(min=0).sum())
-    if node.op in MAXIMA: return c.row(node, 'max pool', adds=adds*(16 if c.acc.riair else wide)/32, bits=str(wide))
-    divided = planes*int((k[1] != 1).sum()) if node.op in AVERAGES else 0   # the average of one number is that number
+    if c.cifar and not c.corrected:
+        k = (torch.tensor([round(math.sqrt(most))]),) * 2
+    planes = node.elements // len(k[0])
+    adds = planes * int((k[0] - 1).clamp(min=0).sum())
+    if node.op in MAXIMA:
+        return c.row(node, 'max pool', adds=adds * (16 if c.acc.riair else wide) / 32, bits=str(wide))
+    divided = planes * int((k[1] != 1).sum()) if node.op in AVERAGES else 0  # the average of one number is that number
     gate = 16 if c.freebie else c.acc.gate_bits
-    c.row(node, 'pool', divided*gate/32, adds*c.pool_bits/32, shape=(*node.shape, most), bits=f'{gate}/{c.pool_bits}')
+    c.row(
+        node,
+        'pool',
+        divided * gate / 32,
+        adds * c.pool_bits / 32,
+        shape=(*node.shape, most),
+        bits=f'{gate}/{c.pool_bits}',
+    )
 
 # %% ../nbs/04_scoring.ipynb #6c434548
 def _statistics(
-    op: str, a: dict,   # the operation and its arguments by name
-    N: int, out: int    # elements of its input and of its (first) output
+    op: str,
+    a: dict,  # the operation and its arguments by name
+    N: int,
+    out: int,  # elements of its input and of its (first) output
 ) -> tuple:
     "(multiplies, adds) of an operation that takes statistics of its input."
     affine = [a.get(k) is not None for k in ('weight', 'bias')]
-    if op in ('var', 'var_mean', 'std', 'std_mean'): return N + 2*out + out*op.startswith('std'), 3*N - 2*out
-    if op == 'linalg_vector_norm': return N + out, N - out
-    G = a['input'].shape[1] if 'batch_norm' in op else a['N']*a['group'] if op == 'native_group_norm' else N//math.prod(a['normalized_shape'])
-    if op == 'fused_rms_norm': return 2*N + 2*G + affine[0]*N, N
-    return 2*N + 3*G + affine[0]*N, 3*N - G + affine[1]*N
+    if op in ('var', 'var_mean', 'std', 'std_mean'):
+        return N + 2 * out + out * op.startswith('std'), 3 * N - 2 * out
+    if op == 'linalg_vector_norm':
+        return N + out, N - out
+    G = (
+        a['input'].shape[1]
+        if 'batch_norm' in op
+        else a['N'] * a['group']
+        if op == 'native_group_norm'
+        else N // math.prod(a['normalized_shape'])
+    )
+    if op == 'fused_rms_norm':
+        return 2 * N + 2 * G + affine[0] * N, N
+    return 2 * N + 3 * G + affine[0] * N, 3 * N - G + affine[1] * N
+
 
 def count_statistics(c, node):
     "The row of a norm, or of a variance, of what flows."
     multiplies, adds = _statistics(node.op, node.bound, node.in_elements, node.elements)
     bits = c.acc.gate_bits
-    c.row(node, node.op, multiplies*(16 if c.freebie else bits)/32, adds*bits/32, bits=str(bits))
+    c.row(node, node.op, multiplies * (16 if c.freebie else bits) / 32, adds * bits / 32, bits=str(bits))
 
 # %% ../nbs/04_scoring.ipynb #2227957a
 def count_elementwise(c, node, wide):
     "Work on each element: pointwise sums and products on the larger input, gates at the accounting's width."
     multiplies, adds = ELEMENTWISE[node.op]
-    multiplies += (node.bound.get('alpha') or 1) != 1 or (node.op == 'addcmul' and node.bound['value'] != 1)   # x + alpha y
+    multiplies += (node.bound.get('alpha') or 1) != 1 or (
+        node.op == 'addcmul' and node.bound['value'] != 1
+    )  # x + alpha y
     bits = c.acc.gate_bits if node.op in GATES else 16 if c.acc.riair else wide
     size = node.elements if node.op in WHOLE else max(node.elements, node.in_elements)
-    c.row(node, node.op, multiplies*size*(16 if c.freebie else bits)/32, adds*size*bits/32, bits=str(bits), shape=node.shape)
+    c.row(
+        node,
+        node.op,
+        multiplies * size * (16 if c.freebie else bits) / 32,
+        adds * size * bits / 32,
+        bits=str(bits),
+        shape=node.shape,
+    )
 
 # %% ../nbs/04_scoring.ipynb #b5d87dbc
 def count_product(c, node, wide, known=()):
@@ -758,93 +1168,149 @@ def count_product(c, node, wide, known=()):
     multiplied = 16 if c.freebie else wide
     if node.op in ATTENTION:
         masked = a.get('attn_mask', a.get('attn_bias')) is not None
-        c.row(node, 'softmax', sums*3, sums + sums*masked, bits='32')   # scale, exponential, division; sum, and a mask's
-        v, out = a['value'], a['query'].numel()//a['query'].shape[-1]*a['value'].shape[-1]
-        c.row(node, 'product', out*v.shape[-2]*multiplied/32, out*(v.shape[-2] - 1)*wide/32, bits=str(wide))
+        c.row(
+            node, 'softmax', sums * 3, sums + sums * masked, bits='32'
+        )  # scale, exponential, division; sum, and a mask's
+        v, out = a['value'], a['query'].numel() // a['query'].shape[-1] * a['value'].shape[-1]
+        c.row(node, 'product', out * v.shape[-2] * multiplied / 32, out * (v.shape[-2] - 1) * wide / 32, bits=str(wide))
     bits = values[0].bits + values[1].bits - (values[0].signed and values[1].signed) if exact else 32
-    adds = sums*kernel_adds(torch.tensor([products//sums]), bits, c.adder) if exact else (products - sums)*wide/32
-    c.row(node, 'product', products*multiplied/32, adds + bias*sums*(32 if exact else wide)/32, bits=str(wide))
+    adds = (
+        sums * kernel_adds(torch.tensor([products // sums]), bits, c.adder) if exact else (products - sums) * wide / 32
+    )
+    c.row(
+        node, 'product', products * multiplied / 32, adds + bias * sums * (32 if exact else wide) / 32, bits=str(wide)
+    )
     count_beta(c, node)
+
 
 def _factors(node):
     "Arguments, the names of the two factors, products, sums that they are added up to, is something added to these?"
     a = node.bound
     if node.op in ATTENTION:
         q, k = a['query'], a['key']
-        return a, ('query', 'key'), q.numel()*k.shape[-2], q.numel()//q.shape[-1]*k.shape[-2], False
+        return a, ('query', 'key'), q.numel() * k.shape[-2], q.numel() // q.shape[-1] * k.shape[-2], False
     if node.op in ('convolution', 'linear'):
         met = a['input'].numel() if node.op == 'convolution' and a['transposed'] else node.elements
-        return a, ('input', 'weight'), met*math.prod(a['weight'].shape[1:]), node.elements, a['bias'] is not None
+        return a, ('input', 'weight'), met * math.prod(a['weight'].shape[1:]), node.elements, a['bias'] is not None
     first, second = dict(addmm=('mat1', 'mat2'), baddbmm=('batch1', 'batch2')).get(node.op, ('self', 'mat2'))
-    return a, (first, second), node.elements*a[first].shape[-1], node.elements, 'self' not in (first, second) and a['beta'] != 0
+    return (
+        a,
+        (first, second),
+        node.elements * a[first].shape[-1],
+        node.elements,
+        'self' not in (first, second) and a['beta'] != 0,
+    )
 
 # %% ../nbs/04_scoring.ipynb #46d517ce
 def count_constants(c, node):
     "A stored tensor that takes part without being a weight: a position embedding, a layer scale. Indices and what merely says where things go are free; a mask is a bit a number."
     for t in node.constants:
-        if not (t.is_floating_point() or kind_of(node) == 'elementwise'): continue
-        bits = (16 if c.acc.riair or c.quantised or c.freebie else 32) if t.is_floating_point() else 1 if t.dtype == torch.bool else 8*t.element_size()
-        if n := len(c.take(t)): c.row(node, 'constant', storage=n*bits/32, shape=tuple(t.shape), bits=str(bits))
+        if not (t.is_floating_point() or kind_of(node) == 'elementwise'):
+            continue
+        bits = (
+            (16 if c.acc.riair or c.quantised or c.freebie else 32)
+            if t.is_floating_point()
+            else 1
+            if t.dtype == torch.bool
+            else 8 * t.element_size()
+        )
+        if n := len(c.take(t)):
+            c.row(node, 'constant', storage=n * bits / 32, shape=tuple(t.shape), bits=str(bits))
 
 # %% ../nbs/04_scoring.ipynb #f6ed8087
 class Value(NamedTuple):
     "How wide a value is; on a grid, if it has a step."
+
     bits: int
     signed: bool
-    step: object = None   # of its quantiser (a number, or the quantiser itself where it has several); None: a float
-    low: int = 0          # smallest integer of an unsigned grid
+    step: object = None  # of its quantiser (a number, or the quantiser itself where it has several); None: a float
+    low: int = 0  # smallest integer of an unsigned grid
 
     @property
-    def top(self): return max(2**(self.bits - self.signed) - 1, 1) + self.low
+    def top(self):
+        return max(2 ** (self.bits - self.signed) - 1, 1) + self.low
+
     @property
-    def float_bits(self): return self.bits if self.step is None else 32
+    def float_bits(self):
+        return self.bits if self.step is None else 32
+
 
 def _merged(values):
     "The grid that holds several values, None where they have none in common."
-    if not values or any(v.step is None for v in values) or len({(v.step, v.low) for v in values}) > 1: return None
+    if not values or any(v.step is None for v in values) or len({(v.step, v.low) for v in values}) > 1:
+        return None
     signed = any(v.signed for v in values)
     return Value(max(v.bits + (signed and not v.signed) for v in values), signed, values[0].step, values[0].low)
 
 # %% ../nbs/04_scoring.ipynb #7ecc7855
-def _stays(node, v): return v
+def _stays(node, v):
+    return v
+
 
 def _clamped(node, v):
     "Ends that cut values off lie on the grid themselves."
     a = node.bound
     for end, sign in ((a.get('min', a.get('min_val')), -1), (a.get('max', a.get('max_val')), 1)):
-        if end is None: continue
-        if isinstance(end, torch.Tensor) or not isinstance(v.step, float): return None
-        places, low = end/v.step, -v.top if v.signed else v.low
-        if (places >= v.top if sign > 0 else places <= low): continue   # cuts nothing off
-        if not low <= places <= v.top or abs(places - round(places)) > 1e-6: return None
+        if end is None:
+            continue
+        if isinstance(end, torch.Tensor) or not isinstance(v.step, float):
+            return None
+        places, low = end / v.step, -v.top if v.signed else v.low
+        if places >= v.top if sign > 0 else places <= low:
+            continue  # cuts nothing off
+        if not low <= places <= v.top or abs(places - round(places)) > 1e-6:
+            return None
     return v
+
 
 def _summed(node, v):
     "The sum of two values has a bit more; a difference has a sign, too."
-    if len(node.inputs) != 2 or node.bound.get('alpha', 1) != 1 or v.low: return None
-    return Value(max(v.bits, 1 + v.signed) + 1, v.signed or node.op == 'sub', v.step)   # one signed bit is -1 to 1, as two are
+    if len(node.inputs) != 2 or node.bound.get('alpha', 1) != 1 or v.low:
+        return None
+    return Value(
+        max(v.bits, 1 + v.signed) + 1, v.signed or node.op == 'sub', v.step
+    )  # one signed bit is -1 to 1, as two are
+
 
 ON_GRID = {  # operations whose results lie on the grid of their inputs: rule from (node, the inputs' grid) to the result's, or None
-    **dict.fromkeys(FREE, _stays), **dict.fromkeys(MAXIMA - {'argmax', 'argmin'}, _stays), **dict.fromkeys(('relu', 'maximum', 'minimum'), _stays),
-    **dict.fromkeys(('clamp', 'clamp_min', 'clamp_max', 'hardtanh'), _clamped), **dict.fromkeys(('add', 'sub'), _summed),
-    'neg': lambda node, v: v if v.signed else None, 'abs': lambda node, v: None if v.low else v,
-    'pad': lambda node, v: v if node.bound.get('mode', 'constant') != 'constant' or not node.bound.get('value') else None,
-    'constant_pad_nd': lambda node, v: v if not node.bound['value'] else None}
+    **dict.fromkeys(FREE, _stays),
+    **dict.fromkeys(MAXIMA - {'argmax', 'argmin'}, _stays),
+    **dict.fromkeys(('relu', 'maximum', 'minimum'), _stays),
+    **dict.fromkeys(('clamp', 'clamp_min', 'clamp_max', 'hardtanh'), _clamped),
+    **dict.fromkeys(('add', 'sub'), _summed),
+    'neg': lambda node, v: v if v.signed else None,
+    'abs': lambda node, v: None if v.low else v,
+    'pad': lambda node, v: (
+        v if node.bound.get('mode', 'constant') != 'constant' or not node.bound.get('value') else None
+    ),
+    'constant_pad_nd': lambda node, v: v if not node.bound['value'] else None,
+}
 
 # %% ../nbs/04_scoring.ipynb #4b849481
 def value_bits(
     node: Node,  # an operation
-    known: dict, # Node to Value of the operations before it
-    layer=None   # (weight bits, activation bits, signed, spec) where it is a layer
+    known: dict,  # Node to Value of the operations before it
+    layer=None,  # (weight bits, activation bits, signed, spec) where it is a layer
 ) -> Value:
     "Width and sign of the value that an operation makes, and the step of its grid, if it lies on one."
-    if node.op == 'quantise': return Value(node.module.bits, bool(node.module.signed), quantiser_step(node) or node.module, getattr(node.module, 'low', 0))
-    if node.op == 'scale' or (layer and min(layer[:2]) < 32): return Value(16, True)
-    if layer: return Value(32, True)
+    if node.op == 'quantise':
+        return Value(
+            node.module.bits,
+            bool(node.module.signed),
+            quantiser_step(node) or node.module,
+            getattr(node.module, 'low', 0),
+        )
+    if node.op == 'scale' or (layer and min(layer[:2]) < 32):
+        return Value(16, True)
+    if layer:
+        return Value(32, True)
     values = [known.get(i, Value(32, True)) for i in node.inputs]
     grid, stays = _merged(values), ON_GRID.get(node.op)
     pure = node.blank and not any(t.is_floating_point() for t in node.constants)
-    return (stays and grid and pure and stays(node, grid)) or Value(max((v.float_bits for v in values), default=32), True)
+    return (stays and grid and pure and stays(node, grid)) or Value(
+        max((v.float_bits for v in values), default=32), True
+    )
+
 
 def operand_bits(node, known):
     "Width at which an operation works: its inputs' where it stays on their grid, else that of floats."
@@ -853,32 +1319,46 @@ def operand_bits(node, known):
 
 # %% ../nbs/04_scoring.ipynb #00516a9e
 def weight_width(
-    module: nn.Module,     # a layer
-    name: str = 'weight'   # of its weight
+    module: nn.Module,  # a layer
+    name: str = 'weight',  # of its weight
 ) -> int:
     "Bits of a layer's weight: what the module says (`weight_bits`), or a parametrization of its weight that has `bits`; else 32."
     chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else []
     return getattr(module, 'weight_bits', None) or min((p.bits for p in chain if hasattr(p, 'bits')), default=32)
+
 
 def on_steps(module, name='weight'):
     "Are a layer's weights still whole multiples of their quantiser's steps, after all that follows it?"
     chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else []
     weight = getattr(module, name).detach()
     for p in chain:
-        if hasattr(p, 'bits') and isinstance(step := getattr(p, 'scale', None), torch.Tensor) and step.dim() in (0, weight.dim()):
-            q = weight/step.detach()
-            if bool(((q - q.round()).abs() > .01).any()): return False
+        if (
+            hasattr(p, 'bits')
+            and isinstance(step := getattr(p, 'scale', None), torch.Tensor)
+            and step.dim() in (0, weight.dim())
+        ):
+            q = weight / step.detach()
+            if bool(((q - q.round()).abs() > 0.01).any()):
+                return False
     return True
 
 # %% ../nbs/04_scoring.ipynb #714e607b
 def layer_bits(c, node, known):
     "(weight bits, activation bits, signed, spec) of a layer: from its spec, else from its module and from what made its input."
     spec = c.specs.get(node.name)
-    if spec: return spec.weight_bits, spec.activation_bits, spec.activation_signed, spec
+    if spec:
+        return spec.weight_bits, spec.activation_bits, spec.activation_signed, spec
     v = known.get(node.data, Value(32, True))
-    whole = node.own and on_steps(node.module, node.own)   # a weight that is computed from the quantised one is a float again
-    widths = weight_width(node.module, node.own) if whole else 32, v.bits if v.bits < 16 and v.step is not None else 32, v.signed
+    whole = node.own and on_steps(
+        node.module, node.own
+    )  # a weight that is computed from the quantised one is a float again
+    widths = (
+        weight_width(node.module, node.own) if whole else 32,
+        v.bits if v.bits < 16 and v.step is not None else 32,
+        v.signed,
+    )
     return *widths, LayerSpec(*widths, v.step if isinstance(v.step, float) else None) if v.step is not None else None
+
 
 def quantiser_step(node):
     "The step of a quantiser module: 1 where it is folded away, None where it is not one number."
@@ -888,10 +1368,13 @@ def quantiser_step(node):
 # %% ../nbs/04_scoring.ipynb #dcdfe7ea
 def absorbed(c, node, readers):
     "Is this relu done by the unsigned quantisers that read it?"
+
     def unsigned(r):
-        if r.op == 'quantise': return r.module.bits < 32 and not (r.module.signed or getattr(r.module, 'low', 0))
+        if r.op == 'quantise':
+            return r.module.bits < 32 and not (r.module.signed or getattr(r.module, 'low', 0))
         spec = c.specs.get(r.name) if r.weight is not None else None
         return bool(spec) and spec.activation_bits < 32 and not spec.activation_signed
+
     return c.cifar and node.op == 'relu' and node in readers and all(map(unsigned, readers[node]))
 
 # %% ../nbs/04_scoring.ipynb #53b0c52d
@@ -899,25 +1382,33 @@ def _plan(graph, c):
     "Bits of every layer and value, and which norms are folded into which layers."
     known, bits, scaled, readers = {}, {}, {}, {}
     for node in graph.nodes:
-        if node.op in LAYERS: as_layer(node)
-        if node.weight is not None: bits[node] = layer_bits(c, node, known)
+        if node.op in LAYERS:
+            as_layer(node)
+        if node.weight is not None:
+            bits[node] = layer_bits(c, node, known)
         known[node] = value_bits(node, known, bits.get(node))
-        for i in node.inputs: readers.setdefault(i, []).append(node)
-        if getattr(node.module, 'explicit_scale', False): scaled[node] = 'explicit'
+        for i in node.inputs:
+            readers.setdefault(i, []).append(node)
+        if getattr(node.module, 'explicit_scale', False):
+            scaled[node] = 'explicit'
         if kind_of(node) == 'norm':
             scaled[node] = folds(node)
             scaled.update({n: (*_norm_key(node), i) for i, n in enumerate(scaled[node])})
     c.quantised = any(min(b[:2]) < 32 for b in bits.values())
     return known, bits, scaled, readers
 
-def _norm_key(node): return 'norm', _memory(node.bound['running_mean']), node.bound['running_mean'].storage_offset()
+
+def _norm_key(node):
+    return 'norm', _memory(node.bound['running_mean']), node.bound['running_mean'].storage_offset()
 
 # %% ../nbs/04_scoring.ipynb #e5adead4
 def _check_names(graph, specs):
     "A spec for a layer that is not there is a mistake, not a wish."
     layers = {n.name for n in graph.nodes if n.weight is not None}
     if missing := sorted(set(specs) - layers):
-        raise MicronetError(f'specs name {missing[0]!r}, which is no layer that ran; layers are called {", ".join(sorted(layers)[:3])}, ...')
+        raise MicronetError(
+            f'specs name {missing[0]!r}, which is no layer that ran; layers are called {", ".join(sorted(layers)[:3])}, ...'
+        )
 
 # %% ../nbs/04_scoring.ipynb #7570449f
 def count(graph, c):
@@ -925,48 +1416,71 @@ def count(graph, c):
     c.stored = graph.stored
     known, bits, scaled, readers = _plan(graph, c)
     _check_names(graph, c.specs)
-    if c.freebie and c.quantised: raise MicronetError('freebie=True counts an unquantised net at 16 bits; this one has quantised layers (rule: no freebie below 16 bits)')
+    if c.freebie and c.quantised:
+        raise MicronetError(
+            'freebie=True counts an unquantised net at 16 bits; this one has quantised layers (rule: no freebie below 16 bits)'
+        )
     for node in graph.nodes:
         kind, wide = kind_of(node), operand_bits(node, known)
-        if kind == 'layer': count_layer(c, node, bits[node], scaled.get(node))
-        elif kind == 'norm' and not scaled[node]: count_scale(c, node, node.bound['running_mean'].numel(), node.elements, True, _norm_key(node))
-        elif kind == 'scale': count_scale(c, node, len(node.module.weight), node.elements, node.module.has_bias, ('scale', node.module))
-        elif kind == 'elementwise' and not absorbed(c, node, readers): count_elementwise(c, node, wide)
-        elif kind == 'pool': count_pool(c, node, wide)
-        elif kind == 'statistics': count_statistics(c, node)
-        elif kind == 'product': count_product(c, node, wide, known)
-        if kind in ('elementwise', 'free', 'product', 'statistics'): count_constants(c, node)
+        if kind == 'layer':
+            count_layer(c, node, bits[node], scaled.get(node))
+        elif kind == 'norm' and not scaled[node]:
+            count_scale(c, node, node.bound['running_mean'].numel(), node.elements, True, _norm_key(node))
+        elif kind == 'scale':
+            count_scale(c, node, len(node.module.weight), node.elements, node.module.has_bias, ('scale', node.module))
+        elif kind == 'elementwise' and not absorbed(c, node, readers):
+            count_elementwise(c, node, wide)
+        elif kind == 'pool':
+            count_pool(c, node, wide)
+        elif kind == 'statistics':
+            count_statistics(c, node)
+        elif kind == 'product':
+            count_product(c, node, wide, known)
+        if kind in ('elementwise', 'free', 'product', 'statistics'):
+            count_constants(c, node)
 
 # %% ../nbs/04_scoring.ipynb #91568f65
 @dataclass
 class Score:
     "What a net costs, and where: `layers` sums to the totals."
-    layers: pd.DataFrame   # a row per counted operation; multiplies, adds and storage in 32-bit units
-    track: str             # imagenet or cifar100
-    accounting: str        # whose convention
-    adder: str             # tree, int, int16, fp16 or fp32
+
+    layers: pd.DataFrame  # a row per counted operation; multiplies, adds and storage in 32-bit units
+    track: str  # imagenet or cifar100
+    accounting: str  # whose convention
+    adder: str  # tree, int, int16, fp16 or fp32
     corrected: bool = False
 
     @property
-    def ops(self): return float(self.layers.multiplies.sum() + self.layers['adds'].sum())
+    def ops(self):
+        return float(self.layers.multiplies.sum() + self.layers['adds'].sum())
+
     @property
-    def storage(self): return float(self.layers.storage.sum())
+    def storage(self):
+        return float(self.layers.storage.sum())
+
     @property
-    def op_score(self): return self.ops/TRACKS[self.track][1]
+    def op_score(self):
+        return self.ops / TRACKS[self.track][1]
+
     @property
-    def param_score(self): return self.storage/TRACKS[self.track][0]
+    def param_score(self):
+        return self.storage / TRACKS[self.track][0]
+
     @property
-    def score(self): return self.op_score + self.param_score
+    def score(self):
+        return self.op_score + self.param_score
 
 # %% ../nbs/04_scoring.ipynb #85200c82
 def summary(
-    s: Score  # of any net
+    s: Score,  # of any net
 ) -> pd.DataFrame:
     "Totals by kind of operation, and their sum."
     t = s.layers.groupby('kind', sort=False)[['multiplies', 'adds', 'storage']].sum()
     t.insert(0, 'count', s.layers.groupby('kind', sort=False).size())
     t.loc['total'] = t.sum()
-    t['share of score'] = ((t.multiplies + t['adds'])/TRACKS[s.track][1] + t.storage/TRACKS[s.track][0])/(s.score or 1)
+    t['share of score'] = ((t.multiplies + t['adds']) / TRACKS[s.track][1] + t.storage / TRACKS[s.track][0]) / (
+        s.score or 1
+    )
     return t.astype({'count': int})
 
 # %% ../nbs/04_scoring.ipynb #7904d927
@@ -978,38 +1492,53 @@ def _count(v, digits=4):
 def _repr_html_(self):
     "The score and its parts, as a table."
     how = f"{self.accounting}{', corrected' if self.corrected else ''}, {self.adder} adder, {self.track} track"
-    table = summary(self).style.format({'multiplies': '{:,.0f}', 'adds': '{:,.0f}', 'storage': '{:,.1f}', 'share of score': '{:.1%}'}).set_uuid('score')
+    table = (
+        summary(self)
+        .style.format({'multiplies': '{:,.0f}', 'adds': '{:,.0f}', 'storage': '{:,.1f}', 'share of score': '{:.1%}'})
+        .set_uuid('score')
+    )
     return f'<p><b>score {self.score:.6f}</b> = operations {self.op_score:.6f} + storage {self.param_score:.6f} ({how})</p>{table.to_html()}'
 
+
 Score._repr_html_ = _repr_html_
-Score.__repr__ = lambda s: f'Score({s.score:.6f} = operations {s.op_score:.6f} + storage {s.param_score:.6f}; {_count(s.ops, 2)} operations, {_count(s.storage)} numbers; {s.accounting}, {s.adder}, {s.track})'
+Score.__repr__ = lambda s: (
+    f'Score({s.score:.6f} = operations {s.op_score:.6f} + storage {s.param_score:.6f}; {_count(s.ops, 2)} operations, {_count(s.storage)} numbers; {s.accounting}, {s.adder}, {s.track})'
+)
 
 # %% ../nbs/04_scoring.ipynb #d6c2389f
 def _check(track, accounting, adder, pool_bits, bias_bits):
-    for what, value, known in (('track', track, TRACKS), ('accounting', accounting, ACCOUNTINGS), ('adder', adder, ADDERS),
-                               ('pool_bits', pool_bits, (None, 16, 32)), ('bias_bits', bias_bits, (16, 32))):
-        if value not in known: raise MicronetError(f"unknown {what} {value!r}: choose one of {', '.join(map(str, known))}")
+    for what, value, known in (
+        ('track', track, TRACKS),
+        ('accounting', accounting, ACCOUNTINGS),
+        ('adder', adder, ADDERS),
+        ('pool_bits', pool_bits, (None, 16, 32)),
+        ('bias_bits', bias_bits, (16, 32)),
+    ):
+        if value not in known:
+            raise MicronetError(f"unknown {what} {value!r}: choose one of {', '.join(map(str, known))}")
 
 # %% ../nbs/04_scoring.ipynb #71ceb857
 def score(
-    model,               # nn.Module, or a `Trace` of one
-    input_size: tuple,   # (channels, height, width)
-    track: str = 'cifar100',        # imagenet or cifar100: the baseline to divide by
-    accounting: str = 'official',   # official, riair-submitted, riair-reviewed or riair-cifar100
-    adder: str = 'tree',            # tree, int, int16, fp16 or fp32: for layers with quantised inputs
-    specs: dict = None,             # layer name to LayerSpec; None: as the modules say
-    pool_bits: int = None,          # bits of the adds of average pools, 16 or 32; None: the accounting's own
-    bias_bits: int = 16,            # bits of the bias adds of FP16 scale layers, 16 or 32
-    corrected: bool = False,        # mend the slips of the released scorers
-    freebie: bool = False           # official, unquantised: storage and multiplies at 16 bits
+    model,  # nn.Module, or a `Trace` of one
+    input_size: tuple,  # (channels, height, width)
+    track: str = 'cifar100',  # imagenet or cifar100: the baseline to divide by
+    accounting: str = 'official',  # official, riair-submitted, riair-reviewed or riair-cifar100
+    adder: str = 'tree',  # tree, int, int16, fp16 or fp32: for layers with quantised inputs
+    specs: dict = None,  # layer name to LayerSpec; None: as the modules say
+    pool_bits: int = None,  # bits of the adds of average pools, 16 or 32; None: the accounting's own
+    bias_bits: int = 16,  # bits of the bias adds of FP16 scale layers, 16 or 32
+    corrected: bool = False,  # mend the slips of the released scorers
+    freebie: bool = False,  # official, unquantised: storage and multiplies at 16 bits
 ) -> Score:
     "Counts storage and operations by the rules of the MicroNet Challenge. MicronetError names what it does not know."
     _check(track, accounting, adder, pool_bits, bias_bits)
     acc = ACCOUNTINGS[accounting]
-    if freebie and acc.riair: raise MicronetError(f'freebie=True belongs to the official rules, not to {accounting}')
+    if freebie and acc.riair:
+        raise MicronetError(f'freebie=True belongs to the official rules, not to {accounting}')
     graph = model if isinstance(model, Trace) else trace(model, input_size)
     c = Counting(acc, adder, specs or {}, pool_bits or acc.pool_bits, bias_bits, corrected, freebie)
-    with torch.no_grad(): count(graph, c)
+    with torch.no_grad():
+        count(graph, c)
     columns = ['name', 'kind', 'shape', 'nnz', 'bits', 'multiplies', 'adds', 'storage']
     return Score(pd.DataFrame(c.rows, columns=columns).astype({'nnz': 'Int64'}), track, accounting, adder, corrected)
 
@@ -1017,27 +1546,51 @@ def score(
 @torch.no_grad()
 def apply_schedule(
     model: nn.Module,  # as many Conv2d and Linear layers as the schedule has entries; changed in place
-    schedule: dict     # as `released_schedule()`
+    schedule: dict,  # as `released_schedule()`
 ) -> dict:
     "Sets the smallest weights of each layer to zero, as many as the schedule says; returns the specs for `score`."
     specs = schedule_specs(model, schedule)
     for m, s in zip(compressible(model).values(), schedule['target_sparsity']):
         w = m.weight.view(-1)
-        w[w.abs().argsort()[:round(s*w.numel())]] = 0
+        w[w.abs().argsort()[: round(s * w.numel())]] = 0
     return specs
 
 # %% ../nbs/04_scoring.ipynb #addf6fda
 def _parser():
-    p = argparse.ArgumentParser(prog='micronet-score', description="What a net costs under the MicroNet Challenge's rules: storage, operations, score.",
+    p = argparse.ArgumentParser(
+        prog='micronet-score',
+        description="What a net costs under the MicroNet Challenge's rules: storage, operations, score.",
         epilog='examples:  micronet-score wrn_28_10   |   micronet-score mixnet_s --schedule --accounting riair-reviewed   |   micronet-score released --adder int --corrected',
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('model', help="a timm name, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>, 'released' (RIAIR's CIFAR-100 checkpoint), or a packed file, such as model.safetensors")
-    p.add_argument('--size', help='input as channels x height x width, such as 3x224x224 (default: 3x32x32 for CIFAR-100 nets, else 3x224x224)')
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        'model',
+        help="a timm name, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>, 'released' (RIAIR's CIFAR-100 checkpoint), or a packed file, such as model.safetensors",
+    )
+    p.add_argument(
+        '--size',
+        help='input as channels x height x width, such as 3x224x224 (default: 3x32x32 for CIFAR-100 nets, else 3x224x224)',
+    )
     p.add_argument('--track', choices=list(TRACKS), help='the baseline to divide by (default: follows the size)')
-    p.add_argument('--accounting', choices=list(ACCOUNTINGS), help="whose convention (default: official; riair-cifar100 for 'released')")
-    p.add_argument('--adder', default='tree', choices=ADDERS, help='adder of layers with quantised inputs (default: tree)')
-    p.add_argument('--schedule', action='store_true', help="RIAIR's released bits and sparsities (MixNet-S only): the smallest weights are set to zero")
-    p.add_argument('--seed', type=int, default=0, help='of the random weights, whose places decide how full each kernel is (default: 0)')
+    p.add_argument(
+        '--accounting',
+        choices=list(ACCOUNTINGS),
+        help="whose convention (default: official; riair-cifar100 for 'released')",
+    )
+    p.add_argument(
+        '--adder', default='tree', choices=ADDERS, help='adder of layers with quantised inputs (default: tree)'
+    )
+    p.add_argument(
+        '--schedule',
+        action='store_true',
+        help="RIAIR's released bits and sparsities (MixNet-S only): the smallest weights are set to zero",
+    )
+    p.add_argument(
+        '--seed',
+        type=int,
+        default=0,
+        help='of the random weights, whose places decide how full each kernel is (default: 0)',
+    )
     p.add_argument('--corrected', action='store_true', help='mend the slips of the released scorers')
     p.add_argument('--layers', action='store_true', help='a line per counted operation')
     p.add_argument('--csv', metavar='FILE', help='write those lines to a file')
@@ -1048,23 +1601,35 @@ def _load(name, size):
     "A model for the command line, and where it belongs."
     if name == 'released':
         from micronet_nb.released import load_released
+
         return load_released(), size or (3, 32, 32), 'riair-cifar100'
     if name.endswith('.safetensors'):
         from micronet_nb.packing import load_packed
+
         return load_packed(name, size)
     small = name.startswith(('wrn_', 'densenet_bc_')) or (size and size[-1] <= 64)
-    return create_model(name, 100 if small else 1000, small=bool(small)), size or ((3, 32, 32) if small else (3, 224, 224)), 'official'
+    return (
+        create_model(name, 100 if small else 1000, small=bool(small)),
+        size or ((3, 32, 32) if small else (3, 224, 224)),
+        'official',
+    )
 
 # %% ../nbs/04_scoring.ipynb #17eb17c1
 def _size(text):
     "3x32x32 as three numbers."
-    try: size = tuple(int(v) for v in text.split('x'))
-    except ValueError: size = ()
-    if len(size) != 3 or min(size) < 1: raise MicronetError(f'--size {text!r} is not channels x height x width; write it like 3x32x32')
+    try:
+        size = tuple(int(v) for v in text.split('x'))
+    except ValueError:
+        size = ()
+    if len(size) != 3 or min(size) < 1:
+        raise MicronetError(f'--size {text!r} is not channels x height x width; write it like 3x32x32')
     import psutil
-    need, free = 4*math.prod(size), psutil.virtual_memory().available
-    if 8*need > free:  # what lies between the layers is at least that much
-        raise MicronetError(f'--size {text}: such an image takes {need/1e9:,.1f} GB and a net a multiple of that; this machine has {free/1e9:,.1f} GB free, choose a smaller one')
+
+    need, free = 4 * math.prod(size), psutil.virtual_memory().available
+    if 8 * need > free:  # what lies between the layers is at least that much
+        raise MicronetError(
+            f'--size {text}: such an image takes {need / 1e9:,.1f} GB and a net a multiple of that; this machine has {free / 1e9:,.1f} GB free, choose a smaller one'
+        )
     return size
 
 # %% ../nbs/04_scoring.ipynb #e1e18f55
@@ -1076,22 +1641,29 @@ def _run(args):
     s = score(net, size, track, args.accounting or accounting, args.adder, specs, corrected=args.corrected)
     with pd.option_context('display.width', 160, 'display.max_columns', 20, 'display.float_format', _count):
         print((s.layers if args.layers else summary(s)).to_string())
-    print(f"\n{args.model} at {'x'.join(map(str, size))}, {s.accounting}{', corrected' if s.corrected else ''}, {s.adder} adder, {track} track")
-    print(f'storage    {_count(s.storage):>18}   score {s.param_score:.6f}\noperations {_count(s.ops, 2):>18}   score {s.op_score:.6f}\nscore {s.score:35.6f}')
-    if args.csv: _write_csv(s.layers, args.csv)
+    print(
+        f"\n{args.model} at {'x'.join(map(str, size))}, {s.accounting}{', corrected' if s.corrected else ''}, {s.adder} adder, {track} track"
+    )
+    print(
+        f'storage    {_count(s.storage):>18}   score {s.param_score:.6f}\noperations {_count(s.ops, 2):>18}   score {s.op_score:.6f}\nscore {s.score:35.6f}'
+    )
+    if args.csv:
+        _write_csv(s.layers, args.csv)
 
 # %% ../nbs/04_scoring.ipynb #f2aca3f8
 def _write_csv(table, path):
     "A table as CSV, atomically."
-    with atomic_path(path) as tmp: table.to_csv(tmp, index=False)
+    with atomic_path(path) as tmp:
+        table.to_csv(tmp, index=False)
 
 # %% ../nbs/04_scoring.ipynb #609b66df
 def main(
-    argv=None  # arguments; None: those of the process
+    argv=None,  # arguments; None: those of the process
 ) -> int:
     "The command `micronet-score`: 0, or 1 after one line that says what is wrong."
     args = _parser().parse_args(argv)
-    try: _run(args)
+    try:
+        _run(args)
     except MicronetError as e:
         print(f'micronet-score: {e}', file=sys.stderr)
         return 1

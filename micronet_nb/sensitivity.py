@@ -11,7 +11,13 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from .core import MicronetError, config_key, progress, read_json, write_json  # before timm: it silences a warning of tqdm's
+from micronet_nb.core import (
+    MicronetError,
+    config_key,
+    progress,
+    read_json,
+    write_json,
+)  # before timm: it silences a warning of tqdm's
 import numpy as np
 import pandas as pd
 import torch
@@ -32,36 +38,46 @@ from .training import as_logits, normalised
 @torch.no_grad()
 def degrade(
     weight: torch.Tensor,  # (out, ...) floating point
-    kind: str,             # 'sparsity' or 'weight bits'
-    level,                 # fraction in [0,1] that becomes zero, or bits 1 to 16
-    per: str = 'kernel'    # one step a 'kernel' or one a 'layer'
+    kind: str,  # 'sparsity' or 'weight bits'
+    level,  # fraction in [0,1] that becomes zero, or bits 1 to 16
+    per: str = 'kernel',  # one step a 'kernel' or one a 'layer'
 ) -> torch.Tensor:
     "The weight with its smallest values zero, or on the least-squares grid. MicronetError for another kind."
-    if kind == 'sparsity': return weight*magnitude_mask(weight, level)
-    if kind != 'weight bits': raise MicronetError(f"kind must be 'sparsity' or 'weight bits', not {kind!r}")
+    if kind == 'sparsity':
+        return weight * magnitude_mask(weight, level)
+    if kind != 'weight bits':
+        raise MicronetError(f"kind must be 'sparsity' or 'weight bits', not {kind!r}")
     steps = solve_scales([weight.float()], level, per=per)[0]
-    return fake_quantise(weight, steps.view(-1, *[1]*(weight.dim() - 1)), level)
+    return fake_quantise(weight, steps.view(-1, *[1] * (weight.dim() - 1)), level)
 
 # %% ../nbs/05_sensitivity.ipynb #ba7574a6
 @contextlib.contextmanager
 def _stand_in(module, outputs):
     "Lets a module give these outputs, one a call, and work as before when they are used up."
     own, forward, outputs = module.__dict__.get('forward'), module.forward, iter(outputs)
+
     def give(*args, **kwargs):
-        for out in outputs: return out
+        for out in outputs:
+            return out
         return forward(*args, **kwargs)
+
     module.forward = give
-    try: yield
+    try:
+        yield
     finally:
-        if own is None: del module.forward
-        else: module.forward = own
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 # %% ../nbs/05_sensitivity.ipynb #4e87c0ca
 class Replay:
     "A net that can be run again from some modules on. Between `record` and the calls only those may change."
-    def __init__(self,
+
+    def __init__(
+        self,
         net: nn.Module,  # in evaluation mode; unchanged between calls
-        starts           # modules: what is complete before the first of them begins is remembered
+        starts,  # modules: what is complete before the first of them begins is remembered
     ):
         self.net, self.starts, self.changing, self.records = net, {*starts}, set(), []
 
@@ -71,42 +87,62 @@ class Replay:
         while True:
             out = self._watch(x)
             changed = {call for _, kept, versions, call in self.records if _versions(kept) != versions}
-            if not changed: return out
+            if not changed:
+                return out
             self.changing |= changed  # once more, and copy these at once
 
     @torch.no_grad()
     def __call__(self, x):
         "The output for the x that was recorded, running only what `starts` can affect."
         outputs = {}
-        for module, kept, _, call in self.records: outputs.setdefault(module, []).append(_clone(kept) if call in self.changing else kept)
+        for module, kept, _, call in self.records:
+            outputs.setdefault(module, []).append(_clone(kept) if call in self.changing else kept)
         with contextlib.ExitStack() as stack:
-            for module, given in outputs.items(): stack.enter_context(_stand_in(module, given))
+            for module, given in outputs.items():
+                stack.enter_context(_stand_in(module, given))
             return self.net(x)
 
-def _versions(out): return [t._version for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-def _clone(out): return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, out)
+
+def _versions(out):
+    return [t._version for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+
+
+def _clone(out):
+    return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, out)
 
 # %% ../nbs/05_sensitivity.ipynb #4b032697
 def _watch(self, x):
     "One run; a module that completes replaces what completed inside it."
     self.records, began, marks, calls = [], False, [], 0
+
     def enter(module, args):
         nonlocal began
         began = began or module in self.starts
         marks.append(len(self.records))
+
     def leave(module, args, out):
         nonlocal calls
         first = marks.pop()
-        if began: return
+        if began:
+            return
         kept = _clone(out) if calls in self.changing else out
         self.records[first:] = [(module, kept, _versions(kept), calls)]
         calls += 1
-    hooks = [h for m in self.net.modules() for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave, prepend=True))]
-    try: out = self.net(x)
+
+    hooks = [
+        h
+        for m in self.net.modules()
+        for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave, prepend=True))
+    ]
+    try:
+        out = self.net(x)
     finally:
-        for h in hooks: h.remove()
-    if not began: self.records = []  # they never ran: everything may depend on them
+        for h in hooks:
+            h.remove()
+    if not began:
+        self.records = []  # they never ran: everything may depend on them
     return out
+
 
 Replay._watch = _watch
 
@@ -116,84 +152,122 @@ def _working_copy(model):
     "The net in evaluation mode with plain weights. MicronetError where it cannot be copied."
     require_shapes(model, 'a sensitivity')
     for n, m in compressible(model).items():
-        if not parametrize.is_parametrized(m, 'weight'): dense_weight(m, n)   # a hook would undo every change
-    try: net = copy.deepcopy(getattr(model, '_orig_mod', model)).eval()  # torch.compile keeps the net there
-    except (RuntimeError, TypeError) as e: raise MicronetError(f'{type(model).__name__} cannot be copied ({str(e).splitlines()[0]}): detach the tensors that it keeps as attributes') from None
-    for m in [m for m in net.modules() if parametrize.is_parametrized(m)]: _resolve(m)
+        if not parametrize.is_parametrized(m, 'weight'):
+            dense_weight(m, n)  # a hook would undo every change
+    try:
+        net = copy.deepcopy(getattr(model, '_orig_mod', model)).eval()  # torch.compile keeps the net there
+    except (RuntimeError, TypeError) as e:
+        raise MicronetError(
+            f'{type(model).__name__} cannot be copied ({str(e).splitlines()[0]}): detach the tensors that it keeps as attributes'
+        ) from None
+    for m in [m for m in net.modules() if parametrize.is_parametrized(m)]:
+        _resolve(m)
     for p in net.parameters():
-        if p.dim() == 4: p.data = p.data.contiguous(memory_format=torch.channels_last)
+        if p.dim() == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
     return net
+
 
 def _resolve(module):
     "Plain weights instead of parametrized ones. Not by torch's own removal: it edits a class, which a module shares with its copies."
     values = {n: getattr(module, n).detach().clone() for n in module.parametrizations}
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations
-    for n, v in values.items(): module.register_parameter(n, nn.Parameter(v, requires_grad=False))
+    for n, v in values.items():
+        module.register_parameter(n, nn.Parameter(v, requires_grad=False))
 
 # %% ../nbs/05_sensitivity.ipynb #c17e040d
 def _with_change(layer, change, run):
     "run() with a layer's weight replaced, or its input quantised by (step, bits, signed)."
     if isinstance(change, torch.Tensor):
         was, layer.weight.data = layer.weight.data, change
-        try: return run()
-        finally: layer.weight.data = was
+        try:
+            return run()
+        finally:
+            layer.weight.data = was
+
     def quantised(module, args, kwargs):
-        if args: return (fake_quantise(args[0], *change), *args[1:]), kwargs
+        if args:
+            return (fake_quantise(args[0], *change), *args[1:]), kwargs
         name = next(iter(kwargs))
         return args, {**kwargs, name: fake_quantise(kwargs[name], *change)}
+
     hook = layer.register_forward_pre_hook(quantised, with_kwargs=True)
-    try: return run()
-    finally: hook.remove()
+    try:
+        return run()
+    finally:
+        hook.remove()
 
 # %% ../nbs/05_sensitivity.ipynb #df7d95b6
 def _changes(layer, sample, levels, per):
     "(kind, level) to change. A layer that calibration did not see has no activation levels."
-    made = {(kind, level): degrade(layer.weight.detach(), kind, level, per) for kind in ('sparsity', 'weight bits') for level in levels[kind]}
-    if sample is not None: made |= {('activation bits', b): (solve_step(sample, b), b, sample.signed) for b in levels['activation bits']}
+    made = {
+        (kind, level): degrade(layer.weight.detach(), kind, level, per)
+        for kind in ('sparsity', 'weight bits')
+        for level in levels[kind]
+    }
+    if sample is not None:
+        made |= {('activation bits', b): (solve_step(sample, b), b, sample.signed) for b in levels['activation bits']}
     return made
+
 
 def _judge(out, labels):
     "(2, n) cross-entropy, and whether it is right, of each image."
     out = out.float()
-    return torch.stack([F.cross_entropy(out, labels, reduction='none'), (out.argmax(1) == labels).float()]).double().cpu()
+    return (
+        torch.stack([F.cross_entropy(out, labels, reduction='none'), (out.argmax(1) == labels).float()]).double().cpu()
+    )
 
 # %% ../nbs/05_sensitivity.ipynb #d44d1632
 def _batch(net, images, first, size, stats):
     "Normalised images and labels, where the net is and as it likes them."
     like = next(net.parameters())
-    x = normalised(images.images[first:first + size].to(like.device).float()/255, stats)
-    return x.to(like.dtype).contiguous(memory_format=torch.channels_last), images.labels[first:first + size].to(like.device)
+    x = normalised(images.images[first : first + size].to(like.device).float() / 255, stats)
+    return x.to(like.dtype).contiguous(memory_format=torch.channels_last), images.labels[first : first + size].to(
+        like.device
+    )
 
 # %% ../nbs/05_sensitivity.ipynb #b608a3ec
 @torch.no_grad()
 def _measure(net, layer, changes, images, stats, batch_size, reuse):
     "(2, n) of `_judge` for the intact net, and for each change."
-    weight_users = [m for m in net.modules() if any(p is layer.weight for p in m._parameters.values())]  # more than one where weights are tied
+    weight_users = [
+        m for m in net.modules() if any(p is layer.weight for p in m._parameters.values())
+    ]  # more than one where weights are tied
     replay, clean, found = Replay(net, weight_users), [], {c: [] for c in changes}
     for first in range(0, len(images), batch_size):
         x, y = _batch(net, images, first, batch_size, stats)
         clean.append(_judge(as_logits(replay.record(x) if reuse else net(x), x, net), y))
         reuse = reuse and (first > 0 or _faithful(replay, layer, x))
-        for c, change in changes.items(): found[c].append(_judge(_with_change(layer, change, partial(replay if reuse else net, x)), y))
+        for c, change in changes.items():
+            found[c].append(_judge(_with_change(layer, change, partial(replay if reuse else net, x)), y))
     return torch.cat(clean, 1), {c: torch.cat(v, 1) for c, v in found.items()}
+
 
 @torch.no_grad()
 def _faithful(replay, layer, x):
     "Does a replay give what the whole net gives, with this layer's weight half as large again?"
-    a, b = (_with_change(layer, 1.5*layer.weight.detach(), partial(run, x)).float() for run in (replay, replay.net))
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-4*float(b.abs().max()))
+    a, b = (_with_change(layer, 1.5 * layer.weight.detach(), partial(run, x)).float() for run in (replay, replay.net))
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 # %% ../nbs/05_sensitivity.ipynb #f84d7b45
 def _images_at_once(net, image, limit=2**24):
     "So many that no module's output is larger than `limit` bytes, at most 250; on an accelerator 500."
-    if image.device.type != 'cpu': return 500
+    if image.device.type != 'cpu':
+        return 500
     sizes = [1]
-    hooks = [m.register_forward_hook(lambda m, a, out: sizes.extend(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))) for m in net.modules()]
-    try: net(image)
+    hooks = [
+        m.register_forward_hook(
+            lambda m, a, out: sizes.extend(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        )
+        for m in net.modules()
+    ]
+    try:
+        net(image)
     finally:
-        for h in hooks: h.remove()
-    return int(min(max(limit//max(sizes), 1), 250))
+        for h in hooks:
+            h.remove()
+    return int(min(max(limit // max(sizes), 1), 250))
 
 # %% ../nbs/05_sensitivity.ipynb #ff1ec2c7
 def _rows(name, clean, found):
@@ -201,18 +275,44 @@ def _rows(name, clean, found):
     rows = []
     for (kind, level), (loss, right) in found.items():
         more = loss - clean[0]
-        row = dict(layer=name, kind=kind, level=level, top1=100*float(right.mean()), loss=float(loss.mean()), drop=100*float((clean[1] - right).mean()),
-                   increase=float(more.mean()), se=float(more.std(correction=0))/len(more)**.5)
-        if not np.isfinite(row['increase']): raise MicronetError(f'the loss is not finite with {kind} {level} in layer {name!r}: is it finite for the intact net?')
+        row = dict(
+            layer=name,
+            kind=kind,
+            level=level,
+            top1=100 * float(right.mean()),
+            loss=float(loss.mean()),
+            drop=100 * float((clean[1] - right).mean()),
+            increase=float(more.mean()),
+            se=float(more.std(correction=0)) / len(more) ** 0.5,
+        )
+        if not np.isfinite(row['increase']):
+            raise MicronetError(
+                f'the loss is not finite with {kind} {level} in layer {name!r}: is it finite for the intact net?'
+            )
         rows.append(row)
     return rows
 
 # %% ../nbs/05_sensitivity.ipynb #5c098b4b
 def _settings(module):
     "What a module is, its tensors aside: class, plain attributes, names of hooks."
-    plain = {k: v for k, v in vars(module).items() if k[0] != '_' and k != 'training' and isinstance(v, (bool, int, float, str))
-             or isinstance(v, tuple) and all(isinstance(i, (int, float, str)) for i in v)}
-    return [type(module).__qualname__, plain, [getattr(h, '__qualname__', type(h).__name__) for h in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())]]
+    plain = {
+        k: v
+        for k, v in vars(module).items()
+        if k[0] != '_'
+        and k != 'training'
+        and isinstance(v, (bool, int, float, str))
+        or isinstance(v, tuple)
+        and all(isinstance(i, (int, float, str)) for i in v)
+    }
+    return [
+        type(module).__qualname__,
+        plain,
+        [
+            getattr(h, '__qualname__', type(h).__name__)
+            for h in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        ],
+    ]
+
 
 def _net_key(net):
     "Hexadecimal digits that stand for a net."
@@ -226,127 +326,198 @@ def _net_key(net):
 def _levels(sparsities, weight_bits, activation_bits):
     "Kind to levels. MicronetError for one that makes no sense."
     for s in sparsities:
-        if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 1: raise MicronetError(f'a sparsity is a fraction from 0 to 1, not {s!r}')
-    for b in (*weight_bits, *activation_bits): grid(b)
+        if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 1:
+            raise MicronetError(f'a sparsity is a fraction from 0 to 1, not {s!r}')
+    for b in (*weight_bits, *activation_bits):
+        grid(b)
     levels = {'sparsity': [*sparsities], 'weight bits': [*weight_bits], 'activation bits': [*activation_bits]}
-    if not any(levels.values()): raise MicronetError('nothing to measure: give sparsities, weight_bits or activation_bits')
+    if not any(levels.values()):
+        raise MicronetError('nothing to measure: give sparsities, weight_bits or activation_bits')
     return levels
+
 
 def _chosen(names, patterns):
     "The names that fit a pattern. MicronetError for one that fits none."
     patterns = [patterns] if isinstance(patterns, str) else ['*'] if patterns is None else list(patterns)
     for p in patterns:
-        if not any(fnmatchcase(n, p) for n in names): raise MicronetError(f"no layer is called {p!r}; layers are called {', '.join(names[:3]) or '(none)'}, ...")
+        if not any(fnmatchcase(n, p) for n in names):
+            raise MicronetError(f"no layer is called {p!r}; layers are called {', '.join(names[:3]) or '(none)'}, ...")
     return [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
 
 # %% ../nbs/05_sensitivity.ipynb #7f5af63d
-def _some(dataset, n): return dataset if n is None or n >= len(dataset) else dataset.subset(n)
+def _some(dataset, n):
+    return dataset if n is None or n >= len(dataset) else dataset.subset(n)
+
 
 def _check_changeable(layer, name, levels):
     "MicronetError where a layer's forward would make another weight of the changed one."
-    if not (levels['sparsity'] or levels['weight bits']) or not computes_otherwise(layer, name): return
-    raise MicronetError(f'{type(layer).__name__} {name!r} makes another weight of the one that is changed: '
-                        'name the other layers in layers=..., or measure its activation bits alone')
+    if not (levels['sparsity'] or levels['weight bits']) or not computes_otherwise(layer, name):
+        return
+    raise MicronetError(
+        f'{type(layer).__name__} {name!r} makes another weight of the one that is changed: '
+        'name the other layers in layers=..., or measure its activation bits alone'
+    )
+
 
 @torch.no_grad()
 def sensitivity(
-    model: nn.Module,    # any, also masked or quantised; left exactly as it is
-    data,                # (train, valid) data sets: steps of activations are solved on train, damage is measured on valid
-    sparsities=(.3, .5, .7, .8, .9, .95, 1.),  # fractions in [0,1]; 1: the layer is empty
-    weight_bits=(8, 6, 5, 4, 3, 2),            # bits
-    activation_bits=(8, 6, 4, 3, 2),           # bits of the layer's input
-    n: int = None,       # validation images, spread evenly; None: all
-    layers=None,         # names or patterns; None: every Conv2d and Linear
-    stats=None,          # (mean, std); None: those that `fit` left with the net, else of the training set
-    per: str = 'kernel', # a step a 'kernel' or a 'layer' for weight bits
+    model: nn.Module,  # any, also masked or quantised; left exactly as it is
+    data,  # (train, valid) data sets: steps of activations are solved on train, damage is measured on valid
+    sparsities=(0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0),  # fractions in [0,1]; 1: the layer is empty
+    weight_bits=(8, 6, 5, 4, 3, 2),  # bits
+    activation_bits=(8, 6, 4, 3, 2),  # bits of the layer's input
+    n: int = None,  # validation images, spread evenly; None: all
+    layers=None,  # names or patterns; None: every Conv2d and Linear
+    stats=None,  # (mean, std); None: those that `fit` left with the net, else of the training set
+    per: str = 'kernel',  # a step a 'kernel' or a 'layer' for weight bits
     n_train: int = 256,  # training images for the steps
-    batch_size: int = None, # images at a time; None: see `_images_at_once`
-    folder=None,         # keeps each finished layer; a run that finds its own there goes on; None: keeps nothing
+    batch_size: int = None,  # images at a time; None: see `_images_at_once`
+    folder=None,  # keeps each finished layer; a run that finds its own there goes on; None: keeps nothing
     reuse: bool = True,  # do not run again what comes before a layer
-    quiet: bool = False  # no progress bar
-) -> pd.DataFrame:       # layer, kind, level, top1 and drop in %, loss, increase and its standard error se
+    quiet: bool = False,  # no progress bar
+) -> pd.DataFrame:  # layer, kind, level, top1 and drop in %, loss, increase and its standard error se
     "Accuracy and loss with one layer at a time degraded. Slide 'Robust Analysis'; MicronetError for levels or layers that make no sense."
     levels, (train, valid) = _levels(sparsities, weight_bits, activation_bits), data
-    net, images, shown, stats = _working_copy(model), _some(valid, n), _some(train, n_train), stats or getattr(model, 'input_stats', None) or dataset_stats(train)
+    net, images, shown, stats = (
+        _working_copy(model),
+        _some(valid, n),
+        _some(train, n_train),
+        stats or getattr(model, 'input_stats', None) or dataset_stats(train),
+    )
     every = compressible(net)
-    names, batch_size = _chosen(list(every), layers), batch_size or _images_at_once(net, _batch(net, images, 0, 1, stats)[0])
-    place = folder and Path(folder)/config_key([_net_key(net), images.describe(), shown.describe(), stats, levels, per, batch_size])
+    names, batch_size = (
+        _chosen(list(every), layers),
+        batch_size or _images_at_once(net, _batch(net, images, 0, 1, stats)[0]),
+    )
+    place = folder and Path(folder) / config_key(
+        [_net_key(net), images.describe(), shown.describe(), stats, levels, per, batch_size]
+    )
     samples, rows = None, []
-    for name in names: _check_changeable(every[name], name, levels)
+    for name in names:
+        _check_changeable(every[name], name, levels)
     for name in names if quiet else progress(names, 'sensitivity', unit='layer'):
-        file = place and place/f"{list(every).index(name):04d}-{''.join(c if c.isalnum() else '_' for c in name)[-80:]}.json"
-        if file and file.exists(): rows += read_json(file); continue
-        if samples is None: samples = calibrate(net, _batch(net, shown, 0, len(shown), stats)[0], limit=2**16) if activation_bits else {}
-        fresh = _rows(name, *_measure(net, every[name], _changes(every[name], samples.get(name), levels, per), images, stats, batch_size, reuse))
-        if file: write_json(file, fresh)
+        file = (
+            place
+            and place / f"{list(every).index(name):04d}-{''.join(c if c.isalnum() else '_' for c in name)[-80:]}.json"
+        )
+        if file and file.exists():
+            rows += read_json(file)
+            continue
+        if samples is None:
+            samples = (
+                calibrate(net, _batch(net, shown, 0, len(shown), stats)[0], limit=2**16) if activation_bits else {}
+            )
+        fresh = _rows(
+            name,
+            *_measure(
+                net,
+                every[name],
+                _changes(every[name], samples.get(name), levels, per),
+                images,
+                stats,
+                batch_size,
+                reuse,
+            ),
+        )
+        if file:
+            write_json(file, fresh)
         rows += fresh
     return pd.DataFrame(rows, columns=['layer', 'kind', 'level', 'top1', 'loss', 'drop', 'increase', 'se'])
 
 # %% ../nbs/05_sensitivity.ipynb #ce9543e1
 def show_sensitivity(
-    table: pd.DataFrame,    # as `sensitivity` gives it
-    kind: str = 'sparsity', # 'sparsity', 'weight bits' or 'activation bits'
-    value: str = 'increase', # column to show: 'increase', 'drop', 'loss' or 'top1'
-    axes=None               # two axes, for heat map and curves; None: a new figure
-):                          # the figure
+    table: pd.DataFrame,  # as `sensitivity` gives it
+    kind: str = 'sparsity',  # 'sparsity', 'weight bits' or 'activation bits'
+    value: str = 'increase',  # column to show: 'increase', 'drop', 'loss' or 'top1'
+    axes=None,  # two axes, for heat map and curves; None: a new figure
+):  # the figure
     "A heat map layer by level, and a curve a layer, the deepest darkest. Slide 'Robust Analysis'."
     import matplotlib.pyplot as plt
+
     levels = _pivot(table, kind, value)
-    if axes is None: axes = plt.subplots(1, 2, figsize=(8, max(3, min(8, 1 + .2*len(levels)))), width_ratios=[1, 1.1], layout='constrained')[1]
+    if axes is None:
+        axes = plt.subplots(
+            1, 2, figsize=(8, max(3, min(8, 1 + 0.2 * len(levels)))), width_ratios=[1, 1.1], layout='constrained'
+        )[1]
     _heat(axes[0], levels, value)
-    for i, row in enumerate(levels.values): axes[1].plot(row, color=plt.cm.viridis_r(.1 + .9*i/max(1, len(levels) - 1)), lw=1)
-    for ax in axes: ax.set_xticks(range(levels.shape[1]), [f'{c:g}' for c in levels.columns], fontsize=8); ax.set_xlabel(kind)
+    for i, row in enumerate(levels.values):
+        axes[1].plot(row, color=plt.cm.viridis_r(0.1 + 0.9 * i / max(1, len(levels) - 1)), lw=1)
+    for ax in axes:
+        ax.set_xticks(range(levels.shape[1]), [f'{c:g}' for c in levels.columns], fontsize=8)
+        ax.set_xlabel(kind)
     axes[1].set(title='first layer light, last one dark')
-    if value == 'increase': axes[1].set_yscale('symlog', linthresh=.01); axes[1].set_ylim(bottom=1.3*min(-.01, levels.values.min()))
+    if value == 'increase':
+        axes[1].set_yscale('symlog', linthresh=0.01)
+        axes[1].set_ylim(bottom=1.3 * min(-0.01, levels.values.min()))
     return axes[0].figure
 
 # %% ../nbs/05_sensitivity.ipynb #75d219cd
 def _pivot(table, kind, value='increase'):
     "Layers by levels, from the mildest level on. MicronetError where the table has none of the kind."
     rows = table[table.kind == kind]
-    if not len(rows): raise MicronetError(f"the table has no rows of kind {kind!r}, only {', '.join(table.kind.unique()) or 'nothing'}: measure them first")
+    if not len(rows):
+        raise MicronetError(
+            f"the table has no rows of kind {kind!r}, only {', '.join(table.kind.unique()) or 'nothing'}: measure them first"
+        )
     levels = rows.pivot(index='layer', columns='level', values=value).reindex(rows.layer.unique())
     return levels[sorted(levels.columns, reverse=kind != 'sparsity')]
+
 
 def _heat(ax, levels, value):
     "The heat map; of more than 40 layers every so many get a label."
     from matplotlib.colors import PowerNorm
+
     names = {'increase': 'increase of the loss', 'drop': 'top-1 lost, points', 'loss': 'loss', 'top1': 'top-1 %'}
-    low, high = 0. if value in ('increase', 'drop') else float(levels.min().min()), max(float(levels.max().max()), 1e-6)
-    image = ax.imshow(levels.clip(lower=low), aspect='auto', interpolation='nearest', cmap='viridis' if value == 'top1' else 'viridis_r',
-                      norm=PowerNorm(.4 if value in ('increase', 'loss') else 1, low, high))
-    every = -(-len(levels)//40)
+    low, high = (
+        0.0 if value in ('increase', 'drop') else float(levels.min().min()),
+        max(float(levels.max().max()), 1e-6),
+    )
+    image = ax.imshow(
+        levels.clip(lower=low),
+        aspect='auto',
+        interpolation='nearest',
+        cmap='viridis' if value == 'top1' else 'viridis_r',
+        norm=PowerNorm(0.4 if value in ('increase', 'loss') else 1, low, high),
+    )
+    every = -(-len(levels) // 40)
     ax.set_yticks(range(0, len(levels), every), _short(levels.index)[::every], fontsize=7)
-    ax.set_title(names[value]); ax.figure.colorbar(image, ax=ax, shrink=.8)
+    ax.set_title(names[value])
+    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+
 
 def _short(names, most=32):
     "Layer names without what comes before a dot, as long as they are too long and stay distinct."
     short = list(names)
     while max(map(len, short), default=0) > most:
         cut = [n.split('.', 1)[-1] if len(n) > most else n for n in short]
-        if cut == short or len({*cut}) < len(cut): break
+        if cut == short or len({*cut}) < len(cut):
+            break
         short = cut
     return short
 
 # %% ../nbs/05_sensitivity.ipynb #f83149ae
-def _curves(table, kind, most=1.):
+def _curves(table, kind, most=1.0):
     "Layer to (x, y): what is given up, from nothing on (fraction of weights, or bits), and the loss added, never falling."
     levels, curves = _pivot(table, kind), {}
     for name, row in levels.iterrows():
         row = row.dropna()
-        x, y = np.array(row.index, float), np.maximum.accumulate(np.maximum(row.to_numpy(), 0.))
-        if kind == 'sparsity': x, y = (x, y) if x[0] == 0 else (np.r_[0., x], np.r_[0., y])
-        else: x = x[0] - x
-        if kind == 'sparsity' and x[-1] > most: x, y = np.r_[x[x < most], most], np.r_[y[x < most], np.interp(most, x, y)]
+        x, y = np.array(row.index, float), np.maximum.accumulate(np.maximum(row.to_numpy(), 0.0))
+        if kind == 'sparsity':
+            x, y = (x, y) if x[0] == 0 else (np.r_[0.0, x], np.r_[0.0, y])
+        else:
+            x = x[0] - x
+        if kind == 'sparsity' and x[-1] > most:
+            x, y = np.r_[x[x < most], most], np.r_[y[x < most], np.interp(most, x, y)]
         curves[name] = x, y
     return curves
+
 
 def _hull(x, y):
     "Indices of the lower convex hull's corners, from the first point to the last."
     corners = [0]
     while (i := corners[-1]) < len(x) - 1:
-        slopes = (y[i + 1:] - y[i])/(x[i + 1:] - x[i])
-        corners.append(i + 1 + int(np.flatnonzero(slopes <= slopes.min()*(1 + 1e-12)).max()))
+        slopes = (y[i + 1 :] - y[i]) / (x[i + 1 :] - x[i])
+        corners.append(i + 1 + int(np.flatnonzero(slopes <= slopes.min() * (1 + 1e-12)).max()))
     return corners
 
 # %% ../nbs/05_sensitivity.ipynb #9dd443c9
@@ -355,16 +526,20 @@ def _pieces(curves, worth):
     pieces = []
     for name, (x, y) in curves.items():
         corners = _hull(x, y) if worth[name] > 0 else []
-        pieces += [((y[b] - y[a])/(x[b] - x[a])/worth[name], name, x[a], x[b]) for a, b in zip(corners, corners[1:])]
+        pieces += [
+            ((y[b] - y[a]) / (x[b] - x[a]) / worth[name], name, x[a], x[b]) for a, b in zip(corners, corners[1:])
+        ]
     return sorted(pieces, key=lambda p: p[0])
+
 
 def _buy(curves, worth, amount, whole):
     "What each layer gives up when pieces worth `amount` are bought, cheapest first; the last one in part, unless `whole`."
-    plan = dict.fromkeys(curves, 0.)
+    plan = dict.fromkeys(curves, 0.0)
     for _, name, a, b in _pieces(curves, worth):
-        if amount <= 1e-12*worth[name]: break
-        plan[name] = float(b if whole else min(b, a + amount/worth[name]))
-        amount -= worth[name]*(plan[name] - a)
+        if amount <= 1e-12 * worth[name]:
+            break
+        plan[name] = float(b if whole else min(b, a + amount / worth[name]))
+        amount -= worth[name] * (plan[name] - a)
     return plan
 
 # %% ../nbs/05_sensitivity.ipynb #59ad18b1
@@ -373,70 +548,100 @@ def _equal(curves, tau, whole):
     plan = {}
     for name, (x, y) in curves.items():
         i = int(np.searchsorted(y, tau, side='right')) - 1
-        part = 0. if whole or i == len(x) - 1 or i < 0 else (tau - y[i])/(y[i + 1] - y[i])
-        plan[name] = float(x[max(i, 0)] + part*(x[min(i + 1, len(x) - 1)] - x[i]))
+        part = 0.0 if whole or i == len(x) - 1 or i < 0 else (tau - y[i]) / (y[i + 1] - y[i])
+        plan[name] = float(x[max(i, 0)] + part * (x[min(i + 1, len(x) - 1)] - x[i]))
     return plan
+
 
 def _least(enough, high, turns):
     "Two numbers in [0, high], close together: the last that is not enough, and the first that is."
-    low = 0.
+    low = 0.0
     for _ in range(turns):
-        middle = (low + high)/2
+        middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return low, high
 
-def _between(a, b, part): return {n: a[n] + part*(b[n] - a[n]) for n in b}
+
+def _between(a, b, part):
+    return {n: a[n] + part * (b[n] - a[n]) for n in b}
 
 # %% ../nbs/05_sensitivity.ipynb #7bd174fc
 def _worth(model, curves, of, kind, input_size, scoring):
     "What giving up all of a layer, or a bit of each of its weights, is worth."
     layers = compressible(model)
-    if kind == 'weight bits': return {n: int((layers[n].weight != 0).sum()) for n in curves}
-    if of != 'weights' and input_size is None: raise MicronetError(f'a budget of {of} needs input_size, such as (3, 32, 32)')
+    if kind == 'weight bits':
+        return {n: int((layers[n].weight != 0).sum()) for n in curves}
+    if of != 'weights' and input_size is None:
+        raise MicronetError(f'a budget of {of} needs input_size, such as (3, 32, 32)')
     used = layer_positions(model, input_size) if of != 'weights' else {}
     storage, ops = TRACKS[scoring.get('track', 'cifar100')]
-    each = {'weights': lambda n: 1, 'operations': lambda n: used.get(n, 0), 'score': lambda n: 1/storage + 2*used.get(n, 0)/ops}[of]
-    return {n: layers[n].weight.numel()*each(n) for n in layers}
+    each = {
+        'weights': lambda n: 1,
+        'operations': lambda n: used.get(n, 0),
+        'score': lambda n: 1 / storage + 2 * used.get(n, 0) / ops,
+    }[of]
+    return {n: layers[n].weight.numel() * each(n) for n in layers}
+
 
 def _scorer(model, input_size, scoring):
     "A function from a plan to the score of the net pruned so."
     net = _working_copy(model)
     graph, layers = trace(net, input_size), compressible(net)
     dense = {n: m.weight.detach().clone() for n, m in layers.items()}
+
     def cost(plan):
-        for n, rate in plan.items(): layers[n].weight.data.copy_(degrade(dense[n], 'sparsity', rate))
+        for n, rate in plan.items():
+            layers[n].weight.data.copy_(degrade(dense[n], 'sparsity', rate))
         return score(graph, input_size, **scoring).score
+
     return cost
 
 # %% ../nbs/05_sensitivity.ipynb #3ccae2d4
 def plan_from_sensitivity(
-    table: pd.DataFrame,     # as `sensitivity` gives it
-    model: nn.Module,        # the net that it was measured on
-    budget: float,           # sparsity: least fraction of weights, or of operations, that goes, or largest score; weight bits: largest mean bits a weight that is not zero
+    table: pd.DataFrame,  # as `sensitivity` gives it
+    model: nn.Module,  # the net that it was measured on
+    budget: float,  # sparsity: least fraction of weights, or of operations, that goes, or largest score; weight bits: largest mean bits a weight that is not zero
     kind: str = 'sparsity',  # 'sparsity' or 'weight bits'
-    of: str = 'weights',     # for sparsity: 'weights', 'operations' (multiply-accumulates) or 'score'
-    how: str = 'greedy',     # 'greedy': least predicted loss; 'equal': the same added loss for every layer
-    most: float = .98,       # for sparsity: fraction that no layer goes beyond
+    of: str = 'weights',  # for sparsity: 'weights', 'operations' (multiply-accumulates) or 'score'
+    how: str = 'greedy',  # 'greedy': least predicted loss; 'equal': the same added loss for every layer
+    most: float = 0.98,  # for sparsity: fraction that no layer goes beyond
     input_size: tuple = None,  # (channels, height, width), for operations and score
-    **scoring                # for `score`: track, accounting, adder, specs, ...
-) -> dict:                   # layer name to fraction in [0,1], or to bits
+    **scoring,  # for `score`: track, accounting, adder, specs, ...
+) -> dict:  # layer name to fraction in [0,1], or to bits
     "A rate for `prune`, or a width for `quantise_weights`, for each layer of the table. MicronetError for a budget that cannot be met."
-    for what, value, known in (('kind', kind, ('sparsity', 'weight bits')), ('of', of, ('weights', 'operations', 'score')), ('how', how, ('greedy', 'equal'))):
-        if value not in known: raise MicronetError(f"{what} must be one of {', '.join(known)}, not {value!r}")
+    for what, value, known in (
+        ('kind', kind, ('sparsity', 'weight bits')),
+        ('of', of, ('weights', 'operations', 'score')),
+        ('how', how, ('greedy', 'equal')),
+    ):
+        if value not in known:
+            raise MicronetError(f"{what} must be one of {', '.join(known)}, not {value!r}")
     curves, whole = _curves(table, kind, most), kind == 'weight bits'
-    if stray := sorted({*curves} - {*compressible(model)}): raise MicronetError(f'the table has a layer {stray[0]!r}, which this model has not: they do not belong together')
+    if stray := sorted({*curves} - {*compressible(model)}):
+        raise MicronetError(
+            f'the table has a layer {stray[0]!r}, which this model has not: they do not belong together'
+        )
     worth = _worth(model, curves, of, kind, input_size, scoring)
     enough = _enough(model, curves, worth, budget, of, table, whole, input_size, scoring)
     made = (lambda t: _buy(curves, worth, t, whole)) if how == 'greedy' else (lambda t: _equal(curves, t, whole))
-    high = sum(worth[n]*x[-1] for n, (x, _) in curves.items()) if how == 'greedy' else max(y[-1] for _, y in curves.values())
-    if not enough(made(high)): raise MicronetError(_out_of_reach(budget, of, kind))
+    high = (
+        sum(worth[n] * x[-1] for n, (x, _) in curves.items())
+        if how == 'greedy'
+        else max(y[-1] for _, y in curves.values())
+    )
+    if not enough(made(high)):
+        raise MicronetError(_out_of_reach(budget, of, kind))
     turns = 20 if of == 'score' and not whole else 60
     low, high = _least(lambda t: enough(made(t)), high, turns)
     plan = made(high)
     if how == 'equal' and not whole:  # where a curve is flat the plan jumps: go only as far as needed
-        plan = _between(made(low), plan, _least(lambda part: enough(_between(made(low), made(high), part)), 1., turns)[1])
-    if not whole: return plan
-    if how == 'greedy': plan = _refill(plan, curves, worth, enough)
+        plan = _between(
+            made(low), plan, _least(lambda part: enough(_between(made(low), made(high), part)), 1.0, turns)[1]
+        )
+    if not whole:
+        return plan
+    if how == 'greedy':
+        plan = _refill(plan, curves, worth, enough)
     return {n: int(_widest(table)[n] - given) for n, given in plan.items()}
 
 # %% ../nbs/05_sensitivity.ipynb #568a4107
@@ -444,38 +649,53 @@ def _enough(model, curves, worth, budget, of, table, whole, input_size, scoring)
     "A function from a plan to whether it meets the budget."
     if whole:
         top = _widest(table)
-        return lambda plan: sum(worth[n]*(top[n] - g) for n, g in plan.items()) <= budget*sum(worth.values())*(1 + 1e-12)
+        return lambda plan: (
+            sum(worth[n] * (top[n] - g) for n, g in plan.items()) <= budget * sum(worth.values()) * (1 + 1e-12)
+        )
     if of == 'score':
         cost = _scorer(model, input_size, scoring)
         return lambda plan: cost(plan) <= budget
-    return lambda plan: sum(worth[n]*g for n, g in plan.items()) >= budget*sum(worth.values())*(1 - 1e-12)
+    return lambda plan: sum(worth[n] * g for n, g in plan.items()) >= budget * sum(worth.values()) * (1 - 1e-12)
 
-def _widest(table): return table[table.kind == 'weight bits'].groupby('layer')['level'].max()
+
+def _widest(table):
+    return table[table.kind == 'weight bits'].groupby('layer')['level'].max()
+
 
 def _out_of_reach(budget, of, kind):
-    if kind == 'weight bits': return f'a mean of {budget} bits is out of reach: measure fewer bits, or ask for more'
-    if of == 'score': return f'a score of {budget} is out of reach: measure higher sparsities, raise `most`, or ask for more'
+    if kind == 'weight bits':
+        return f'a mean of {budget} bits is out of reach: measure fewer bits, or ask for more'
+    if of == 'score':
+        return f'a score of {budget} is out of reach: measure higher sparsities, raise `most`, or ask for more'
     return f'{budget} of the {of} is out of reach: measure higher sparsities, raise `most`, or ask for less'
+
 
 def _refill(plan, curves, worth, enough):
     "Whole pieces overshoot: the dearest are given back where the budget allows."
     for _, name, a, b in _pieces(curves, worth)[::-1]:
-        if plan[name] == b and enough(plan | {name: float(a)}): plan = plan | {name: float(a)}
+        if plan[name] == b and enough(plan | {name: float(a)}):
+            plan = plan | {name: float(a)}
     return plan
 
 # %% ../nbs/05_sensitivity.ipynb #efb253e6
 def predicted_increase(
-    table: pd.DataFrame,    # as `sensitivity` gives it
-    plan: dict,             # layer name to fraction, or to bits
-    kind: str = 'sparsity'  # 'sparsity' or 'weight bits'
-) -> float:                 # of the loss
+    table: pd.DataFrame,  # as `sensitivity` gives it
+    plan: dict,  # layer name to fraction, or to bits
+    kind: str = 'sparsity',  # 'sparsity' or 'weight bits'
+) -> float:  # of the loss
     "The sum of the measured increases, between two levels by a straight line. MicronetError for a level beyond the measured ones."
-    total, levels = 0., _pivot(table, kind)
+    total, levels = 0.0, _pivot(table, kind)
     for name, level in plan.items():
-        if kind == 'weight bits' and level == 32: continue
-        if name not in levels.index: raise MicronetError(f'the table has no layer {name!r}')
+        if kind == 'weight bits' and level == 32:
+            continue
+        if name not in levels.index:
+            raise MicronetError(f'the table has no layer {name!r}')
         row = levels.loc[name].dropna().sort_index()
-        if kind == 'sparsity' and 0. not in row.index: row = pd.concat([pd.Series({0.: 0.}), row])
-        if not row.index[0] <= level <= row.index[-1]: raise MicronetError(f'{kind} {level} of {name!r} was not measured: the table goes from {row.index[0]:g} to {row.index[-1]:g}')
+        if kind == 'sparsity' and 0.0 not in row.index:
+            row = pd.concat([pd.Series({0.0: 0.0}), row])
+        if not row.index[0] <= level <= row.index[-1]:
+            raise MicronetError(
+                f'{kind} {level} of {name!r} was not measured: the table goes from {row.index[0]:g} to {row.index[-1]:g}'
+            )
         total += float(np.interp(level, row.index, row))
     return total

@@ -13,7 +13,15 @@ import contextlib, json, math, os, shutil, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from .core import MicronetError, atomic_path, config_key, get_profile, progress, runs_dir, stage  # before timm: it silences a warning of tqdm's
+from micronet_nb.core import (
+    MicronetError,
+    atomic_path,
+    config_key,
+    get_profile,
+    progress,
+    runs_dir,
+    stage,
+)  # before timm: it silences a warning of tqdm's
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
@@ -31,101 +39,158 @@ from .data import dataset_stats, load_dataset
 from .models import create_model, require_shapes
 
 # %% ../nbs/03_training.ipynb #1a828e8c
-RIAIR_AUGMENT = (('Invert', .2, 2), ('Contrast', .4, 4), ('Rotate', .5, 1), ('TranslateX', .4, 3), ('Sharpness', .5, 3), ('ShearY', .3, 4), ('TranslateY', .6, 8),
-                 ('AutoContrast', .6, 3), ('Equalize', .5, 5), ('Solarize', .4, 4), ('Color', .5, 5), ('Posterize', .2, 2), ('Brightness', .4, 5), ('Cutout', .3, 3), ('ShearX', .1, 3))
+RIAIR_AUGMENT = (
+    ('Invert', 0.2, 2),
+    ('Contrast', 0.4, 4),
+    ('Rotate', 0.5, 1),
+    ('TranslateX', 0.4, 3),
+    ('Sharpness', 0.5, 3),
+    ('ShearY', 0.3, 4),
+    ('TranslateY', 0.6, 8),
+    ('AutoContrast', 0.6, 3),
+    ('Equalize', 0.5, 5),
+    ('Solarize', 0.4, 4),
+    ('Color', 0.5, 5),
+    ('Posterize', 0.2, 2),
+    ('Brightness', 0.4, 5),
+    ('Cutout', 0.3, 3),
+    ('ShearX', 0.1, 3),
+)
 
 # %% ../nbs/03_training.ipynb #94110042
 GEOMETRIC = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
 
+
 def _affine(name, amount):
     "2x3 matrices (n, 2, 3) in grid_sample's coordinates; amount (n,) in radians, shear (the first row or column stays, as with PIL), or fractions of the side."
     one, zero = torch.ones_like(amount), torch.zeros_like(amount)
-    rows = {'Rotate': (amount.cos(), -amount.sin(), zero, amount.sin(), amount.cos(), zero), 'ShearX': (one, amount, amount, zero, one, zero),
-            'ShearY': (one, zero, zero, amount, one, amount), 'TranslateX': (one, zero, 2*amount, zero, one, zero), 'TranslateY': (one, zero, zero, zero, one, 2*amount)}[name]
+    rows = {
+        'Rotate': (amount.cos(), -amount.sin(), zero, amount.sin(), amount.cos(), zero),
+        'ShearX': (one, amount, amount, zero, one, zero),
+        'ShearY': (one, zero, zero, amount, one, amount),
+        'TranslateX': (one, zero, 2 * amount, zero, one, zero),
+        'TranslateY': (one, zero, zero, zero, one, 2 * amount),
+    }[name]
     return torch.stack(rows, 1).view(-1, 2, 3)
 
 # %% ../nbs/03_training.ipynb #6f910484
-REACH = {'Rotate': math.pi/6, 'ShearX': .3, 'ShearY': .3, 'TranslateX': 150/331, 'TranslateY': 150/331}  # at magnitude 10 (AutoAugment, Cubuk et al. 2019)
+REACH = {
+    'Rotate': math.pi / 6,
+    'ShearX': 0.3,
+    'ShearY': 0.3,
+    'TranslateX': 150 / 331,
+    'TranslateY': 150 / 331,
+}  # at magnitude 10 (AutoAugment, Cubuk et al. 2019)
+
 
 def warp(
-    x: torch.Tensor,   # (n, 3, h, w) in [0,1]
-    name: str,         # one of GEOMETRIC
-    amount: torch.Tensor  # (n,) signed fraction of REACH
+    x: torch.Tensor,  # (n, 3, h, w) in [0,1]
+    name: str,  # one of GEOMETRIC
+    amount: torch.Tensor,  # (n,) signed fraction of REACH
 ) -> torch.Tensor:
     "Moves the pixels of each image by its own amount; what comes in from outside is grey."
-    grid = F.affine_grid(_affine(name, amount*REACH[name]), x.shape, align_corners=False)
-    return F.grid_sample(x - .5, grid, mode='nearest', align_corners=False) + .5
+    grid = F.affine_grid(_affine(name, amount * REACH[name]), x.shape, align_corners=False)
+    return F.grid_sample(x - 0.5, grid, mode='nearest', align_corners=False) + 0.5
 
 # %% ../nbs/03_training.ipynb #248ff486
-def _grey(x): return (x*torch.tensor([.299, .587, .114], device=x.device).view(3, 1, 1)).sum(1, keepdim=True).expand_as(x)
+def _grey(x):
+    return (x * torch.tensor([0.299, 0.587, 0.114], device=x.device).view(3, 1, 1)).sum(1, keepdim=True).expand_as(x)
+
+
 def _blur(x):
-    k = torch.tensor([[1., 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device).expand(3, 1, 3, 3)/13
-    return F.pad(F.conv2d(x, k, groups=3), (1,)*4, mode='replicate')
-DULL = {'Brightness': torch.zeros_like, 'Color': _grey, 'Contrast': lambda x: _grey(x).mean((1, 2, 3), keepdim=True).expand_as(x), 'Sharpness': _blur}
+    k = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device).expand(3, 1, 3, 3) / 13
+    return F.pad(F.conv2d(x, k, groups=3), (1,) * 4, mode='replicate')
+
+
+DULL = {
+    'Brightness': torch.zeros_like,
+    'Color': _grey,
+    'Contrast': lambda x: _grey(x).mean((1, 2, 3), keepdim=True).expand_as(x),
+    'Sharpness': _blur,
+}
 
 # %% ../nbs/03_training.ipynb #4d04530c
 def _equalise(x):
     "Each channel of each image to an even histogram."
-    v = (x*255).round().long().clamp(0, 255).flatten(2)
+    v = (x * 255).round().long().clamp(0, 255).flatten(2)
     counts = torch.zeros(*v.shape[:2], 256, dtype=torch.long, device=x.device).scatter_add_(2, v, torch.ones_like(v))
-    step = (v.shape[2] - counts.gather(2, v.amax(2, keepdim=True)))//255  # pixels for each level, the brightest ones left out; as PIL counts
-    even = ((counts.cumsum(2) - counts + step//2)//step.clamp(min=1)).clamp(max=255).gather(2, v)
-    return torch.where(step > 0, even, v).view_as(x)/255
+    step = (
+        v.shape[2] - counts.gather(2, v.amax(2, keepdim=True))
+    ) // 255  # pixels for each level, the brightest ones left out; as PIL counts
+    even = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp(max=255).gather(2, v)
+    return torch.where(step > 0, even, v).view_as(x) / 255
+
 
 def _stretch(x):
     "Each channel of each image to the full range."
     lo, hi = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    return torch.where(hi > lo, (x - lo)/(hi - lo).clamp(min=1/255), x)
+    return torch.where(hi > lo, (x - lo) / (hi - lo).clamp(min=1 / 255), x)
+
 
 def _posterise(x, bits):
     "The upper `bits` of the 8 bits of each pixel."
-    return (x*255).round()//(s := 2**(8 - bits))*s/255
+    return (x * 255).round() // (s := 2 ** (8 - bits)) * s / 255
 
 # %% ../nbs/03_training.ipynb #2a30e406
 def cut(
-    x: torch.Tensor,    # (n, 3, h, w)
-    side: int,          # pixels of the square
-    generator=None      # on x's device
+    x: torch.Tensor,  # (n, 3, h, w)
+    side: int,  # pixels of the square
+    generator=None,  # on x's device
 ) -> torch.Tensor:
     "Greys a square around a random point of each image. DeVries and Taylor 2017."
     n, _, h, w = x.shape
     cy, cx = (torch.randint(0, s, (n, 1, 1), generator=generator, device=x.device) for s in (h, w))
     y, z = torch.arange(h, device=x.device).view(1, h, 1), torch.arange(w, device=x.device).view(1, 1, w)
-    inside = (y >= cy - side//2) & (y < cy + (side + 1)//2) & (z >= cx - side//2) & (z < cx + (side + 1)//2)
-    return torch.where(inside[:, None], .5, x)
+    inside = (y >= cy - side // 2) & (y < cy + (side + 1) // 2) & (z >= cx - side // 2) & (z < cx + (side + 1) // 2)
+    return torch.where(inside[:, None], 0.5, x)
 
 # %% ../nbs/03_training.ipynb #ea865299
 def apply_op(
-    x: torch.Tensor,   # (n, 3, h, w) in [0,1]
-    name: str,         # as in RIAIR_AUGMENT
+    x: torch.Tensor,  # (n, 3, h, w) in [0,1]
+    name: str,  # as in RIAIR_AUGMENT
     magnitude: float,  # of 10
-    generator=None     # on x's device
+    generator=None,  # on x's device
 ) -> torch.Tensor:
     "One operation on every image, signs tossed image by image. MicronetError for a name that is not known."
-    m = magnitude/10
-    sign = torch.randint(0, 2, (len(x),), generator=generator, device=x.device)*2. - 1
-    if name in GEOMETRIC: return warp(x, name, sign*m)
-    if name in DULL: return (x + (x - DULL[name](x))*(sign*.9*m).view(-1, 1, 1, 1)).clamp(0, 1)
-    if name == 'Invert': return 1 - x
-    if name == 'Solarize': return torch.where(x >= 1 - m, 1 - x, x)
-    if name == 'SolarizeAdd': return torch.where(x < 128/255, (x + int(110*m)/255).clamp(max=1), x)
-    if name == 'Posterize': return _posterise(x, 8 - round(4*m))
-    if name == 'PosterizeIncreasing': return _posterise(x, 4 - int(4*m))
-    if name == 'AutoContrast': return _stretch(x)
-    if name == 'Equalize': return _equalise(x)
-    if name == 'Cutout': return cut(x, max(1, round(.2*m*2*x.shape[-1])), generator)
-    raise MicronetError(f"no augmentation {name!r}: choose from {', '.join(sorted({n for n, _, _ in RIAIR_AUGMENT + RAND_AUGMENT}))}")
+    m = magnitude / 10
+    sign = torch.randint(0, 2, (len(x),), generator=generator, device=x.device) * 2.0 - 1
+    if name in GEOMETRIC:
+        return warp(x, name, sign * m)
+    if name in DULL:
+        return (x + (x - DULL[name](x)) * (sign * 0.9 * m).view(-1, 1, 1, 1)).clamp(0, 1)
+    if name == 'Invert':
+        return 1 - x
+    if name == 'Solarize':
+        return torch.where(x >= 1 - m, 1 - x, x)
+    if name == 'SolarizeAdd':
+        return torch.where(x < 128 / 255, (x + int(110 * m) / 255).clamp(max=1), x)
+    if name == 'Posterize':
+        return _posterise(x, 8 - round(4 * m))
+    if name == 'PosterizeIncreasing':
+        return _posterise(x, 4 - int(4 * m))
+    if name == 'AutoContrast':
+        return _stretch(x)
+    if name == 'Equalize':
+        return _equalise(x)
+    if name == 'Cutout':
+        return cut(x, max(1, round(0.2 * m * 2 * x.shape[-1])), generator)
+    raise MicronetError(
+        f"no augmentation {name!r}: choose from {', '.join(sorted({n for n, _, _ in RIAIR_AUGMENT + RAND_AUGMENT}))}"
+    )
 
 # %% ../nbs/03_training.ipynb #b786c2da
-def _our_name(name): return name if name == 'PosterizeIncreasing' else name.removesuffix('Increasing').removesuffix('Rel')
-RAND_AUGMENT = tuple((_our_name(name), .5, 9) for name in rand_augment_choices('', increasing=True))
+def _our_name(name):
+    return name if name == 'PosterizeIncreasing' else name.removesuffix('Increasing').removesuffix('Rel')
+
+
+RAND_AUGMENT = tuple((_our_name(name), 0.5, 9) for name in rand_augment_choices('', increasing=True))
 
 # %% ../nbs/03_training.ipynb #6eb34e81
 def pick(
     x: torch.Tensor,  # (n, 3, h, w) in [0,1]
-    ops,              # list of (name, probability, magnitude)
-    picks: int = 2,   # operations an image
-    generator=None    # on x's device
+    ops,  # list of (name, probability, magnitude)
+    picks: int = 2,  # operations an image
+    generator=None,  # on x's device
 ) -> torch.Tensor:
     "Applies `picks` random operations of the list to each image, each with its probability."
     for _ in range(picks):
@@ -133,226 +198,336 @@ def pick(
         chance = torch.rand(len(x), generator=generator, device=x.device)
         for i, (name, p, magnitude) in enumerate(ops):
             rows = ((which == i) & (chance < p)).nonzero()[:, 0]
-            if len(rows): x = x.index_copy(0, rows, apply_op(x[rows], name, magnitude, generator))
+            if len(rows):
+                x = x.index_copy(0, rows, apply_op(x[rows], name, magnitude, generator))
     return x
 
 # %% ../nbs/03_training.ipynb #5ccaa928
 def crop_flip(
     x: torch.Tensor,  # (n, 3, h, w)
-    pad: int,         # pixels of black on each side before the crop
+    pad: int,  # pixels of black on each side before the crop
     flip: bool = True,  # mirror half of the images
-    generator=None    # on x's device
+    generator=None,  # on x's device
 ) -> torch.Tensor:
     "A random crop of the padded image, mirrored for every second one."
     n, c, h, w = x.shape
-    dy, dx = (torch.randint(0, 2*pad + 1, (n, 1), generator=generator, device=x.device) for _ in range(2))
-    mirrored = torch.rand(n, 1, generator=generator, device=x.device) < (.5 if flip else 0.)
+    dy, dx = (torch.randint(0, 2 * pad + 1, (n, 1), generator=generator, device=x.device) for _ in range(2))
+    mirrored = torch.rand(n, 1, generator=generator, device=x.device) < (0.5 if flip else 0.0)
     rows = dy + torch.arange(h, device=x.device)
     columns = dx + torch.where(mirrored, torch.arange(w - 1, -1, -1, device=x.device), torch.arange(w, device=x.device))
-    return F.pad(x, (pad,)*4)[torch.arange(n, device=x.device).view(n, 1, 1, 1), torch.arange(c, device=x.device).view(1, c, 1, 1), rows.view(n, 1, h, 1), columns.view(n, 1, 1, w)]
+    return F.pad(x, (pad,) * 4)[
+        torch.arange(n, device=x.device).view(n, 1, 1, 1),
+        torch.arange(c, device=x.device).view(1, c, 1, 1),
+        rows.view(n, 1, h, 1),
+        columns.view(n, 1, 1, w),
+    ]
 
 # %% ../nbs/03_training.ipynb #6f5e6389
 AUGMENTS = ('none', 'flip', 'riair', 'rand', 'digits')
 
+
 def augment(
-    images: torch.Tensor,   # (n, 3, h, w) uint8
-    how: str = 'riair',     # 'none'; 'flip' (crop and flip); 'riair' (its list, crop, flip, cutout); 'rand' (RandAugment, crop, flip); 'digits' (small moves, no flip)
-    generator=None          # on the images' device
+    images: torch.Tensor,  # (n, 3, h, w) uint8
+    how: str = 'riair',  # 'none'; 'flip' (crop and flip); 'riair' (its list, crop, flip, cutout); 'rand' (RandAugment, crop, flip); 'digits' (small moves, no flip)
+    generator=None,  # on the images' device
 ) -> torch.Tensor:
     "Augmented images in [0,1], float32; each image has its own dice."
-    x, pad = images.float()/255, max(1, images.shape[-1]//8)
-    if how == 'none': return x
-    if how == 'digits': return crop_flip(x, 1, False, generator)
-    if how not in AUGMENTS: raise MicronetError(f"no augmentation called {how!r}: choose {', '.join(AUGMENTS[:-1])} or {AUGMENTS[-1]}")
-    if how in ('riair', 'rand'): x = pick(x, RIAIR_AUGMENT if how == 'riair' else RAND_AUGMENT, 2, generator)
+    x, pad = images.float() / 255, max(1, images.shape[-1] // 8)
+    if how == 'none':
+        return x
+    if how == 'digits':
+        return crop_flip(x, 1, False, generator)
+    if how not in AUGMENTS:
+        raise MicronetError(f"no augmentation called {how!r}: choose {', '.join(AUGMENTS[:-1])} or {AUGMENTS[-1]}")
+    if how in ('riair', 'rand'):
+        x = pick(x, RIAIR_AUGMENT if how == 'riair' else RAND_AUGMENT, 2, generator)
     x = crop_flip(x, pad, True, generator)
-    return cut(x, images.shape[-1]//4, generator) if how == 'riair' else x
+    return cut(x, images.shape[-1] // 4, generator) if how == 'riair' else x
 
 # %% ../nbs/03_training.ipynb #fea97f29
 @dataclass(frozen=True)
 class FitConfig:
     "All that a training run depends on, the data and the model aside."
-    epochs: int = 30               # passes over the training set
-    epoch_images: int = 0          # images an epoch, drawn anew for each; 0: all
-    batch_size: int = 64           # images a step, over all devices
-    lr: float = .1                 # peak learning rate
-    warmup_epochs: float = 1.      # linear, from lr/100; 0: none
-    weight_decay: float = 1e-4     # L2, on all parameters as in the study
-    momentum: float = .9           # Nesterov
-    label_smoothing: float = 0.    # fraction in [0,1]
-    ema: float = 0.                # decay of the averaged weights a step; 0: none
-    augment: str = 'riair'         # see `augment`
-    mixup: float = 0.              # alpha of Mixup; 0: none
-    cutmix: float = 0.             # alpha of CutMix; 0: none
-    precision: str = 'no'          # no, bf16
-    channels_last: bool = False    # memory format
-    compile: bool = False          # torch.compile; or the name of its backend
-    seed: int = 0                  # of order and augmentation
-    sync_bn: bool = field(default=False, metadata=dict(late=True))  # several GPUs: batch norm over the batch of all processes
-    def __post_init__(self): _check_config(self)
+
+    epochs: int = 30  # passes over the training set
+    epoch_images: int = 0  # images an epoch, drawn anew for each; 0: all
+    batch_size: int = 64  # images a step, over all devices
+    lr: float = 0.1  # peak learning rate
+    warmup_epochs: float = 1.0  # linear, from lr/100; 0: none
+    weight_decay: float = 1e-4  # L2, on all parameters as in the study
+    momentum: float = 0.9  # Nesterov
+    label_smoothing: float = 0.0  # fraction in [0,1]
+    ema: float = 0.0  # decay of the averaged weights a step; 0: none
+    augment: str = 'riair'  # see `augment`
+    mixup: float = 0.0  # alpha of Mixup; 0: none
+    cutmix: float = 0.0  # alpha of CutMix; 0: none
+    precision: str = 'no'  # no, bf16
+    channels_last: bool = False  # memory format
+    compile: bool = False  # torch.compile; or the name of its backend
+    seed: int = 0  # of order and augmentation
+    sync_bn: bool = field(
+        default=False, metadata=dict(late=True)
+    )  # several GPUs: batch norm over the batch of all processes
+
+    def __post_init__(self):
+        _check_config(self)
 
 # %% ../nbs/03_training.ipynb #f826494c
 def _check_config(c):
     "MicronetError that names a value which makes no sense."
-    if c.epochs < 1 or c.batch_size < 1 or not c.lr > 0: raise MicronetError(f'epochs, batch_size and lr must be positive, not {c.epochs}, {c.batch_size}, {c.lr}')
-    if c.epoch_images and c.epoch_images < c.batch_size: raise MicronetError(f'epoch_images must be 0 or at least a batch ({c.batch_size}), not {c.epoch_images}')
-    if c.precision not in ('no', 'bf16'): raise MicronetError(f"precision must be 'no' or 'bf16', not {c.precision!r}")
-    if c.augment not in AUGMENTS: raise MicronetError(f"augment must be one of {', '.join(AUGMENTS)}, not {c.augment!r}")
+    if c.epochs < 1 or c.batch_size < 1 or not c.lr > 0:
+        raise MicronetError(f'epochs, batch_size and lr must be positive, not {c.epochs}, {c.batch_size}, {c.lr}')
+    if c.epoch_images and c.epoch_images < c.batch_size:
+        raise MicronetError(f'epoch_images must be 0 or at least a batch ({c.batch_size}), not {c.epoch_images}')
+    if c.precision not in ('no', 'bf16'):
+        raise MicronetError(f"precision must be 'no' or 'bf16', not {c.precision!r}")
+    if c.augment not in AUGMENTS:
+        raise MicronetError(f"augment must be one of {', '.join(AUGMENTS)}, not {c.augment!r}")
     for name in ('momentum', 'label_smoothing', 'ema'):
-        if not 0 <= getattr(c, name) < 1: raise MicronetError(f'{name} must be at least 0 and below 1, not {getattr(c, name)}')
+        if not 0 <= getattr(c, name) < 1:
+            raise MicronetError(f'{name} must be at least 0 and below 1, not {getattr(c, name)}')
     for name in ('warmup_epochs', 'weight_decay', 'mixup', 'cutmix'):
-        if not getattr(c, name) >= 0: raise MicronetError(f'{name} must not be negative, {getattr(c, name)} is')
-    if (c.mixup or c.cutmix) and c.batch_size % 2: raise MicronetError(f'mixup and cutmix mix images in pairs: batch_size must be even, not {c.batch_size}')
+        if not getattr(c, name) >= 0:
+            raise MicronetError(f'{name} must not be negative, {getattr(c, name)} is')
+    if (c.mixup or c.cutmix) and c.batch_size % 2:
+        raise MicronetError(f'mixup and cutmix mix images in pairs: batch_size must be even, not {c.batch_size}')
 
 # %% ../nbs/03_training.ipynb #02ed7da8
 def _settings(config):
     "The configuration as a dict for keys: late settings only where they differ from their default."
-    return {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get('late') or getattr(config, f.name) != f.default}
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if not f.metadata.get('late') or getattr(config, f.name) != f.default
+    }
 
 # %% ../nbs/03_training.ipynb #a48d038b
 def _generator(device, *key):
     "A generator that depends on nothing but the key."
     return torch.Generator(device=device).manual_seed(int(config_key(key), 16) % 2**63)
 
+
 def epoch_batches(
-    images, labels,      # (n, 3, h, w) uint8 and (n,) int64, on the device
-    config: FitConfig,   # seed, batch_size, augment
-    epoch: int,          # from 0
-    skip: int = 0,       # batches to pass over: a resumed run has done them
-    chunk: int = None    # batches augmented together; None: 32, fewer where they hold more than 2^26 values
+    images,
+    labels,  # (n, 3, h, w) uint8 and (n,) int64, on the device
+    config: FitConfig,  # seed, batch_size, augment
+    epoch: int,  # from 0
+    skip: int = 0,  # batches to pass over: a resumed run has done them
+    chunk: int = None,  # batches augmented together; None: 32, fewer where they hold more than 2^26 values
 ):
     "Yields (images in [0,1], labels), batch by batch; the last, incomplete one is left out."
     n, b, device = min(len(images), config.epoch_images or len(images)), config.batch_size, images.device
-    chunk = chunk or max(1, min(32, 2**26//(b*images[0].numel())))
+    chunk = chunk or max(1, min(32, 2**26 // (b * images[0].numel())))
     order = torch.randperm(len(images), generator=_generator('cpu', config.seed, epoch)).to(device)
-    for first in range(0, n//b, chunk):
-        last = min(first + chunk, n//b)
-        if last <= skip: continue
-        rows = order[first*b:last*b]
+    for first in range(0, n // b, chunk):
+        last = min(first + chunk, n // b)
+        if last <= skip:
+            continue
+        rows = order[first * b : last * b]
         x = augment(images[rows], config.augment, _generator(device, config.seed, epoch, first))
-        for i in range(max(first, skip), last): yield x[(i - first)*b:(i - first + 1)*b], labels[rows[(i - first)*b:(i - first + 1)*b]]
+        for i in range(max(first, skip), last):
+            yield x[(i - first) * b : (i - first + 1) * b], labels[rows[(i - first) * b : (i - first + 1) * b]]
 
 # %% ../nbs/03_training.ipynb #70661521
 def known_stats(
-    model: nn.Module,    # any; `fit` has left its statistics in `input_stats`
-    stats=None           # (mean, std) that were named; None: the net's
-) -> tuple:              # (mean, std)
+    model: nn.Module,  # any; `fit` has left its statistics in `input_stats`
+    stats=None,  # (mean, std) that were named; None: the net's
+) -> tuple:  # (mean, std)
     "The statistics of the pixels that a net wants. MicronetError where they are neither named nor known."
-    if stats is None: stats = getattr(model, 'input_stats', None)
-    if stats is not None: return stats
-    raise MicronetError(f'which pixel statistics was {_class_of(model)} trained with? `fit` would have left them with the net: '
-                        'pass stats=(mean, std), such as dataset_stats(train), train being the training set')
+    if stats is None:
+        stats = getattr(model, 'input_stats', None)
+    if stats is not None:
+        return stats
+    raise MicronetError(
+        f'which pixel statistics was {_class_of(model)} trained with? `fit` would have left them with the net: '
+        'pass stats=(mean, std), such as dataset_stats(train), train being the training set'
+    )
 
-def _class_of(net): return type(getattr(net, '_orig_mod', getattr(net, 'module', net))).__name__
+
+def _class_of(net):
+    return type(getattr(net, '_orig_mod', getattr(net, 'module', net))).__name__
+
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,      # in any mode; left in it
-    dataset,               # images uint8, labels
-    stats=None,            # (mean, std) of the training set; None: what `fit` left with the net
-    batch_size: int = 250, # images at a time
-    n: int = None          # the first n images only
-) -> dict:                 # top1 in %, loss, n
+    model: nn.Module,  # in any mode; left in it
+    dataset,  # images uint8, labels
+    stats=None,  # (mean, std) of the training set; None: what `fit` left with the net
+    batch_size: int = 250,  # images at a time
+    n: int = None,  # the first n images only
+) -> dict:  # top1 in %, loss, n
     "Accuracy and cross-entropy on a data set, in float32. MicronetError where the statistics are not known, or the net gives no logits."
     stats = known_stats(model, stats)
     was, device = {m: m.training for m in model.modules()}, _device(model)
-    hits = loss = 0.
+    hits = loss = 0.0
     n = min(n or len(dataset), len(dataset))
     try:
         model.eval()
         for i in range(0, n, batch_size):
-            x, y = normalised(dataset.images[i:min(i + batch_size, n)].to(device).float()/255, stats), dataset.labels[i:min(i + batch_size, n)].to(device)
+            x, y = (
+                normalised(dataset.images[i : min(i + batch_size, n)].to(device).float() / 255, stats),
+                dataset.labels[i : min(i + batch_size, n)].to(device),
+            )
             out = as_logits(model(x), x, model)
-            hits += float((out.argmax(1) == y).sum()); loss += float(F.cross_entropy(out, y, reduction='sum'))
+            hits += float((out.argmax(1) == y).sum())
+            loss += float(F.cross_entropy(out, y, reduction='sum'))
     finally:
-        for m, mode in was.items(): m.training = mode
-    return dict(top1=100*hits/n, loss=loss/n, n=n)
+        for m, mode in was.items():
+            m.training = mode
+    return dict(top1=100 * hits / n, loss=loss / n, n=n)
 
 # %% ../nbs/03_training.ipynb #bb1704fa
 def normalised(x, stats):
     "(x - mean)/std for images in [0,1]."
     mean, std = (torch.tensor(s, dtype=torch.float32, device=x.device).view(3, 1, 1) for s in stats)
-    return (x - mean)/std
+    return (x - mean) / std
 
-def _device(model): return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device('cpu'))
+
+def _device(model):
+    return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device('cpu'))
 
 # %% ../nbs/03_training.ipynb #a8667841
 def as_logits(
-    out,             # what the net returned
-    x: torch.Tensor, # (n, 3, h, w) what it was given
-    net              # for the message
-) -> torch.Tensor:   # (n, classes) float32
+    out,  # what the net returned
+    x: torch.Tensor,  # (n, 3, h, w) what it was given
+    net,  # for the message
+) -> torch.Tensor:  # (n, classes) float32
     "The logits, in float32. MicronetError where a net returns anything else."
-    if isinstance(out, torch.Tensor) and out.dim() == 2 and len(out) == len(x): return out.float()
+    if isinstance(out, torch.Tensor) and out.dim() == 2 and len(out) == len(x):
+        return out.float()
     what = f'a tensor of shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else f'a {type(out).__name__}'
     mode = 'training' if getattr(net, 'training', False) else 'evaluation'
-    raise MicronetError(f'{_class_of(net)} returns {what} in {mode} mode, not logits ({len(x)}, classes): wrap it in a module '
-                        'that returns its logits alone, or switch off the heads that only training has (such as aux_logits=False)')
+    raise MicronetError(
+        f'{_class_of(net)} returns {what} in {mode} mode, not logits ({len(x)}, classes): wrap it in a module '
+        'that returns its logits alone, or switch off the heads that only training has (such as aux_logits=False)'
+    )
 
 # %% ../nbs/03_training.ipynb #379179d5
 def hard_loss(logits, target, teacher_logits, config):
     "Cross-entropy with hard labels (n,), or soft ones (n, classes) that are smoothed already; a teacher is ignored."
-    return F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing if target.dim() == 1 else 0.)
+    return F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing if target.dim() == 1 else 0.0)
 
 # %% ../nbs/03_training.ipynb #d84f08a7
 def _world():
     "accelerate's view of processes and devices; gloo where there is no accelerator. MicronetError where launched processes do not see each other."
     world = PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU') or not torch.accelerator.is_available())
     if world.num_processes == 1 and (launched := int(os.environ.get('WORLD_SIZE') or 1)) > 1:
-        raise MicronetError(f'{launched} processes were launched, but each works alone: on CPUs set ACCELERATE_USE_CPU=1, and create no Accelerator before `fit`')
+        raise MicronetError(
+            f'{launched} processes were launched, but each works alone: on CPUs set ACCELERATE_USE_CPU=1, and create no Accelerator before `fit`'
+        )
     return world
 
 # %% ../nbs/03_training.ipynb #84728e42
 NEVER = 2**62  # a step that no run reaches
 
+
 class Run:
     "One training run: what callbacks see."
+
     def __init__(self, model, train, config, teacher, callbacks, loss, stats):
-        if teacher is model: raise MicronetError('teacher and model are one object, so the teacher would change while it teaches: pass copy.deepcopy(model)')
+        if teacher is model:
+            raise MicronetError(
+                'teacher and model are one object, so the teacher would change while it teaches: pass copy.deepcopy(model)'
+            )
         require_shapes(model, 'training')
-        self.model, self.config, self.teacher, self.callbacks, self.loss, self.stats = model, config, teacher, list(callbacks), loss, stats
+        self.model, self.config, self.teacher, self.callbacks, self.loss, self.stats = (
+            model,
+            config,
+            teacher,
+            list(callbacks),
+            loss,
+            stats,
+        )
         model.input_stats = stats
         self.world, b = _world(), config.batch_size
-        if b % self.world.num_processes: raise MicronetError(f'{self.world.num_processes} processes cannot share a batch of {b} evenly: choose a multiple of {self.world.num_processes} as batch_size')
+        if b % self.world.num_processes:
+            raise MicronetError(
+                f'{self.world.num_processes} processes cannot share a batch of {b} evenly: choose a multiple of {self.world.num_processes} as batch_size'
+            )
         self.device = torch.device('cpu') if self.world.device.type == 'cpu' else self.world.device
         self.stream = getattr(train, 'stream', None)  # what does not fit in memory reads its own batches
-        self.images, self.labels = (train, None) if self.stream else (torch.as_tensor(v).to(self.device) for v in (train.images, train.labels))
-        self.steps_an_epoch = min(len(self.images), config.epoch_images or len(self.images))//b
-        if not self.steps_an_epoch: raise MicronetError(f'{len(self.images)} training images do not fill a batch of {b}: choose a smaller batch_size')
-        self.step, self.history, self.seconds, self.data_seconds, self.began, self.waits = 0, [], 0., 0., (0., 0.), []
-        self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(train.classes)) if config.mixup or config.cutmix else None
-        self.bad, self.settings = torch.tensor(NEVER, device=self.device), asdict(config) | dict(data=getattr(train, 'fingerprint', None))
+        self.images, self.labels = (
+            (train, None) if self.stream else (torch.as_tensor(v).to(self.device) for v in (train.images, train.labels))
+        )
+        self.steps_an_epoch = min(len(self.images), config.epoch_images or len(self.images)) // b
+        if not self.steps_an_epoch:
+            raise MicronetError(
+                f'{len(self.images)} training images do not fill a batch of {b}: choose a smaller batch_size'
+            )
+        self.step, self.history, self.seconds, self.data_seconds, self.began, self.waits = (
+            0,
+            [],
+            0.0,
+            0.0,
+            (0.0, 0.0),
+            [],
+        )
+        self.mix = (
+            Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(train.classes))
+            if config.mixup or config.cutmix
+            else None
+        )
+        self.bad, self.settings = (
+            torch.tensor(NEVER, device=self.device),
+            asdict(config) | dict(data=getattr(train, 'fingerprint', None)),
+        )
 
     @property
-    def epoch(self): return self.step//self.steps_an_epoch
+    def epoch(self):
+        return self.step // self.steps_an_epoch
+
     @property
-    def total(self): return self.config.epochs*self.steps_an_epoch
+    def total(self):
+        return self.config.epochs * self.steps_an_epoch
+
     @property
-    def done(self): return self.step >= self.total
+    def done(self):
+        return self.step >= self.total
+
     @property
-    def lr(self): return self.optimizer.param_groups[0]['lr']
+    def lr(self):
+        return self.optimizer.param_groups[0]['lr']
+
     def tell(self, what):
-        for c in self.callbacks: getattr(c, what, lambda run: None)(self)
+        for c in self.callbacks:
+            getattr(c, what, lambda run: None)(self)
 
 # %% ../nbs/03_training.ipynb #2d3f32d6
 def _place(model, device, config):
     "On the device, in the memory format."
     return model.to(device, memory_format=torch.channels_last) if config.channels_last else model.to(device)
 
-def _compiled(net, config): return torch.compile(net, backend=config.compile if isinstance(config.compile, str) else 'inductor') if net is not None and config.compile else net
+
+def _compiled(net, config):
+    return (
+        torch.compile(net, backend=config.compile if isinstance(config.compile, str) else 'inductor')
+        if net is not None and config.compile
+        else net
+    )
 
 # %% ../nbs/03_training.ipynb #b86cadef
 def _prepare(run):
     "Model, optimiser, schedule and average, on the device."
     c, model, run.put_back = run.config, _place(run.model, run.device, run.config), lambda: None
-    if run.teacher is not None: _place(run.teacher, run.device, c).eval()
+    if run.teacher is not None:
+        _place(run.teacher, run.device, c).eval()
     kind = 'sgd' if c.momentum else 'momentum'  # timm's 'sgd' is Nesterov's, which torch refuses without momentum
-    run.optimizer = create_optimizer_v2(model, kind, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, filter_bias_and_bn=False)
+    run.optimizer = create_optimizer_v2(
+        model, kind, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, filter_bias_and_bn=False
+    )
     run.ema = ModelEmaV3(model, decay=c.ema) if c.ema else None
-    if run.world.num_processes > 1: model = _shared_model(run)
+    if run.world.num_processes > 1:
+        model = _shared_model(run)
     run.forward, run.told = _compiled(model, c), _compiled(run.teacher, c)
-    warm = round(c.warmup_epochs*run.steps_an_epoch)
-    run.schedule = CosineLRScheduler(run.optimizer, t_initial=run.total, warmup_t=warm, warmup_lr_init=c.lr/100, warmup_prefix=False, t_in_epochs=False)
+    warm = round(c.warmup_epochs * run.steps_an_epoch)
+    run.schedule = CosineLRScheduler(
+        run.optimizer,
+        t_initial=run.total,
+        warmup_t=warm,
+        warmup_lr_init=c.lr / 100,
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
     run.schedule.step_update(0)
 
 # %% ../nbs/03_training.ipynb #f4959b74
@@ -360,7 +535,9 @@ def _dice(run, *more):
     "Seeds Python, numpy and torch for this step."
     set_seed(int(config_key([run.config.seed, run.step, *more]), 16) % 2**32)
 
-def _autocast(run): return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == 'bf16')
+
+def _autocast(run):
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == 'bf16')
 
 # %% ../nbs/03_training.ipynb #777c0202
 def _step(run, x, y):
@@ -368,81 +545,118 @@ def _step(run, x, y):
     c, w = run.config, run.world
     _dice(run)
     run.tell('on_step')
-    if run.mix: x, y = run.mix(x.clone(), y)
+    if run.mix:
+        x, y = run.mix(x.clone(), y)
     x = normalised(x, run.stats)
     if w.num_processes > 1:
-        if not run.stream: x, y = (t.chunk(w.num_processes)[w.process_index] for t in (x, y))
+        if not run.stream:
+            x, y = (t.chunk(w.num_processes)[w.process_index] for t in (x, y))
         _dice(run, w.process_index)
-    if c.channels_last: x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), _autocast(run): told = as_logits(run.told(x), x, run.teacher) if run.told is not None else None
-    with _autocast(run): out = as_logits(run.forward(x), x, run.model)
+    if c.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), _autocast(run):
+        told = as_logits(run.told(x), x, run.teacher) if run.told is not None else None
+    with _autocast(run):
+        out = as_logits(run.forward(x), x, run.model)
     loss = run.loss(out, y, told, c)
     run.bad = torch.where(torch.isfinite(loss.detach()), run.bad, run.bad.clamp(max=run.step))
     loss.backward()
     run.tell('on_gradients')
-    run.optimizer.step(); run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     run.schedule.step_update(run.step)
     run.tell('on_update')
-    if run.ema: run.ema.update(run.model)
+    if run.ema:
+        run.ema.update(run.model)
 
 # %% ../nbs/03_training.ipynb #fe1578fd
 def _shared_model(run):
     "The model inside DistributedDataParallel: gradients are averaged; batch norm sees its share, or, with sync_bn, the whole batch."
     if run.config.sync_bn:
-        if run.device.type == 'cpu': raise MicronetError("sync_bn needs GPUs: torch's SyncBatchNorm does not run on CPUs. Without it each process normalises its own share of the batch")
+        if run.device.type == 'cpu':
+            raise MicronetError(
+                "sync_bn needs GPUs: torch's SyncBatchNorm does not run on CPUs. Without it each process normalises its own share of the batch"
+            )
         run.put_back = _synchronise(run.model)
-    return nn.parallel.DistributedDataParallel(run.model, device_ids=None if run.device.type == 'cpu' else [run.device.index])
+    return nn.parallel.DistributedDataParallel(
+        run.model, device_ids=None if run.device.type == 'cpu' else [run.device.index]
+    )
+
 
 def _synchronise(model):
     "Batch norms of the whole batch, timm's with an activation among them; returns the function that puts the old ones, with the new values, back."
-    old = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+    old = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm)
+    ]
     convert_sync_batchnorm(model)
+
     def put_back():
-        for parent, name, child in old: child.train(getattr(parent, name).training); setattr(parent, name, child)
+        for parent, name, child in old:
+            child.train(getattr(parent, name).training)
+            setattr(parent, name, child)
+
     return put_back
 
 # %% ../nbs/03_training.ipynb #5ce8c5bb
 def _from_main(run, value):
     "The main process's value, in all processes."
-    if run.world.num_processes == 1: return value
+    if run.world.num_processes == 1:
+        return value
     told = [value]
     torch.distributed.broadcast_object_list(told, src=0)
     return told[0]
 
+
 def _least(run, value):
     "The least of the processes' numbers, as an int; waits for the device."
     value = torch.as_tensor(value, device=run.device)
-    if run.world.num_processes > 1: torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN)
+    if run.world.num_processes > 1:
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN)
     return int(value)
+
 
 def _same_buffers(run):
     "The main process's running statistics, in all processes."
-    if run.world.num_processes == 1: return
+    if run.world.num_processes == 1:
+        return
     for net in (run.model, run.ema and run.ema.module):
-        for b in net.buffers() if net else (): torch.distributed.broadcast(b, src=0)
+        for b in net.buffers() if net else ():
+            torch.distributed.broadcast(b, src=0)
 
 # %% ../nbs/03_training.ipynb #091f10d4
 def _check_finite(run):
     "MicronetError where a loss has not been finite."
-    if (bad := _least(run, run.bad)) == NEVER: return
+    if (bad := _least(run, run.bad)) == NEVER:
+        return
     run.schedule.step_update(bad)
-    raise MicronetError(f'the loss is not finite since step {bad} (epoch {bad//run.steps_an_epoch}, learning rate {run.lr:.4g}): lower lr or lengthen the warm-up; the last good checkpoint is kept')
+    raise MicronetError(
+        f'the loss is not finite since step {bad} (epoch {bad // run.steps_an_epoch}, learning rate {run.lr:.4g}): lower lr or lengthen the warm-up; the last good checkpoint is kept'
+    )
+
 
 def _check_weights(run):
     "MicronetError where a weight is not finite."
     fine = all(bool(torch.isfinite(v).all()) for v in run.model.state_dict().values() if v.is_floating_point())
     if not _least(run, int(fine)):
-        raise MicronetError(f'weights are not finite after step {run.step - 1} (learning rate {run.lr:.4g}): lower lr or lengthen the warm-up; the last good checkpoint is kept')
+        raise MicronetError(
+            f'weights are not finite after step {run.step - 1} (learning rate {run.lr:.4g}): lower lr or lengthen the warm-up; the last good checkpoint is kept'
+        )
 
 # %% ../nbs/03_training.ipynb #a624489d
 def _now(device):
     "A moment on the device's clock: a CUDA event, or this machine's seconds."
-    if device.type != 'cuda': return time.perf_counter()
+    if device.type != 'cuda':
+        return time.perf_counter()
     (event := torch.cuda.Event(enable_timing=True)).record(torch.cuda.current_stream(device))
     return event
 
-def _between(a, b): return b - a if isinstance(a, float) else a.elapsed_time(b)/1000
+
+def _between(a, b):
+    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
 
 # %% ../nbs/03_training.ipynb #9bd1547b
 def _settle(run):
@@ -455,74 +669,114 @@ def _settle(run):
 
 # %% ../nbs/03_training.ipynb #d94efeb0
 def save_checkpoint(
-    run: Run,    # in progress
-    folder       # where checkpoints are kept
+    run: Run,  # in progress
+    folder,  # where checkpoints are kept
 ):
     "Writes a checkpoint under a temporary name, renames it, and removes the ones before. Called by all processes, written by the main one. MicronetError where a loss or weight is not finite."
     _settle(run)
     _check_weights(run)
     if run.world.is_main_process:
-        try: _write(run, Path(folder))
-        except OSError as e: raise MicronetError(f'cannot write a checkpoint in {folder}: {e.strerror}; choose a folder with room that you may write to') from e
+        try:
+            _write(run, Path(folder))
+        except OSError as e:
+            raise MicronetError(
+                f'cannot write a checkpoint in {folder}: {e.strerror}; choose a folder with room that you may write to'
+            ) from e
     run.mark = run.saved = time.perf_counter()
 
 # %% ../nbs/03_training.ipynb #af65f216
 def _write(run, folder):
     "The checkpoint of this step, where it is not there yet."
-    part, whole, old = folder/f'.step-{run.step:09d}.part', folder/f'step-{run.step:09d}', checkpoints(folder)
-    if whole in old: return
-    for p in (whole, *folder.glob('.step-*.part')): shutil.rmtree(p, ignore_errors=True)  # of runs that were killed
+    part, whole, old = folder / f'.step-{run.step:09d}.part', folder / f'step-{run.step:09d}', checkpoints(folder)
+    if whole in old:
+        return
+    for p in (whole, *folder.glob('.step-*.part')):
+        shutil.rmtree(p, ignore_errors=True)  # of runs that were killed
     part.mkdir(parents=True)
-    _save_model(run.model, part/'model.safetensors')
-    if run.ema: _save_model(run.ema.module, part/'ema.safetensors')
-    torch.save(run.optimizer.state_dict(), part/'optimizer.pt')
-    (part/'run.json').write_text(json.dumps(dict(step=run.step, history=run.history, seconds=run.seconds, data_seconds=run.data_seconds, began=run.began, settings=run.settings)))
+    _save_model(run.model, part / 'model.safetensors')
+    if run.ema:
+        _save_model(run.ema.module, part / 'ema.safetensors')
+    torch.save(run.optimizer.state_dict(), part / 'optimizer.pt')
+    (part / 'run.json').write_text(
+        json.dumps(
+            dict(
+                step=run.step,
+                history=run.history,
+                seconds=run.seconds,
+                data_seconds=run.data_seconds,
+                began=run.began,
+                settings=run.settings,
+            )
+        )
+    )
     for f in part.iterdir():
-        with open(f, 'rb') as opened: os.fsync(opened.fileno())
+        with open(f, 'rb') as opened:
+            os.fsync(opened.fileno())
     os.replace(part, whole)
-    for o in old: shutil.rmtree(o, ignore_errors=True)
+    for o in old:
+        shutil.rmtree(o, ignore_errors=True)
 
 # %% ../nbs/03_training.ipynb #c3d74921
 def _save_model(model, path, half=False):
     "The state dict; `half`: what has two dimensions or more in FP16."
-    def kept(v): return v.detach().clone(memory_format=torch.contiguous_format).to(torch.float16 if half and v.is_floating_point() and v.ndim > 1 else v.dtype)
+
+    def kept(v):
+        return (
+            v.detach()
+            .clone(memory_format=torch.contiguous_format)
+            .to(torch.float16 if half and v.is_floating_point() and v.ndim > 1 else v.dtype)
+        )
+
     save_file({k: kept(v) for k, v in model.state_dict().items()}, path)
 
+
 def checkpoints(
-    folder  # where checkpoints are kept
+    folder,  # where checkpoints are kept
 ) -> list:
     "Whole checkpoints, oldest first."
-    return sorted(p for p in Path(folder).glob('step-*') if (p/'run.json').exists()) if folder and Path(folder).exists() else []
+    return (
+        sorted(p for p in Path(folder).glob('step-*') if (p / 'run.json').exists())
+        if folder and Path(folder).exists()
+        else []
+    )
 
 # %% ../nbs/03_training.ipynb #600b04b0
 def _resume(run, folder):
     "Loads the newest checkpoint, where there is one. MicronetError where it is another run's."
-    if not (found := checkpoints(folder)): return
-    newest, told = found[-1], json.loads((found[-1]/'run.json').read_text())
+    if not (found := checkpoints(folder)):
+        return
+    newest, told = found[-1], json.loads((found[-1] / 'run.json').read_text())
     settings = told.pop('settings', run.settings)
     if differ := [k for k, v in run.settings.items() if settings.get(k, v) != v]:
-        raise MicronetError(f"{newest} is the checkpoint of a run with {', '.join(f'{k}={settings[k]!r}' for k in differ)}: choose another folder, or remove it")
+        raise MicronetError(
+            f"{newest} is the checkpoint of a run with {', '.join(f'{k}={settings[k]!r}' for k in differ)}: choose another folder, or remove it"
+        )
     try:
-        run.model.load_state_dict(load_file(newest/'model.safetensors', device=str(run.device)))
-        if run.ema: run.ema.module.load_state_dict(load_file(newest/'ema.safetensors', device=str(run.device)))
-        run.optimizer.load_state_dict(torch.load(newest/'optimizer.pt', map_location=run.device, weights_only=True))
-    except (RuntimeError, ValueError) as e: raise MicronetError(f'{newest} is the checkpoint of another model ({str(e).splitlines()[0]}): choose another folder, or remove it') from None
-    for k, v in told.items(): setattr(run, k, v)
+        run.model.load_state_dict(load_file(newest / 'model.safetensors', device=str(run.device)))
+        if run.ema:
+            run.ema.module.load_state_dict(load_file(newest / 'ema.safetensors', device=str(run.device)))
+        run.optimizer.load_state_dict(torch.load(newest / 'optimizer.pt', map_location=run.device, weights_only=True))
+    except (RuntimeError, ValueError) as e:
+        raise MicronetError(
+            f'{newest} is the checkpoint of another model ({str(e).splitlines()[0]}): choose another folder, or remove it'
+        ) from None
+    for k, v in told.items():
+        setattr(run, k, v)
     run.schedule.step_update(run.step)
 
 # %% ../nbs/03_training.ipynb #e5dac8e2
 def fit(
-    model: nn.Module,        # trained in place; ends on the device
-    data,                    # (train, valid) data sets; valid may be None
-    config: FitConfig,       # see there
+    model: nn.Module,  # trained in place; ends on the device
+    data,  # (train, valid) data sets; valid may be None
+    config: FitConfig,  # see there
     teacher: nn.Module = None,  # its logits, on the same augmented batch, go to the loss
-    callbacks=(),            # objects with on_epoch, on_step, on_gradients, on_update
-    loss=hard_loss,          # function of (logits, target, teacher_logits, config), the mean over the batch; logits float32 (n, classes)
-    stats=None,              # (mean, std); None: of the training set; left with the net as `input_stats`
-    folder=None,             # checkpoints; a run that finds its own there goes on; None: keeps nothing
-    every: float = 60.,      # seconds between checkpoints
-    stop: float = None,      # seconds after which to checkpoint and return early (a piece of a long run; `run.done` says whether it was the last)
-    quiet: bool = False      # no progress bar
+    callbacks=(),  # objects with on_epoch, on_step, on_gradients, on_update
+    loss=hard_loss,  # function of (logits, target, teacher_logits, config), the mean over the batch; logits float32 (n, classes)
+    stats=None,  # (mean, std); None: of the training set; left with the net as `input_stats`
+    folder=None,  # checkpoints; a run that finds its own there goes on; None: keeps nothing
+    every: float = 60.0,  # seconds between checkpoints
+    stop: float = None,  # seconds after which to checkpoint and return early (a piece of a long run; `run.done` says whether it was the last)
+    quiet: bool = False,  # no progress bar
 ) -> Run:
     "Trains `model`. The run has `history` (a row an epoch), `model` and, where asked for, `ema.module`. MicronetError when the loss is not finite."
     train, valid = data
@@ -532,8 +786,10 @@ def fit(
     _resume(run, folder)
     run.started = run.saved = run.mark = time.perf_counter()
     with _bar(run, quiet) as bar:
-        while not run.done and not _epoch(run, valid, bar, folder, every, stop): pass
-    if folder: save_checkpoint(run, folder)
+        while not run.done and not _epoch(run, valid, bar, folder, every, stop):
+            pass
+    if folder:
+        save_checkpoint(run, folder)
     return run
 
 # %% ../nbs/03_training.ipynb #ba7574a6
@@ -541,45 +797,67 @@ def fit(
 def _bar(run, quiet):
     "A progress bar's `update`; whatever happens, the bar goes away, and so does what was put into the model."
     bar = None if quiet or not run.world.is_main_process else progress(None, 'training', run.total, 'steps')
-    if bar is not None: bar.update(run.step)
-    try: yield bar.update if bar is not None else lambda: None
+    if bar is not None:
+        bar.update(run.step)
+    try:
+        yield bar.update if bar is not None else lambda: None
     finally:
         run.put_back()
-        if bar is not None: bar.close()
+        if bar is not None:
+            bar.close()
+
 
 def _due(run, folder, every, stop):
     "Returns whether it is time to return early, after a checkpoint where that is due; processes ask the main one's clock every tenth step."
-    if run.world.num_processes > 1 and run.step % 10 and run.step % run.steps_an_epoch: return False
+    if run.world.num_processes > 1 and run.step % 10 and run.step % run.steps_an_epoch:
+        return False
     now = time.perf_counter()
-    save, leave = _from_main(run, (bool(folder) and now - run.saved > every, stop is not None and now - run.started > stop))
-    if save: save_checkpoint(run, folder)
+    save, leave = _from_main(
+        run, (bool(folder) and now - run.saved > every, stop is not None and now - run.started > stop)
+    )
+    if save:
+        save_checkpoint(run, folder)
     return leave
 
 # %% ../nbs/03_training.ipynb #219c61ee
 def _epoch(run, valid, bar, folder, every, stop):
     "One epoch, or what is left of it; returns whether it is time to return early. No checkpoint comes between its last step and its row in the history."
     run.model.train()
-    if not (first := run.step % run.steps_an_epoch): run.began = run.seconds, run.data_seconds; _dice(run); run.tell('on_epoch')
-    source = run.stream(run, first) if run.stream else epoch_batches(run.images, run.labels, run.config, run.epoch, skip=first)
+    if not (first := run.step % run.steps_an_epoch):
+        run.began = run.seconds, run.data_seconds
+        _dice(run)
+        run.tell('on_epoch')
+    source = (
+        run.stream(run, first)
+        if run.stream
+        else epoch_batches(run.images, run.labels, run.config, run.epoch, skip=first)
+    )
     for i in range(first, run.steps_an_epoch):
         start = _now(run.device)
         batch = next(source)
         run.waits.append((start, _now(run.device)))
         _step(run, *batch)
         bar()
-        if run.step % 50 == 0: _settle(run)
-        if i + 1 < run.steps_an_epoch and _due(run, folder, every, stop): return True
+        if run.step % 50 == 0:
+            _settle(run)
+        if i + 1 < run.steps_an_epoch and _due(run, folder, every, stop):
+            return True
     _add_row(run, valid)
     return _due(run, folder, every, stop)
 
 # %% ../nbs/03_training.ipynb #d29c858a
 def _add_row(run, valid):
     "The epoch's row; measured by the main process."
-    _settle(run); _same_buffers(run)
+    _settle(run)
+    _same_buffers(run)
     seconds, waited = run.seconds - run.began[0], run.data_seconds - run.began[1]
-    row = dict(epoch=run.epoch, lr=run.lr, seconds=seconds, data_share=waited/seconds)
+    row = dict(epoch=run.epoch, lr=run.lr, seconds=seconds, data_share=waited / seconds)
     if valid is not None and run.world.is_main_process:
-        row |= {f'valid_{k}': v for k, v in evaluate(run.ema.module if run.ema else run.model, valid, run.stats).items() if k != 'n'}
+        row |= {
+            f'valid_{k}': v
+            for k, v in evaluate(run.ema.module if run.ema else run.model, valid, run.stats).items()
+            if k != 'n'
+        }
     run.history.append(_from_main(run, row))
     run.mark = time.perf_counter()
 
@@ -590,6 +868,7 @@ class Stopped(MicronetError):
 # %% ../nbs/03_training.ipynb #2a30a26c
 FIT_VERSION = 1  # of the code in `fit`
 
+
 def _key_config(config, what, train):
     "What the key of a trained net is made of."
     code = {'fit_version': FIT_VERSION} if FIT_VERSION != 1 else {}  # the first version left no trace
@@ -597,64 +876,104 @@ def _key_config(config, what, train):
 
 # %% ../nbs/03_training.ipynb #4a560815
 def fit_stage(
-    name: str,               # for people: the stage's folder is called <name>-<key>
-    model: nn.Module,        # trained in place, or filled with the stored weights
-    data,                    # (train, valid) data sets
-    config: FitConfig,       # see there
-    what: dict = None,       # all else that the result depends on: model, rates, bits, loss, teacher, stats of another data set, ...
-    upstream=(),             # keys of the stages that the starting weights (and the teacher) come from
-    root=None,               # folder of all stages; default `runs_dir()/'stages'`
-    half: bool = False,      # matrices and kernels are stored in FP16, and the model ends with what is stored
-    version: int = 1,        # of the caller's code: raised when the same configuration gives other weights
-    **kwargs                 # teacher, callbacks, loss, stats, every, stop, quiet: as for `fit`
-) -> dict:                   # key, history (a row an epoch), seconds, data_seconds, steps, top1 and loss on the validation set
+    name: str,  # for people: the stage's folder is called <name>-<key>
+    model: nn.Module,  # trained in place, or filled with the stored weights
+    data,  # (train, valid) data sets
+    config: FitConfig,  # see there
+    what: dict = None,  # all else that the result depends on: model, rates, bits, loss, teacher, stats of another data set, ...
+    upstream=(),  # keys of the stages that the starting weights (and the teacher) come from
+    root=None,  # folder of all stages; default `runs_dir()/'stages'`
+    half: bool = False,  # matrices and kernels are stored in FP16, and the model ends with what is stored
+    version: int = 1,  # of the caller's code: raised when the same configuration gives other weights
+    **kwargs,  # teacher, callbacks, loss, stats, every, stop, quiet: as for `fit`
+) -> dict:  # key, history (a row an epoch), seconds, data_seconds, steps, top1 and loss on the validation set
     "`fit`, once per configuration: the trained weights (the average, with EMA) and the history are kept, and found again. Stopped where `stop` came first: the same call goes on."
     train, valid = data
     world, key_config = _world(), _key_config(config, (what or {}) | ({'half': True} if half else {}), train)
-    result = stage(name, key_config, lambda folder: _work(folder, model, data, config, half, kwargs), upstream, root,
-                   version=version, device=str(world.device))
+    result = stage(
+        name,
+        key_config,
+        lambda folder: _work(folder, model, data, config, half, kwargs),
+        upstream,
+        root,
+        version=version,
+        device=str(world.device),
+    )
     world.wait_for_everyone()
-    folder = Path(root or runs_dir()/'stages')/result['folder']
-    if world.is_main_process: shutil.rmtree(folder/'checkpoints', ignore_errors=True)
-    _place(model, 'cpu' if world.device.type == 'cpu' else world.device, config).load_state_dict(load_file(folder/'model.safetensors'))
+    folder = Path(root or runs_dir() / 'stages') / result['folder']
+    if world.is_main_process:
+        shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+    _place(model, 'cpu' if world.device.type == 'cpu' else world.device, config).load_state_dict(
+        load_file(folder / 'model.safetensors')
+    )
     model.input_stats = kwargs.get('stats') or dataset_stats(train)  # a stage that was found trained nothing here
     last = result['history'][-1]
-    if valid is not None and (half or result.get('valid', valid.describe()) != valid.describe()):  # measured before rounding, or on other images
+    if valid is not None and (
+        half or result.get('valid', valid.describe()) != valid.describe()
+    ):  # measured before rounding, or on other images
         last = {f'valid_{k}': v for k, v in evaluate(model, valid).items()}
-    return result | dict(key=config_key(key_config, upstream, version), top1=last.get('valid_top1'),
-                         loss=last.get('valid_loss'))
+    return result | dict(
+        key=config_key(key_config, upstream, version), top1=last.get('valid_top1'), loss=last.get('valid_loss')
+    )
 
 # %% ../nbs/03_training.ipynb #3ae8730e
 def _work(folder, model, data, config, half, kwargs):
     "What the stage keeps: the weights, written by the main process, and the run's figures, the same in all."
-    run = fit(model, data, config, folder=folder/'checkpoints', **kwargs)
-    if not run.done: raise Stopped(f'{folder.name} has done {run.step} of {run.total} steps and stopped, as asked for: the same call goes on from there')
+    run = fit(model, data, config, folder=folder / 'checkpoints', **kwargs)
+    if not run.done:
+        raise Stopped(
+            f'{folder.name} has done {run.step} of {run.total} steps and stopped, as asked for: the same call goes on from there'
+        )
     if run.world.is_main_process:
-        with atomic_path(folder/'model.safetensors') as tmp: _save_model(run.ema.module if run.ema else run.model, tmp, half)
+        with atomic_path(folder / 'model.safetensors') as tmp:
+            _save_model(run.ema.module if run.ema else run.model, tmp, half)
     run.world.wait_for_everyone()
     history = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in run.history]
-    return _from_main(run, dict(history=history, seconds=run.seconds, data_seconds=run.data_seconds, steps=run.step, folder=folder.name, valid=data[1] and data[1].describe()))
+    return _from_main(
+        run,
+        dict(
+            history=history,
+            seconds=run.seconds,
+            data_seconds=run.data_seconds,
+            steps=run.step,
+            folder=folder.name,
+            valid=data[1] and data[1].describe(),
+        ),
+    )
 
 # %% ../nbs/03_training.ipynb #f2267b21
 @dataclass(frozen=True)
 class Study:
     "What the technique notebooks of a profile share."
-    model: str        # name for `create_model`
+
+    model: str  # name for `create_model`
     train: FitConfig  # from scratch
-    tune: FitConfig   # after pruning or quantising: short, and without warm-up
-    n_test: int = 0   # test images read by a table; 0: all
+    tune: FitConfig  # after pruning or quantising: short, and without warm-up
+    n_test: int = 0  # test images read by a table; 0: all
+
 
 STUDIES = {
-    'embedded': Study('densenet_bc_10_8', FitConfig(epochs=8, lr=.1, augment='digits'), FitConfig(epochs=2, lr=.02, warmup_epochs=0., augment='digits')),
-    'laptop': Study('densenet_bc_16_12', FitConfig(epochs=6, lr=.1, augment='flip', channels_last=True),
-                    FitConfig(epochs=3, epoch_images=4000, lr=.02, warmup_epochs=0., augment='flip', channels_last=True)),
-    'paper': Study('densenet_bc_100_12', FitConfig(epochs=300, lr=.1, warmup_epochs=5., precision='bf16', channels_last=True, compile=True),
-                   FitConfig(epochs=300, lr=.001, warmup_epochs=0., precision='bf16', channels_last=True, compile=True))}
+    'embedded': Study(
+        'densenet_bc_10_8',
+        FitConfig(epochs=8, lr=0.1, augment='digits'),
+        FitConfig(epochs=2, lr=0.02, warmup_epochs=0.0, augment='digits'),
+    ),
+    'laptop': Study(
+        'densenet_bc_16_12',
+        FitConfig(epochs=6, lr=0.1, augment='flip', channels_last=True),
+        FitConfig(epochs=3, epoch_images=4000, lr=0.02, warmup_epochs=0.0, augment='flip', channels_last=True),
+    ),
+    'paper': Study(
+        'densenet_bc_100_12',
+        FitConfig(epochs=300, lr=0.1, warmup_epochs=5.0, precision='bf16', channels_last=True, compile=True),
+        FitConfig(epochs=300, lr=0.001, warmup_epochs=0.0, precision='bf16', channels_last=True, compile=True),
+    ),
+}
 
 # %% ../nbs/03_training.ipynb #e07cefbc
 def study_data(
-    profile: str  # embedded, laptop or paper
-) -> tuple:       # (train, valid), test, stats
+    profile: str,  # embedded, laptop or paper
+) -> tuple:  # (train, valid), test, stats
     "The splits of a profile's data set, and mean and std of its training set."
     name = get_profile(profile).dataset
     train, valid, test = (load_dataset(name, split) for split in ('train', 'valid', 'test'))
@@ -662,20 +981,23 @@ def study_data(
 
 # %% ../nbs/03_training.ipynb #d847c975
 def student(
-    profile: str,   # embedded, laptop or paper
+    profile: str,  # embedded, laptop or paper
     seed: int = 0,  # of weights, order and augmentation
-    root=None       # folder of all stages
-) -> tuple:         # (model, result of `fit_stage`)
+    root=None,  # folder of all stages
+) -> tuple:  # (model, result of `fit_stage`)
     "The profile's student, trained once and found again."
     study, (data, _, stats) = STUDIES[get_profile(profile).name], study_data(profile)
     set_seed(seed)
     model = create_model(study.model, len(data[0].classes), small=True)
-    return model, fit_stage('student', model, data, replace(study.train, seed=seed), dict(model=study.model), root=root, stats=stats)
+    return model, fit_stage(
+        'student', model, data, replace(study.train, seed=seed), dict(model=study.model), root=root, stats=stats
+    )
+
 
 def student_config(
-    profile: str,   # embedded, laptop or paper
-    seed: int = 0   # of weights, order and augmentation
-) -> dict:          # model, classes, train, data, key
+    profile: str,  # embedded, laptop or paper
+    seed: int = 0,  # of weights, order and augmentation
+) -> dict:  # model, classes, train, data, key
     "What the profile's student depends on, for the `config` of a record; nothing is trained."
     study, train = STUDIES[get_profile(profile).name], load_dataset(get_profile(profile).dataset, 'train')
     config = replace(study.train, seed=seed)

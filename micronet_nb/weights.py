@@ -30,70 +30,101 @@ from .training import STUDIES, as_logits, fit_stage, normalised, student, studen
 # %% ../nbs/10_weights.ipynb #7da63cf9
 class WeightQuantiser(nn.Module):
     "A parametrization of `weight`: a q(w), where a is fixed or learned. What is zero stays zero."
-    def __init__(self,
-        bits: int,            # 1 to 16; 1 is binary, 2 ternary
+
+    def __init__(
+        self,
+        bits: int,  # 1 to 16; 1 is binary, 2 ternary
         scale: torch.Tensor,  # step a > 0, (out, 1, 1, 1) or (1, 1, 1, 1); (out, 1) or (1, 1) for a linear layer
-        learn: bool = False   # is the step a Parameter (LSQ)?
+        learn: bool = False,  # is the step a Parameter (LSQ)?
     ):
         super().__init__()
         grid(bits)
         self.bits = bits
-        if learn: self.scale = nn.Parameter(scale.detach().clone())
-        else: self.register_buffer('scale', scale.detach().clone())
+        if learn:
+            self.scale = nn.Parameter(scale.detach().clone())
+        else:
+            self.register_buffer('scale', scale.detach().clone())
 
-    def forward(self, w): return fake_quantise(w, self._step(w), self.bits)
-    def right_inverse(self, w): return w
-    def get_extra_state(self): return torch.tensor(self.bits)   # a state dict holds the width, too
-    def set_extra_state(self, state): self.bits = int(state)
-    def extra_repr(self): return f"{self.bits} bits, {self.scale.numel()} steps, {'learned' if isinstance(self.scale, nn.Parameter) else 'fixed'}"
+    def forward(self, w):
+        return fake_quantise(w, self._step(w), self.bits)
+
+    def right_inverse(self, w):
+        return w
+
+    def get_extra_state(self):
+        return torch.tensor(self.bits)  # a state dict holds the width, too
+
+    def set_extra_state(self, state):
+        self.bits = int(state)
+
+    def extra_repr(self):
+        return f"{self.bits} bits, {self.scale.numel()} steps, {'learned' if isinstance(self.scale, nn.Parameter) else 'fixed'}"
 
 # %% ../nbs/10_weights.ipynb #7cf45265
 def _step(self, w):
     "The step; a learned one with its gradient divided by sqrt(n Qmax), for n weights a step. Esser et al. 2020."
-    if not isinstance(self.scale, nn.Parameter): return self.scale
+    if not isinstance(self.scale, nn.Parameter):
+        return self.scale
     still = self.scale.detach()
-    return still + (self.scale - still)*(w.numel()/still.numel()*grid(self.bits)[1])**-.5
+    return still + (self.scale - still) * (w.numel() / still.numel() * grid(self.bits)[1]) ** -0.5
+
 
 WeightQuantiser._step = _step
 
 # %% ../nbs/10_weights.ipynb #cbb24962
 def plan_bits(
     model: nn.Module,  # any model
-    bits               # a number; name pattern to number (the last one that fits counts; none: 32); or a list in module order
-) -> dict:             # layer name to bits, 32: floating point
+    bits,  # a number; name pattern to number (the last one that fits counts; none: 32); or a list in module order
+) -> dict:  # layer name to bits, 32: floating point
     "One width a layer. MicronetError for a width, a pattern or a length that does not fit."
     plan = dict.fromkeys(compressible(model), 32)
     if isinstance(bits, dict):
         for pattern, b in bits.items():
-            if not (hit := [n for n in plan if fnmatchcase(n, pattern)]): raise MicronetError(f"no layer is called {pattern!r}; layers are called {', '.join(list(plan)[:3])}, ...")
+            if not (hit := [n for n in plan if fnmatchcase(n, pattern)]):
+                raise MicronetError(
+                    f"no layer is called {pattern!r}; layers are called {', '.join(list(plan)[:3])}, ..."
+                )
             plan.update(dict.fromkeys(hit, b))
     elif isinstance(bits, (list, tuple)):
-        if len(bits) != len(plan): raise MicronetError(f'{len(bits)} widths for {len(plan)} layers: they do not belong together')
+        if len(bits) != len(plan):
+            raise MicronetError(f'{len(bits)} widths for {len(plan)} layers: they do not belong together')
         plan = dict(zip(plan, bits))
-    else: plan = dict.fromkeys(plan, bits)
+    else:
+        plan = dict.fromkeys(plan, bits)
     return {n: _width(n, b) for n, b in plan.items()}
+
 
 def _width(name, bits):
     "Bits as an int; MicronetError with the layer's name where they make no sense."
-    if hasattr(bits, 'item'): bits = bits.item()   # numpy's and torch's integers
-    try: return 32 if bits == 32 else grid(bits) and bits
-    except MicronetError as e: raise MicronetError(f'{name}: {e}, or 32 for floating point') from None
+    if hasattr(bits, 'item'):
+        bits = bits.item()  # numpy's and torch's integers
+    try:
+        return 32 if bits == 32 else grid(bits) and bits
+    except MicronetError as e:
+        raise MicronetError(f'{name}: {e}, or 32 for floating point') from None
 
 # %% ../nbs/10_weights.ipynb #af90f1e1
 def quantiser_of(
-    module: nn.Module  # a Conv2d or Linear
-):                     # its WeightQuantiser, or None
+    module: nn.Module,  # a Conv2d or Linear
+):  # its WeightQuantiser, or None
     "The quantiser on a layer's weight."
-    return next((p for p in module.parametrizations.weight if isinstance(p, WeightQuantiser)), None) if parametrize.is_parametrized(module, 'weight') else None
+    return (
+        next((p for p in module.parametrizations.weight if isinstance(p, WeightQuantiser)), None)
+        if parametrize.is_parametrized(module, 'weight')
+        else None
+    )
+
 
 @torch.no_grad()
 def unquantised(
-    module: nn.Module  # a Conv2d or Linear
-) -> torch.Tensor:     # (out, ...), detached
+    module: nn.Module,  # a Conv2d or Linear
+) -> torch.Tensor:  # (out, ...), detached
     "The weight that a quantiser sees: masked where there is a mask."
-    if not parametrize.is_parametrized(module, 'weight'): return module.weight.detach()
+    if not parametrize.is_parametrized(module, 'weight'):
+        return module.weight.detach()
     w = module.parametrizations.weight.original
-    for p in module.parametrizations.weight: w = w if isinstance(p, WeightQuantiser) else p(w)
+    for p in module.parametrizations.weight:
+        w = w if isinstance(p, WeightQuantiser) else p(w)
     return w.detach()
 
 # %% ../nbs/10_weights.ipynb #44e12d7d
@@ -101,21 +132,28 @@ def _grid_step(x, hi):
     "(rows,) the step a with x = a q bit for bit, for rows that lie on a grid already; 0 for the others."
     m, step = x.abs(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
     ordered = m.sort(1).values
-    left = (((ordered[:, 1:] != ordered[:, :-1]).sum(1) <= hi) & (ordered[:, -1] > 0)).nonzero()[:, 0]   # more values than the grid has: no
+    left = (((ordered[:, 1:] != ordered[:, :-1]).sum(1) <= hi) & (ordered[:, -1] > 0)).nonzero()[
+        :, 0
+    ]  # more values than the grid has: no
     for k in range(1, hi + 1):
-        if not len(left): break
+        if not len(left):
+            break
         smallest = torch.where(m[left] > 0, m[left], torch.inf).amin(1, keepdim=True)
-        q = (m[left]/smallest*k).round()
+        q = (m[left] / smallest * k).round()
         a = _common_step(m[left], q)
-        fits = (q <= hi).all(1) & (a[:, None]*q == m[left]).all(1)
+        fits = (q <= hi).all(1) & (a[:, None] * q == m[left]).all(1)
         step[left[fits]], left = a[fits], left[~fits]
     return step
 
+
 def _common_step(m, q):
     "(rows,) the float in the middle of all steps a for which a q rounds to m."
-    ulp = (torch.nextafter(m, torch.full_like(m, torch.inf)) - m).double()/2
-    lo, hi = (torch.where(q > 0, (m.double() + s*ulp)/q.double().clamp(min=1), other) for s, other in ((-1, 0.), (1, torch.inf)))
-    return ((lo.amax(1) + hi.amin(1))/2).to(m.dtype)
+    ulp = (torch.nextafter(m, torch.full_like(m, torch.inf)) - m).double() / 2
+    lo, hi = (
+        torch.where(q > 0, (m.double() + s * ulp) / q.double().clamp(min=1), other)
+        for s, other in ((-1, 0.0), (1, torch.inf))
+    )
+    return ((lo.amax(1) + hi.amin(1)) / 2).to(m.dtype)
 
 # %% ../nbs/10_weights.ipynb #17172658
 def _steps(weights, bits, per):
@@ -123,116 +161,161 @@ def _steps(weights, bits, per):
     out = []
     for w, b, a in zip(weights, bits, solve_scales(weights, bits, per=per)):
         known = _grid_step(w.float().reshape(len(a), -1), grid(b)[1])
-        out.append(torch.where(known > 0, known, a).view(-1, *[1]*(w.dim() - 1)))
+        out.append(torch.where(known > 0, known, a).view(-1, *[1] * (w.dim() - 1)))
     return out
+
 
 def _per(module, per):
     "'kernel' or 'layer'; 'auto' is per kernel for a depthwise convolution."
-    if per not in ('kernel', 'layer', 'auto'): raise MicronetError(f"per must be 'kernel', 'layer' or 'auto', not {per!r}")
-    return per if per != 'auto' else 'kernel' if getattr(module, 'groups', 1) > 1 and module.weight.shape[1] == 1 else 'layer'
+    if per not in ('kernel', 'layer', 'auto'):
+        raise MicronetError(f"per must be 'kernel', 'layer' or 'auto', not {per!r}")
+    return (
+        per
+        if per != 'auto'
+        else 'kernel'
+        if getattr(module, 'groups', 1) > 1 and module.weight.shape[1] == 1
+        else 'layer'
+    )
 
 # %% ../nbs/10_weights.ipynb #8304d03a
 @torch.no_grad()
 def quantise_weights(
-    model: nn.Module,     # changed in place
-    bits,                 # see `plan_bits`; 1 binary, 2 ternary, to 16; 32: the layer is left in (or returned to) floating point
+    model: nn.Module,  # changed in place
+    bits,  # see `plan_bits`; 1 binary, 2 ternary, to 16; 32: the layer is left in (or returned to) floating point
     per: str = 'kernel',  # a step a 'kernel' (the slide), a 'layer', or 'auto': a kernel of depthwise layers, else a layer (the released nets)
-    learn: bool = False   # learn the steps (LSQ) instead of keeping them
-) -> dict:                # layer name to bits; `untouched` is a table of the weights that it passes by
+    learn: bool = False,  # learn the steps (LSQ) instead of keeping them
+) -> dict:  # layer name to bits; `untouched` is a table of the weights that it passes by
     "Puts a quantiser behind each layer's mask, its steps solved on the masked weights. One of another kind is replaced, one of the same kind stays, tuned as it may be. Slide 'Weight Quantization'."
     require_shapes(model, 'quantising')
     plan, layers = plan_bits(model, bits), compressible(model)
     per = {n: _per(layers[n], per) for n in plan}
     todo = [n for n, m in layers.items() if not _is_so(m, plan[n], per[n], learn)]
-    for n in todo: _check_grid(layers[n], n, plan[n])
-    for n in todo: _take_quantiser(layers[n])
+    for n in todo:
+        _check_grid(layers[n], n, plan[n])
+    for n in todo:
+        _take_quantiser(layers[n])
     chosen = [n for n in todo if plan[n] != 32]
     steps = _steps([unquantised(layers[n]) for n in chosen], [plan[n] for n in chosen], [per[n] for n in chosen])
-    for n, a in zip(chosen, steps): parametrize.register_parametrization(layers[n], 'weight', WeightQuantiser(plan[n], a, learn), unsafe=True)
-    return Reach(plan, tell_untouched(untouched(model, {n: '32 bits' for n in plan if plan[n] == 32}), 'quantise_weights'))
+    for n, a in zip(chosen, steps):
+        parametrize.register_parametrization(layers[n], 'weight', WeightQuantiser(plan[n], a, learn), unsafe=True)
+    return Reach(
+        plan, tell_untouched(untouched(model, {n: '32 bits' for n in plan if plan[n] == 32}), 'quantise_weights')
+    )
 
 # %% ../nbs/10_weights.ipynb #e9ee994e
 def _is_so(module, bits, per, learn):
     "Is a layer quantised in just this way?"
-    if (q := quantiser_of(module)) is None: return bits == 32
-    return q.bits == bits and q.scale.numel() == (len(module.weight) if per == 'kernel' else 1) and isinstance(q.scale, nn.Parameter) == learn
+    if (q := quantiser_of(module)) is None:
+        return bits == 32
+    return (
+        q.bits == bits
+        and q.scale.numel() == (len(module.weight) if per == 'kernel' else 1)
+        and isinstance(q.scale, nn.Parameter) == learn
+    )
+
 
 def _take_quantiser(module):
     "Takes a layer's quantiser away, if there is one."
-    if (q := quantiser_of(module)) is None: return
+    if (q := quantiser_of(module)) is None:
+        return
     stack = module.parametrizations.weight
-    if len(stack) == 1: plain_weight(module)
-    else: del stack[list(stack).index(q)]
+    if len(stack) == 1:
+        plain_weight(module)
+    else:
+        del stack[list(stack).index(q)]
+
 
 def _check_grid(module, name, bits):
     "MicronetError where a layer would not compute with the integers that it is given."
-    if bits == 32: return
+    if bits == 32:
+        return
     dense_weight(module, name)
     if computes_otherwise(module, name):
-        raise MicronetError(f'{type(module).__name__.removeprefix("Parametrized")} {name!r} makes another weight of the one that is quantised, off its grid: '
-                            'give it 32 bits, or replace it by a plain layer with the weight that it computes with')
+        raise MicronetError(
+            f'{type(module).__name__.removeprefix("Parametrized")} {name!r} makes another weight of the one that is quantised, off its grid: '
+            'give it 32 bits, or replace it by a plain layer with the weight that it computes with'
+        )
 
 # %% ../nbs/10_weights.ipynb #26660d73
 @torch.no_grad()
 def remove_weight_quantisers(
-    model: nn.Module,     # changed in place
-    restore: bool = True  # the floating-point weights come back; False: the quantised ones stay for good
+    model: nn.Module,  # changed in place
+    restore: bool = True,  # the floating-point weights come back; False: the quantised ones stay for good
 ):
     "Takes every weight quantiser away; masks stay, and what they hide."
     for m in compressible(model).values():
-        if quantiser_of(m) and not restore: (w := m.parametrizations.weight.original).copy_(torch.where(unquantised(m) != 0, m.weight, w))
+        if quantiser_of(m) and not restore:
+            (w := m.parametrizations.weight.original).copy_(torch.where(unquantised(m) != 0, m.weight, w))
         _take_quantiser(m)
 
 # %% ../nbs/10_weights.ipynb #08807ec4
 def weight_bits(
-    model: nn.Module  # any model
-) -> dict:            # layer name to bits, 32 where it is not quantised
+    model: nn.Module,  # any model
+) -> dict:  # layer name to bits, 32 where it is not quantised
     "The width of every convolution and linear layer, in module order."
     return {n: q.bits if (q := quantiser_of(m)) else 32 for n, m in compressible(model).items()}
 
+
 @torch.no_grad()
 def weight_integers(
-    module: nn.Module  # a quantised Conv2d or Linear
-) -> tuple:            # (out, ...) int16 and the step that broadcasts to it
+    module: nn.Module,  # a quantised Conv2d or Linear
+) -> tuple:  # (out, ...) int16 and the step that broadcasts to it
     "The integers and the step of a layer: its weight is their product. MicronetError where it has no quantiser."
-    if (q := quantiser_of(module)) is None: raise MicronetError(f'{type(module).__name__} has no weight quantiser: call quantise_weights(model, bits) first')
+    if (q := quantiser_of(module)) is None:
+        raise MicronetError(
+            f'{type(module).__name__} has no weight quantiser: call quantise_weights(model, bits) first'
+        )
     return quantise(unquantised(module), q.scale, q.bits).to(torch.int16), q.scale.detach()
 
 # %% ../nbs/10_weights.ipynb #b608a3ec
 @torch.no_grad()
 def weight_table(
-    model: nn.Module  # any model
-) -> pd.DataFrame:    # indexed by layer name
+    model: nn.Module,  # any model
+) -> pd.DataFrame:  # indexed by layer name
     "What quantisation did to each layer: zeros of the mask, zeros that rounding added, and the squared error it left (fraction of the sum of squares)."
     rows = {}
     for n, m in compressible(model).items():
         q, w, made = quantiser_of(m), unquantised(m), m.weight
         masked, zeros = int((w == 0).sum()), int((made == 0).sum())
-        rows[n] = dict(weights=w.numel(), bits=q.bits if q else 32, steps=q.scale.numel() if q else 0, masked=masked, rounded=zeros - masked,
-                       error=float((made - w).square().sum()/w.square().sum().clamp(min=torch.finfo(torch.float32).tiny)))
+        rows[n] = dict(
+            weights=w.numel(),
+            bits=q.bits if q else 32,
+            steps=q.scale.numel() if q else 0,
+            masked=masked,
+            rounded=zeros - masked,
+            error=float((made - w).square().sum() / w.square().sum().clamp(min=torch.finfo(torch.float32).tiny)),
+        )
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name='layer'))
 
 # %% ../nbs/10_weights.ipynb #6c890abe
 def specs_of(
-    model: nn.Module  # any model
-) -> dict:            # layer name to LayerSpec
+    model: nn.Module,  # any model
+) -> dict:  # layer name to LayerSpec
     "The specs for `score` of every layer with a weight quantiser, or an activation quantiser as its `input_quantiser`."
     specs = {}
     for n, m in compressible(model).items():
         w, a = quantiser_of(m), getattr(m, 'input_quantiser', None)
-        if w is None and a is None: continue
-        specs[n] = LayerSpec(w.bits if w else 32, a.bits if a is not None else 32, bool(a is not None and a.signed), float(a.scale.detach()) if a is not None else None)
+        if w is None and a is None:
+            continue
+        specs[n] = LayerSpec(
+            w.bits if w else 32,
+            a.bits if a is not None else 32,
+            bool(a is not None and a.signed),
+            float(a.scale.detach()) if a is not None else None,
+        )
     return specs
 
 # %% ../nbs/10_weights.ipynb #06205d28
 @torch.no_grad()
 def bit_table(
-    model: nn.Module,             # any, also masked or with quantised activations; left as it is, its weight quantisers are not looked at
-    images: torch.Tensor,         # (n, c, h, w) normalised
-    widths=(2, 3, 4, 5, 6, 7, 8), # bits
-    per: str = 'kernel',          # see `quantise_weights`
-    quiet: bool = False           # no progress bar
-) -> pd.DataFrame:                # layer, kind, level (bits), kl (nats an image), error (see `weight_table`), storage (32-bit numbers)
+    model: nn.Module,  # any, also masked or with quantised activations; left as it is, its weight quantisers are not looked at
+    images: torch.Tensor,  # (n, c, h, w) normalised
+    widths=(2, 3, 4, 5, 6, 7, 8),  # bits
+    per: str = 'kernel',  # see `quantise_weights`
+    quiet: bool = False,  # no progress bar
+) -> (
+    pd.DataFrame
+):  # layer, kind, level (bits), kl (nats an image), error (see `weight_table`), storage (32-bit numbers)
     "What quantising each layer alone, to each width, costs in answers and in storage."
     net = copy.deepcopy(model).eval()
     remove_weight_quantisers(net)
@@ -246,8 +329,18 @@ def bit_table(
             kl = float(F.kl_div(_answers(net, images), told, reduction='batchmean', log_target=True))
             remove_weight_quantisers(net)
             zeros, size = table.masked[n] + table.rounded[n], table.weights[n]
-            rows.append(dict(layer=n, kind='weight bits', level=b, kl=max(kl, 0.), error=table.error[n], storage=weight_storage(int(size), int(size - zeros), b, always=False)))
+            rows.append(
+                dict(
+                    layer=n,
+                    kind='weight bits',
+                    level=b,
+                    kl=max(kl, 0.0),
+                    error=table.error[n],
+                    storage=weight_storage(int(size), int(size - zeros), b, always=False),
+                )
+            )
     return pd.DataFrame(rows)
+
 
 def _answers(net, images):
     "Log-probabilities (n, classes), in batches."
@@ -257,62 +350,81 @@ def _answers(net, images):
 # %% ../nbs/10_weights.ipynb #d5ce7313
 def choose_bits(
     table: pd.DataFrame,  # as `bit_table`; or any with layer, level, storage and `by`, such as a `sensitivity` table with the storage merged in
-    budget: float,        # largest storage in all, 32-bit numbers
-    by: str = 'kl',       # column of what each choice costs; it may fall where bits fall (noise)
-    cells: int = 20000    # steps of the budget: storage is rounded up to one, so that the budget is never passed
-) -> dict:                # layer name to bits
+    budget: float,  # largest storage in all, 32-bit numbers
+    by: str = 'kl',  # column of what each choice costs; it may fall where bits fall (noise)
+    cells: int = 20000,  # steps of the budget: storage is rounded up to one, so that the budget is never passed
+) -> dict:  # layer name to bits
     "The widths with the least sum of `by` within the budget, exact to one cell a layer. MicronetError where even the smallest choice is too large."
     table = table[table.kind == 'weight bits'] if 'kind' in table else table
     least = table.groupby('layer').storage.min().sum()
-    if not least <= budget: raise MicronetError(f'a budget of {budget:g} is out of reach: the smallest widths of the table take {least:g}')
+    if not least <= budget:
+        raise MicronetError(f'a budget of {budget:g} is out of reach: the smallest widths of the table take {least:g}')
     best, picks = np.zeros(cells + 1), []
     for _, rows in table.groupby('layer', sort=False):
-        size = np.minimum(np.ceil(rows.storage.to_numpy()/budget*cells - 1e-9).astype(int), cells + 1)
+        size = np.minimum(np.ceil(rows.storage.to_numpy() / budget * cells - 1e-9).astype(int), cells + 1)
         worth = np.full((len(rows), cells + 1), np.inf)
-        for i, (c, v) in enumerate(zip(size, rows[by])): worth[i, c:] = best[:cells + 1 - c] + v
-        picks.append((rows, size, worth.argmin(0))); best = worth.min(0)
-    if best[-1] == np.inf: raise MicronetError(f'a budget of {budget:g} is met only to the last digit: raise it a little, or cells={cells}')
+        for i, (c, v) in enumerate(zip(size, rows[by])):
+            worth[i, c:] = best[: cells + 1 - c] + v
+        picks.append((rows, size, worth.argmin(0)))
+        best = worth.min(0)
+    if best[-1] == np.inf:
+        raise MicronetError(
+            f'a budget of {budget:g} is met only to the last digit: raise it a little, or cells={cells}'
+        )
     plan, left = {}, cells
     for rows, size, pick in picks[::-1]:
-        i = pick[left]; left -= size[i]
+        i = pick[left]
+        left -= size[i]
         plan[rows.layer.iloc[i]] = int(rows.level.iloc[i])
     return {n: plan[n] for n in table.layer.unique()}
 
 # %% ../nbs/10_weights.ipynb #5173577f
 def size_bits(
-    model: nn.Module,      # any model
-    bits=(7, 5, 4, 3),     # of the first layers, of small, large and the largest layers
-    shares=(.82, .45),     # a layer is large (largest) where larger ones hold less than this share of all weights
-    first: float = 8/124   # fraction of the layers that count as the first
-) -> dict:                 # layer name to bits
+    model: nn.Module,  # any model
+    bits=(7, 5, 4, 3),  # of the first layers, of small, large and the largest layers
+    shares=(0.82, 0.45),  # a layer is large (largest) where larger ones hold less than this share of all weights
+    first: float = 8 / 124,  # fraction of the layers that count as the first
+) -> dict:  # layer name to bits
     "RIAIR's 7-5-4-3 as a rule for any net, read off the released MixNet-S list: few bits for large layers. Slide 'Weight Quantization'."
     size = {n: m.weight.numel() for n, m in compressible(model).items()}
-    share = {n: sum(t for t in size.values() if t > s)/sum(size.values()) for n, s in size.items()}
+    share = {n: sum(t for t in size.values() if t > s) / sum(size.values()) for n, s in size.items()}
     plan = {n: bits[3] if share[n] < shares[1] else bits[2] if share[n] < shares[0] else bits[1] for n in size}
-    return plan | dict.fromkeys(list(size)[:math.ceil(first*len(size) - 1e-9)], bits[0])
+    return plan | dict.fromkeys(list(size)[: math.ceil(first * len(size) - 1e-9)], bits[0])
 
 # %% ../nbs/10_weights.ipynb #8d9e57cb
-COMPRESSION = dict(method='static', rate=.5, weight_bits=4, activation_bits=4, first_bits=8, calibration=250)
+COMPRESSION = dict(method='static', rate=0.5, weight_bits=4, activation_bits=4, first_bits=8, calibration=250)
+
 
 def compressed_student(
     profile: str,  # embedded, laptop or paper
-    seed: int = 0  # of weights, order and augmentation
-) -> tuple:        # (model in evaluation mode, result of `fit_stage`, calibration images (250, 3, h, w) float32, normalised)
+    seed: int = 0,  # of weights, order and augmentation
+) -> tuple:  # (model in evaluation mode, result of `fit_stage`, calibration images (250, 3, h, w) float32, normalised)
     "The profile's student with COMPRESSION, trained once and found again."
     data, _, stats = study_data(profile)
     net, start = student(profile, seed)
-    sample = normalised(data[0].images[:COMPRESSION['calibration']].float()/255, stats)
+    sample = normalised(data[0].images[: COMPRESSION['calibration']].float() / 255, stats)
     pruner = prune(net, COMPRESSION['rate'], COMPRESSION['method'])
     quantise_weights(net, COMPRESSION['weight_bits'])
     quantise_activations(net, sample, COMPRESSION['activation_bits'], COMPRESSION['first_bits'])
-    tuned = fit_stage('deployed', net, data, replace(STUDIES[profile].tune, seed=seed), what=COMPRESSION, upstream=[start['key']], callbacks=[pruner], stats=stats)
+    tuned = fit_stage(
+        'deployed',
+        net,
+        data,
+        replace(STUDIES[profile].tune, seed=seed),
+        what=COMPRESSION,
+        upstream=[start['key']],
+        callbacks=[pruner],
+        stats=stats,
+    )
     return net.eval(), tuned, sample
+
 
 def compressed_config(
     profile: str,  # embedded, laptop or paper
-    seed: int = 0  # of weights, order and augmentation
-) -> dict:         # model, COMPRESSION, plan, tune, dense
+    seed: int = 0,  # of weights, order and augmentation
+) -> dict:  # model, COMPRESSION, plan, tune, dense
     "What `compressed_student` depends on, for the `config` of a record; nothing is trained."
     tune = asdict(replace(STUDIES[profile].tune, seed=seed))
-    return dict(model=STUDIES[profile].model, **COMPRESSION, plan='uniform', tune=tune,
-                dense=student_config(profile, seed))
+    return dict(
+        model=STUDIES[profile].model, **COMPRESSION, plan='uniform', tune=tune, dense=student_config(profile, seed)
+    )

@@ -1,4 +1,5 @@
 "What the tests share: scratch folders instead of the user's, toy notebooks, and one real run of all notebooks."
+
 import json
 import os
 import subprocess
@@ -16,34 +17,48 @@ OUTSIDE = dict(os.environ)  # before the tests move its folders
 def scratch_folders(tmp_path_factory):
     "Stages and decoded data of the tests are their own: nothing that an earlier run has left can make a test pass."
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MICRONET_RUNS", "MICRONET_CACHE"): patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
-        for name in ("MICRONET_OUT", "MICRONET_RUN"): patch.delenv(name, raising=False)
+        for name in ("MICRONET_RUNS", "MICRONET_CACHE"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        for name in ("MICRONET_OUT", "MICRONET_RUN"):
+            patch.delenv(name, raising=False)
         yield
 
 
 def toy(folder, stem, *middle, parameters="profile = 'embedded'\nn = 7", end="finish('{stem}', profile, says='Fine.')"):
     "Writes a small notebook: heading, imports, parameters, `middle`, and `end`; returns its path."
-    start = f"#| default_exp {stem.split('_', 1)[-1]}\nimport os, sys, time\nfrom micronet_nb.core import finish, record"
+    start = (
+        f"#| default_exp {stem.split('_', 1)[-1]}\nimport os, sys, time\nfrom micronet_nb.core import finish, record"
+    )
     cells = [nbformat.v4.new_markdown_cell(f"# A toy called {stem}\n\n> It shows something.")]
     cells += [nbformat.v4.new_code_cell(c) for c in (start, parameters, *middle, end.replace("{stem}", stem))]
     cells[2].metadata["tags"] = ["parameters"]
-    for i, cell in enumerate(cells): cell["id"] = f"cell{i}"
-    nb = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
+    for i, cell in enumerate(cells):
+        cell["id"] = f"cell{i}"
+    nb = nbformat.v4.new_notebook(
+        cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+    )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    nbformat.write(nb, Path(folder)/f"{stem}.ipynb")
-    return Path(folder)/f"{stem}.ipynb"
+    nbformat.write(nb, Path(folder) / f"{stem}.ipynb")
+    return Path(folder) / f"{stem}.ipynb"
 
 
 def command(*args, module="micronet_nb.reproduce", **more):
     "Runs a console command to its end, from another folder than the checkout."
-    return subprocess.run([sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, cwd=more.pop("cwd", "/"), **more)
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=more.pop("cwd", "/"),
+        **more,
+    )
 
 
 def assert_one_line(done, *words):
     "A mistake is one line on stderr that names what is wrong, and a non-zero exit."
     assert done.returncode not in (0, 1) and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    for word in words: assert word in done.stderr
+    for word in words:
+        assert word in done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -54,16 +69,19 @@ def real_run(tmp_path_factory):
     before = OUTSIDE.get("MICRONET_TEST_REPORTS")
     out = Path(before or tmp_path_factory.mktemp("reports"))
     done = command("--out", out, env=OUTSIDE if before else os.environ)
-    return out/"embedded", done
+    return out / "embedded", done
 
 
 def pytest_terminal_summary(terminalreporter):
     "What each notebook of this run took, and went without, among the durations of the tests."
-    status = Path(OUTSIDE.get("MICRONET_TEST_REPORTS", ""))/"embedded"/"status.json"
-    if not status.exists(): return
+    status = Path(OUTSIDE.get("MICRONET_TEST_REPORTS", "")) / "embedded" / "status.json"
+    if not status.exists():
+        return
     outcomes = json.loads(status.read_text())
     terminalreporter.section("seconds of the notebooks", sep="-")
     for stem, o in sorted(outcomes.items(), key=lambda item: -item[1].get("seconds", 0)):
         missing = [name for name, size in o.get("files", {}).items() if size is None]
-        terminalreporter.write_line(f"{o.get('seconds', 0):6.1f} s {stem} {o['status']}{', without ' + ', '.join(missing) if missing else ''}")
+        terminalreporter.write_line(
+            f"{o.get('seconds', 0):6.1f} s {stem} {o['status']}{', without ' + ', '.join(missing) if missing else ''}"
+        )
     terminalreporter.write_line(f"{sum(o.get('seconds', 0) for o in outcomes.values()):6.1f} s all together")

@@ -1,4 +1,5 @@
 "The CIFAR-100 track: killed and stopped anywhere it ends as if it had not been; it needs no notebook tools; its mistakes are one line."
+
 import hashlib
 import json
 import os
@@ -20,10 +21,16 @@ from micronet_nb.core import MicronetError
 TIMES = ("seconds",)
 
 
-def figures_of(rows): return [{k: v for k, v in r.figures.items() if k not in TIMES} for r in rows]
+def figures_of(rows):
+    return [{k: v for k, v in r.figures.items() if k not in TIMES} for r in rows]
+
+
 def recorded(folder, name):
     "The rows of a record, without what a clock has measured."
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in json.loads((folder/f"{name}.json").read_text())["rows"]]
+    return [
+        {k: v for k, v in r.items() if k not in TIMES}
+        for r in json.loads((folder / f"{name}.json").read_text())["rows"]
+    ]
 
 
 SHORT = """
@@ -45,74 +52,99 @@ def short():
 
 @pytest.mark.parametrize("recipe", ["study", "ours"])
 def test_stopped_at_every_stage_it_ends_as_if_it_had_not_been(recipe, short, tmp_path):
-    whole = run_recipe("embedded", recipe, root=tmp_path/"a", folder=tmp_path/"ra", quiet=True)
+    whole = run_recipe("embedded", recipe, root=tmp_path / "a", folder=tmp_path / "ra", quiet=True)
     stops, pieces, rows = set(), 0, None
     while rows is None and pieces < 60:
         pieces += 1
-        try: rows = run_recipe("embedded", recipe, minutes=1e-6, root=tmp_path/"b", folder=tmp_path/"rb", quiet=True)
-        except OutOfTime as e: stops.add(str(e))
-    assert rows is not None and len(stops) >= len(whole) - 1   # each call trains one step at most
+        try:
+            rows = run_recipe("embedded", recipe, minutes=1e-6, root=tmp_path / "b", folder=tmp_path / "rb", quiet=True)
+        except OutOfTime as e:
+            stops.add(str(e))
+    assert rows is not None and len(stops) >= len(whole) - 1  # each call trains one step at most
     assert figures_of(rows) == figures_of(whole) and [r.key for r in rows] == [r.key for r in whole]
     for a, b in zip(whole, rows):
-        for k, v in a.net.state_dict().items(): assert torch.equal(v, b.net.state_dict()[k]), (a.step.row, k)
-    assert recorded(tmp_path/"ra", f"20_cifar100.{recipe}") == recorded(tmp_path/"rb", f"20_cifar100.{recipe}")
+        for k, v in a.net.state_dict().items():
+            assert torch.equal(v, b.net.state_dict()[k]), (a.step.row, k)
+    assert recorded(tmp_path / "ra", f"20_cifar100.{recipe}") == recorded(tmp_path / "rb", f"20_cifar100.{recipe}")
 
 
 def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch, capsys):
-    out, runs, other, elsewhere = (tmp_path/n for n in ("out", "runs", "other", "elsewhere"))
+    out, runs, other, elsewhere = (tmp_path / n for n in ("out", "runs", "other", "elsewhere"))
     code = SHORT.replace("IMAGES", "128") + "import sys\nsys.exit(main())"
-    run = subprocess.Popen([sys.executable, "-c", code, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd="/", env=os.environ | {"MICRONET_RUNS": str(runs)})
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd="/",
+        env=os.environ | {"MICRONET_RUNS": str(runs)},
+    )
     for line in run.stdout:
-        if line.startswith("DenseNet-100"): break   # the student is done, the first step of compression is under way
-    time.sleep(.1)
-    run.send_signal(signal.SIGKILL); run.communicate()
-    assert 2 <= len(recorded(out/"results", "20_cifar100.study")) < 7
-    def again(folder, *more): code = main(["--out", str(folder), *more]); return code, capsys.readouterr().out
+        if line.startswith("DenseNet-100"):
+            break  # the student is done, the first step of compression is under way
+    time.sleep(0.1)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert 2 <= len(recorded(out / "results", "20_cifar100.study")) < 7
+
+    def again(folder, *more):
+        code = main(["--out", str(folder), *more])
+        return code, capsys.readouterr().out
+
     monkeypatch.setenv("MICRONET_RUNS", str(runs))
     code, said = again(out, "--minutes", "1e-6")
     assert code == STOPPED and "the same command goes on" in said
     code, said = again(out)
     assert code == 0 and "all 7 steps are done" in said
 
-    monkeypatch.setenv("MICRONET_RUNS", str(elsewhere))                              # never killed
+    monkeypatch.setenv("MICRONET_RUNS", str(elsewhere))  # never killed
     assert again(other)[0] == 0
-    assert recorded(out/"results", "20_cifar100.study") == recorded(other/"results", "20_cifar100.study")
-    assert max(f.stat().st_size for f in out.rglob("*") if f.is_file()) < 16*2**20
-    told = json.loads((out/"results"/"20_cifar100.study.json").read_text())["rows"]
-    shutil.rmtree(runs)                                                              # a machine that has only what travelled
+    assert recorded(out / "results", "20_cifar100.study") == recorded(other / "results", "20_cifar100.study")
+    assert max(f.stat().st_size for f in out.rglob("*") if f.is_file()) < 16 * 2**20
+    told = json.loads((out / "results" / "20_cifar100.study.json").read_text())["rows"]
+    shutil.rmtree(runs)  # a machine that has only what travelled
     monkeypatch.setenv("MICRONET_RUNS", str(runs))
     code, said = again(out)
     assert code == 0 and "taken in from" in said
-    assert json.loads((out/"results"/"20_cifar100.study.json").read_text())["rows"] == told   # seconds of training, too: nothing was trained anew
+    assert (
+        json.loads((out / "results" / "20_cifar100.study.json").read_text())["rows"] == told
+    )  # seconds of training, too: nothing was trained anew
 
 
 @pytest.mark.parametrize("recipe", ["study", "ours"])
 def test_what_is_under_way_goes_on_elsewhere(recipe, short, tmp_path, monkeypatch, capsys):
     "A machine a piece: each has only what the one before has sent, and the end is as if one had done it all."
-    whole = run_recipe("embedded", recipe, root=tmp_path/"whole", folder=tmp_path/"rw", quiet=True)
+    whole = run_recipe("embedded", recipe, root=tmp_path / "whole", folder=tmp_path / "rw", quiet=True)
     fit_stage = cifar100.fit_stage
-    monkeypatch.setattr(cifar100, "fit_stage", lambda *args, **kwargs: fit_stage(*args, **kwargs | dict(stop=0.)))   # one batch a machine
-    out, code, machines = tmp_path/"out", STOPPED, 0
+    monkeypatch.setattr(
+        cifar100, "fit_stage", lambda *args, **kwargs: fit_stage(*args, **kwargs | dict(stop=0.0))
+    )  # one batch a machine
+    out, code, machines = tmp_path / "out", STOPPED, 0
     while code == STOPPED and machines < 60:
         machines += 1
-        monkeypatch.setenv("MICRONET_RUNS", str(tmp_path/f"machine{machines}"))
+        monkeypatch.setenv("MICRONET_RUNS", str(tmp_path / f"machine{machines}"))
         code = main(["--recipe", recipe, "--out", str(out), "--minutes", "1e-6"])
-        pieces = [*(out/"stages").iterdir()]
-        assert len(pieces) == 1 and pieces[0].stat().st_size < 16*2**20
-    assert code == 0 and machines >= 2*len(whole), capsys.readouterr().err
-    there = run_recipe("embedded", recipe, root=tmp_path/f"machine{machines}"/"stages", folder=tmp_path/"rt", quiet=True)
+        pieces = [*(out / "stages").iterdir()]
+        assert len(pieces) == 1 and pieces[0].stat().st_size < 16 * 2**20
+    assert code == 0 and machines >= 2 * len(whole), capsys.readouterr().err
+    there = run_recipe(
+        "embedded", recipe, root=tmp_path / f"machine{machines}" / "stages", folder=tmp_path / "rt", quiet=True
+    )
     assert [r.key for r in there] == [r.key for r in whole] and figures_of(there) == figures_of(whole)
     for a, b in zip(whole, there):
-        for k, v in a.net.state_dict().items(): assert torch.equal(v, b.net.state_dict()[k]), (a.step.row, k)
+        for k, v in a.net.state_dict().items():
+            assert torch.equal(v, b.net.state_dict()[k]), (a.step.row, k)
 
 
 def test_archives_of_others_are_refused(tmp_path):
     "Nothing is written outside the stages' folder."
-    with zipfile.ZipFile(tmp_path/"made.zip", "w") as z: z.writestr("../../teacher-0/done.json", "{}")
-    packed = (tmp_path/"made.zip").read_bytes()
-    (tmp_path/"bag").mkdir()
-    (tmp_path/"bag"/f"stages-{hashlib.sha256(packed).hexdigest()[:16]}.01of01").write_bytes(packed)
-    with pytest.raises(MicronetError, match="no file of a stage"): cifar100.take_in(tmp_path/"bag", tmp_path/"a"/"b"/"stages")
+    with zipfile.ZipFile(tmp_path / "made.zip", "w") as z:
+        z.writestr("../../teacher-0/done.json", "{}")
+    packed = (tmp_path / "made.zip").read_bytes()
+    (tmp_path / "bag").mkdir()
+    (tmp_path / "bag" / f"stages-{hashlib.sha256(packed).hexdigest()[:16]}.01of01").write_bytes(packed)
+    with pytest.raises(MicronetError, match="no file of a stage"):
+        cifar100.take_in(tmp_path / "bag", tmp_path / "a" / "b" / "stages")
     assert not [*tmp_path.rglob("done.json")]
 
 
@@ -138,12 +170,22 @@ print("steps done:", len(rows))
 
 
 def test_it_needs_no_notebook_tools(tmp_path):
-    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd="/", env=os.environ | {"MICRONET_RUNS": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=os.environ | {"MICRONET_RUNS": str(tmp_path)},
+    )
     assert done.returncode == 0 and "steps done: 4" in done.stdout, done.stderr[-2000:]
 
 
 def test_mistakes_are_one_line(capsys):
-    for args, told in ((["--recipe", "theirs"], "choose study or ours"), (["--profile", "huge"], "unknown profile 'huge'"), (["--minutes", "0"], "more than 0")):
+    for args, told in (
+        (["--recipe", "theirs"], "choose study or ours"),
+        (["--profile", "huge"], "unknown profile 'huge'"),
+        (["--minutes", "0"], "more than 0"),
+    ):
         assert main(args) == 1
         said = capsys.readouterr().err.strip()
         assert told in said and len(said.splitlines()) == 1
@@ -152,11 +194,15 @@ def test_mistakes_are_one_line(capsys):
 def test_a_step_that_cannot_be_is_named(short):
     data, _, stats = cifar100.data_of("embedded")
     steps = RECIPES["embedded"]["study"]
-    with pytest.raises(MicronetError, match="names no model"): cifar100.run_step(steps[2], [], data, stats)
-    with pytest.raises(MicronetError, match="no row before it"): cifar100.run_step(replace(steps[1], teacher="nobody"), [], data, stats)
+    with pytest.raises(MicronetError, match="names no model"):
+        cifar100.run_step(steps[2], [], data, stats)
+    with pytest.raises(MicronetError, match="no row before it"):
+        cifar100.run_step(replace(steps[1], teacher="nobody"), [], data, stats)
 
 
 def test_the_speed_command_measures(tmp_path, capsys):
     assert main(["speed", "--out", str(tmp_path), "--minutes", "1e-6"]) == 0 and "images_s" in capsys.readouterr().out
-    rows = json.loads((tmp_path/"results"/"20_cifar100.speed.json").read_text())["rows"]
-    assert len(rows) == 1 and all(r["images_s"] > 0 and r["epoch_seconds"] > 0 and r["bandwidth_share"] is None for r in rows)
+    rows = json.loads((tmp_path / "results" / "20_cifar100.speed.json").read_text())["rows"]
+    assert len(rows) == 1 and all(
+        r["images_s"] > 0 and r["epoch_seconds"] > 0 and r["bandwidth_share"] is None for r in rows
+    )

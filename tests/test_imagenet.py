@@ -1,4 +1,5 @@
 "The ImageNet track at work on folders of small images: the command, killed and resumed, launched twice, and given what is wrong."
+
 import io
 import json
 import os
@@ -18,7 +19,20 @@ from PIL import Image
 
 from micronet_nb import imagenet
 from micronet_nb.core import MicronetError
-from micronet_nb.imagenet import BAR, ROWS, STAGES, Stream, check_images, open_images, passes, pretrained, rgb, slide_rows, transforms, validate, windowed
+from micronet_nb.imagenet import (
+    BAR,
+    ROWS,
+    STAGES,
+    Stream,
+    check_images,
+    open_images,
+    passes,
+    rgb,
+    slide_rows,
+    transforms,
+    validate,
+    windowed,
+)
 
 SMALL = "--untrained --size 32 --resize 36 --workers 0 --calibration 8 --batch 8 --epochs 1".split()
 
@@ -29,16 +43,21 @@ def folder(tmp_path_factory):
     root, dice = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, n in (("train", 20), ("val", 4)):
         for c in range(3):
-            (root/split/f"class{c}").mkdir(parents=True)
+            (root / split / f"class{c}").mkdir(parents=True)
             for i in range(n):
                 pixels = dice.integers(0, 80, (40, 48, 3), dtype=np.uint8)
                 pixels[..., c] += 150
-                Image.fromarray(pixels).save(root/split/f"class{c}"/f"{i}.jpg")
+                Image.fromarray(pixels).save(root / split / f"class{c}" / f"{i}.jpg")
     return root
 
 
 def run(folder, tmp_path, *args, **more):
-    env = os.environ | dict(MICRONET_RUNS=str(tmp_path/"runs"), MICRONET_OUT=str(tmp_path/"out"), MICRONET_OFFLINE="1", OMP_NUM_THREADS="1")
+    env = os.environ | dict(
+        MICRONET_RUNS=str(tmp_path / "runs"),
+        MICRONET_OUT=str(tmp_path / "out"),
+        MICRONET_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+    )
     return command("--data", folder, *SMALL, *args, module="micronet_nb.imagenet", env=env, **more)
 
 
@@ -47,15 +66,19 @@ def here(folder, tmp_path, monkeypatch, capsys):
     "The command in this process, with one thread as in the others: (exit code, stdout, stderr)."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+
     def run(*args, where=tmp_path):
-        for name, value in dict(MICRONET_RUNS=where/"runs", MICRONET_OUT=where/"out", MICRONET_OFFLINE=1).items(): monkeypatch.setenv(name, str(value))
+        for name, value in dict(MICRONET_RUNS=where / "runs", MICRONET_OUT=where / "out", MICRONET_OFFLINE=1).items():
+            monkeypatch.setenv(name, str(value))
         capsys.readouterr()
         return imagenet.main([str(a) for a in ("--data", folder, *args)]), *capsys.readouterr()
+
     yield run
     torch.set_num_threads(threads)
 
 
-def rows_of(tmp_path, record="21_imagenet.imagenet.untrained"): return {r["row"]: r for r in json.loads((tmp_path/"out"/f"{record}.json").read_text())["rows"]}
+def rows_of(tmp_path, record="21_imagenet.imagenet.untrained"):
+    return {r["row"]: r for r in json.loads((tmp_path / "out" / f"{record}.json").read_text())["rows"]}
 
 
 def test_every_row_of_the_slides(folder, tmp_path):
@@ -65,9 +88,10 @@ def test_every_row_of_the_slides(folder, tmp_path):
     rows = rows_of(tmp_path)
     assert list(rows) == STAGES["all"] and set(rows) == set(ROWS)
     assert all(r["n"] == 12 and r["passes"] == (r["right"] >= 9) for r in rows.values())
-    assert rows["Sparse_AQ7_WQ"]["storage"] < rows["Sparse_AQ7"]["storage"]/2 < rows["Original"]["storage"]/2
+    assert rows["Sparse_AQ7_WQ"]["storage"] < rows["Sparse_AQ7"]["storage"] / 2 < rows["Original"]["storage"] / 2
     assert 0 < rows["Sparse"]["param_sparsity"] < rows["Sparse, large layer >= 60 %"]["param_sparsity"]
-    for name in ("taught by MixNet-L", "Sparse_AQ6"): assert f"{name}: top-1" in done.stdout
+    for name in ("taught by MixNet-L", "Sparse_AQ6"):
+        assert f"{name}: top-1" in done.stdout
 
 
 def test_killed_and_resumed_gives_the_same(folder, tmp_path, here):
@@ -75,16 +99,35 @@ def test_killed_and_resumed_gives_the_same(folder, tmp_path, here):
     args = [*SMALL, "--stage", "prune", "--epochs", "2", "--epoch-images", "32", "--teacher", "none"]
     code, told, _ = here(*args, "--minutes", "0.0001")
     assert code == 75 and "stopped after" in told
-    env = os.environ | dict(MICRONET_RUNS=str(tmp_path/"runs"), MICRONET_OUT=str(tmp_path/"out"), MICRONET_OFFLINE="1", OMP_NUM_THREADS="1")
-    child = subprocess.Popen([sys.executable, "-m", "micronet_nb.imagenet", "--data", str(folder), *args], env=env, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    env = os.environ | dict(
+        MICRONET_RUNS=str(tmp_path / "runs"),
+        MICRONET_OUT=str(tmp_path / "out"),
+        MICRONET_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-m", "micronet_nb.imagenet", "--data", str(folder), *args],
+        env=env,
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     for line in child.stdout:
-        if line.startswith("Original:"): break
+        if line.startswith("Original:"):
+            break
     time.sleep(4)
-    child.send_signal(signal.SIGKILL); child.wait()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
     assert here(*args)[0] == 0
-    (quiet := tmp_path/"quiet").mkdir()
+    (quiet := tmp_path / "quiet").mkdir()
     assert here(*args, where=quiet)[0] == 0
-    def weights(where): return {f.parent.name: f.read_bytes() for f in (where/"runs"/"stages").glob("mixnet-row-*/model.safetensors")}
+
+    def weights(where):
+        return {
+            f.parent.name: f.read_bytes() for f in (where / "runs" / "stages").glob("mixnet-row-*/model.safetensors")
+        }
+
     assert len(weights(quiet)) == 4 and weights(tmp_path) == weights(quiet)
 
 
@@ -92,46 +135,67 @@ def test_order_does_not_depend_on_workers_or_processes(folder):
     class Shape:
         def __init__(self, rank=0, n=1):
             from micronet_nb.training import FitConfig
-            self.config, self.device, self.epoch, self.steps_an_epoch = FitConfig(batch_size=8), torch.device("cpu"), 3, 7
+
+            self.config, self.device, self.epoch, self.steps_an_epoch = (
+                FitConfig(batch_size=8),
+                torch.device("cpu"),
+                3,
+                7,
+            )
             self.world = type("World", (), dict(num_processes=n, process_index=rank))
-    def epoch(workers=0, first=0, **share): return list(Stream(open_images(folder), 32, workers).stream(Shape(**share), first))
+
+    def epoch(workers=0, first=0, **share):
+        return list(Stream(open_images(folder), 32, workers).stream(Shape(**share), first))
+
     whole = epoch()
-    assert len(whole) == 7 and len({int(x.sum()*1e3) for x, _ in whole}) == 7
-    for (x, y), (x2, y2) in zip(whole[3:], epoch(2, 3), strict=True): assert torch.equal(x, x2) and torch.equal(y, y2)
+    assert len(whole) == 7 and len({int(x.sum() * 1e3) for x, _ in whole}) == 7
+    for (x, y), (x2, y2) in zip(whole[3:], epoch(2, 3), strict=True):
+        assert torch.equal(x, x2) and torch.equal(y, y2)
     for (x, y), (a, ya), (b, yb) in zip(whole, epoch(rank=0, n=2), epoch(rank=1, n=2), strict=True):
         assert torch.equal(x, torch.cat([a, b])) and torch.equal(y, torch.cat([ya, yb]))
-    for x, y in whole: assert torch.equal(x.mean((2, 3)).argmax(1), y)  # the label is the colour: images and labels belong together
+    for x, y in whole:
+        assert torch.equal(x.mean((2, 3)).argmax(1), y)  # the label is the colour: images and labels belong together
 
 
 @pytest.mark.parametrize("form", ["tar", "tars", "tar of tars", "parquet"])
 def test_forms_hold_the_same(folder, tmp_path, form):
     want = open_images(folder)
     if form == "tar":
-        with tarfile.open(tmp_path/"train.tar", "w") as tar: tar.add(folder/"train", arcname="train")
+        with tarfile.open(tmp_path / "train.tar", "w") as tar:
+            tar.add(folder / "train", arcname="train")
     elif form == "parquet":
         order = np.random.default_rng(0).permutation(60)
         for k, part in enumerate(np.array_split(order, 2)):
-            pq.write_table(pa.table({"image": [dict(bytes=b, path="x") for b in want.read(part)], "label": want.labels[part]}), tmp_path/f"train-{k:05}-of-00002.parquet", row_group_size=7)
+            pq.write_table(
+                pa.table({"image": [dict(bytes=b, path="x") for b in want.read(part)], "label": want.labels[part]}),
+                tmp_path / f"train-{k:05}-of-00002.parquet",
+                row_group_size=7,
+            )
     else:
-        (inner := tmp_path/"train").mkdir()
-        for c in sorted((folder/"train").iterdir()):
-            with tarfile.open(inner/f"{c.name}.tar", "w") as tar:
-                for f in sorted(c.iterdir()): tar.add(f, arcname=f.name)
+        (inner := tmp_path / "train").mkdir()
+        for c in sorted((folder / "train").iterdir()):
+            with tarfile.open(inner / f"{c.name}.tar", "w") as tar:
+                for f in sorted(c.iterdir()):
+                    tar.add(f, arcname=f.name)
         if form == "tar of tars":
-            with tarfile.open(tmp_path/"train.tar", "w") as tar:
-                for f in sorted(inner.iterdir()): tar.add(f, arcname=f.name)
+            with tarfile.open(tmp_path / "train.tar", "w") as tar:
+                for f in sorted(inner.iterdir()):
+                    tar.add(f, arcname=f.name)
     got = open_images(tmp_path)
-    assert len(got.classes) == 3 and sorted(zip(got.labels.tolist(), got.read(range(60)))) == sorted(zip(want.labels.tolist(), want.read(range(60))))
+    assert len(got.classes) == 3 and sorted(zip(got.labels.tolist(), got.read(range(60)))) == sorted(
+        zip(want.labels.tolist(), want.read(range(60)))
+    )
     one_by_one = [got.read([i])[0] for i in range(60)]
     assert one_by_one == got.read(range(60)) and got.read([5, 3, 5]) == [one_by_one[i] for i in (5, 3, 5)]
     assert check_images(got).empty
 
 
 def test_windows_keep_groups_together():
-    groups = np.arange(1000)//10
+    groups = np.arange(1000) // 10
     order = windowed(groups, 1000, torch.Generator().manual_seed(1), window=100)
     assert sorted(order) == list(range(1000)) and list(order) != sorted(order)
-    for part in np.split(order, 10): assert len({*groups[part]}) == 10
+    for part in np.split(order, 10):
+        assert len({*groups[part]}) == 10
     assert list(order) != list(windowed(groups, 1000, torch.Generator().manual_seed(2), window=100))
 
 
@@ -153,51 +217,104 @@ def test_pixels_are_taken_as_they_lie():
     assert rgb(encoded(Image.new("RGB", (10, 8)), exif=exif), "x").size == (10, 8)
 
 
-@pytest.mark.parametrize("data", [b"", b"words", encoded(Image.effect_noise((64, 64), 50))[:700], encoded(Image.fromarray(np.zeros((4, 4), dtype=np.uint16)), "png")], ids=["empty", "text", "truncated", "16 bit"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"words",
+        encoded(Image.effect_noise((64, 64), 50))[:700],
+        encoded(Image.fromarray(np.zeros((4, 4), dtype=np.uint16)), "png"),
+    ],
+    ids=["empty", "text", "truncated", "16 bit"],
+)
 def test_unreadable_images_are_named(data, folder, tmp_path):
-    with pytest.raises(MicronetError, match="strange.jpg is not a readable image"): rgb(data, "strange.jpg")
-    (tmp_path/"train"/"a").mkdir(parents=True)
-    (tmp_path/"train"/"a"/"good.jpg").write_bytes((folder/"train"/"class0"/"0.jpg").read_bytes())
-    (tmp_path/"train"/"a"/"strange.jpg").write_bytes(data)
+    with pytest.raises(MicronetError, match="strange.jpg is not a readable image"):
+        rgb(data, "strange.jpg")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "good.jpg").write_bytes((folder / "train" / "class0" / "0.jpg").read_bytes())
+    (tmp_path / "train" / "a" / "strange.jpg").write_bytes(data)
     bad = check_images(open_images(tmp_path))
     assert len(bad) == 1 and bad.image[0].endswith("strange.jpg")
 
 
 def test_command_names_the_broken_image(folder, tmp_path, here):
     import shutil
-    shutil.copytree(folder, tmp_path/"data")
-    (tmp_path/"data"/"train"/"class1"/"7.jpg").write_bytes(b"no image")
-    code, told, _ = here(*SMALL, "--stage", "check", "--data", tmp_path/"data")
+
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "train" / "class1" / "7.jpg").write_bytes(b"no image")
+    code, told, _ = here(*SMALL, "--stage", "check", "--data", tmp_path / "data")
     assert code == 1 and "7.jpg is not a readable image" in told and "0.jpg" not in told
-    trained = run(tmp_path/"data", tmp_path, "--stage", "prune", "--workers", "2")
-    assert trained.returncode == 1 and len(trained.stderr.strip().splitlines()) == 1 and "7.jpg is not a readable image" in trained.stderr
+    trained = run(tmp_path / "data", tmp_path, "--stage", "prune", "--workers", "2")
+    assert (
+        trained.returncode == 1
+        and len(trained.stderr.strip().splitlines()) == 1
+        and "7.jpg is not a readable image" in trained.stderr
+    )
 
 
 def test_without_weights_it_says_what_is_missing(here):
     code, told, wrong = here("--stage", "sweep", "--workers", 0)
-    for name in ("mixnet_s", "mixnet_m", "mixnet_l", "legacy_senet154"): assert f"Put {name}.safetensors" in told
+    for name in ("mixnet_s", "mixnet_m", "mixnet_l", "legacy_senet154"):
+        assert f"Put {name}.safetensors" in told
     assert code == 1 and "there is no student" in wrong and len(wrong.strip().splitlines()) == 1
 
 
 def test_goes_on_with_the_teachers_that_are_there(folder, tmp_path):
     import timm
     from safetensors.torch import save_file
-    for name in ("mixnet_s", "mixnet_m"): save_file(timm.create_model(name, num_classes=3).state_dict(), tmp_path/f"{name}.safetensors")
-    env = os.environ | dict(MICRONET_RUNS=str(tmp_path/"runs"), MICRONET_OUT=str(tmp_path/"out"), MICRONET_OFFLINE="1")
+
+    for name in ("mixnet_s", "mixnet_m"):
+        save_file(timm.create_model(name, num_classes=3).state_dict(), tmp_path / f"{name}.safetensors")
+    env = os.environ | dict(
+        MICRONET_RUNS=str(tmp_path / "runs"), MICRONET_OUT=str(tmp_path / "out"), MICRONET_OFFLINE="1"
+    )
     args = [a for a in SMALL if a != "--untrained"]
-    done = command("--data", folder, *args, "--stage", "sweep", "--epoch-images", 8, "--weights", tmp_path, module="micronet_nb.imagenet", env=env)
+    done = command(
+        "--data",
+        folder,
+        *args,
+        "--stage",
+        "sweep",
+        "--epoch-images",
+        8,
+        "--weights",
+        tmp_path,
+        module="micronet_nb.imagenet",
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path, "21_imagenet.imagenet")
     assert set(rows) == {"taught by labels", "taught by MixNet-S", "taught by MixNet-M"}
     assert "74.40" in done.stdout  # the published column stands beside
-    save_file(timm.create_model("mixnet_s", num_classes=3).state_dict(), tmp_path/"mixnet_s.safetensors")  # other weights are another experiment
-    other = command("--data", folder, *args, "--stage", "evaluate", "--lr", 1e-5, "--weights", tmp_path, module="micronet_nb.imagenet", env=env)
+    save_file(
+        timm.create_model("mixnet_s", num_classes=3).state_dict(), tmp_path / "mixnet_s.safetensors"
+    )  # other weights are another experiment
+    other = command(
+        "--data",
+        folder,
+        *args,
+        "--stage",
+        "evaluate",
+        "--lr",
+        1e-5,
+        "--weights",
+        tmp_path,
+        module="micronet_nb.imagenet",
+        env=env,
+    )
     assert other.returncode == 0 and rows_of(tmp_path, "21_imagenet.imagenet") == rows  # the table that was there stays
-    assert len([*(tmp_path/"out").glob("21_imagenet.imagenet.*.json")]) == 1
+    assert len([*(tmp_path / "out").glob("21_imagenet.imagenet.*.json")]) == 1
     assert "MixNet-M teaches instead" in done.stdout and "taught by MixNet-L: left out" in done.stdout
 
 
-@pytest.mark.parametrize("args, words", [(["--data", "nowhere"], "nowhere is not a folder"), (["--epochs", "0"], "epochs"), (["--batch", "100000"], "do not fill a batch")])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--data", "nowhere"], "nowhere is not a folder"),
+        (["--epochs", "0"], "epochs"),
+        (["--batch", "100000"], "do not fill a batch"),
+    ],
+)
 def test_mistakes_are_one_line(here, args, words):
     code, _, wrong = here(*SMALL, "--stage", "prune", "--teacher", "none", *args)
     assert code == 1 and len(wrong.strip().splitlines()) == 1 and words in wrong
@@ -205,16 +322,22 @@ def test_mistakes_are_one_line(here, args, words):
 
 def test_validation_counts_every_image_once(folder):
     class Colour(torch.nn.Module):
-        def __init__(self): super().__init__(); self.p = torch.nn.Parameter(torch.zeros(1))
-        def forward(self, x): return torch.cat([x.mean((2, 3)), x.new_full((len(x), 5), -9.)], 1)
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return torch.cat([x.mean((2, 3)), x.new_full((len(x), 5), -9.0)], 1)
+
     val = open_images(folder, "val")
-    r = validate(Colour(), val, ((0., 0., 0.), (1., 1., 1.)), 32, 36, batch_size=5, workers=0)
-    assert (r["right"], r["n"], r["top1"], r["top5"]) == (12, 12, 100., 100.) and passes(r) and 0 <= r["waiting"] <= 1
-    assert validate(Colour(), val, ((0., 0., 0.), (1., 1., 1.)), 32, 36, workers=0, n=6)["n"] == 6
+    r = validate(Colour(), val, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), 32, 36, batch_size=5, workers=0)
+    assert (r["right"], r["n"], r["top1"], r["top5"]) == (12, 12, 100.0, 100.0) and passes(r) and 0 <= r["waiting"] <= 1
+    assert validate(Colour(), val, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), 32, 36, workers=0, n=6)["n"] == 6
 
 
 def test_validation_transform_is_resize_then_centre_crop():
     from torchvision.transforms import functional as T
+
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     want = T.center_crop(T.resize(image, 256, T.InterpolationMode.BICUBIC), 224)
     assert np.array_equal(transforms(False)(image).numpy(), np.asarray(want).transpose(2, 0, 1))
@@ -227,16 +350,64 @@ def test_bar_is_a_count():
 
 def test_published_rows_are_the_slides():
     top1 = {r["row"]: r["top1"] for r in slide_rows()}
-    assert (top1["Original"], top1["Sparse, large layer >= 50 %"], top1["taught by labels"], top1["taught by MixNet-L"], top1["Sparse_AQ6"], top1["Sparse_AQ7_WQ"]) == (75.98, 75.56, 74.4, 75., 75.51, 75.05)
+    assert (
+        top1["Original"],
+        top1["Sparse, large layer >= 50 %"],
+        top1["taught by labels"],
+        top1["taught by MixNet-L"],
+        top1["Sparse_AQ6"],
+        top1["Sparse_AQ7_WQ"],
+    ) == (75.98, 75.56, 74.4, 75.0, 75.51, 75.05)
 
 
 def test_two_processes_share_the_work(folder, tmp_path):
     "`accelerate launch`: one record, every validation image counted once, the rows of a table made."
-    env = os.environ | dict(MICRONET_RUNS=str(tmp_path/"runs"), MICRONET_OUT=str(tmp_path/"out"), MICRONET_OFFLINE="1", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU="1", PYTHONPATH=str(ROOT))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = subprocess.run([*launch, "-m", "micronet_nb.imagenet", "--data", str(folder), *SMALL, "--stage", "wq", "--teacher", "mixnet_s"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    env = os.environ | dict(
+        MICRONET_RUNS=str(tmp_path / "runs"),
+        MICRONET_OUT=str(tmp_path / "out"),
+        MICRONET_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+        OMP_WAIT_POLICY="PASSIVE",
+        ACCELERATE_USE_CPU="1",
+        PYTHONPATH=str(ROOT),
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    done = subprocess.run(
+        [
+            *launch,
+            "-m",
+            "micronet_nb.imagenet",
+            "--data",
+            str(folder),
+            *SMALL,
+            "--stage",
+            "wq",
+            "--teacher",
+            "mixnet_s",
+        ],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = rows_of(tmp_path)
     assert list(rows) == STAGES["wq"] and all(r["n"] == 12 for r in rows.values())
     assert done.stdout.count("Sparse_AQ7_WQ: top-1") == 1  # the main process speaks
-    assert len(list((tmp_path/"runs"/"stages").glob("mixnet-row-*/done.json"))) == 4
+    assert len(list((tmp_path / "runs" / "stages").glob("mixnet-row-*/done.json"))) == 4

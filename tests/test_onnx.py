@@ -1,4 +1,5 @@
 "ONNX files: every width and function in onnxruntime beside the graph, refusals by name, files that are whole or not there."
+
 import onnx
 import pytest
 import torch
@@ -17,8 +18,8 @@ from micronet_nb.weights import quantise_weights
 
 def edges(top):
     "Halves, ends and what lies beyond."
-    whole = torch.arange(-top - 3., top + 4.)
-    return torch.cat([whole, whole + .5, (whole + .5)*(1 + 1e-7), torch.tensor([-1e9, -0., 1e9])])
+    whole = torch.arange(-top - 3.0, top + 4.0)
+    return torch.cat([whole, whole + 0.5, (whole + 0.5) * (1 + 1e-7), torch.tensor([-1e9, -0.0, 1e9])])
 
 
 @pytest.mark.parametrize('form', ['qdq', 'float'])
@@ -27,91 +28,123 @@ def test_quantisers(bits, form, tmp_path):
     for signed in (False, True):
         net = nn.Sequential(Quantise(bits, signed))
         x = edges(min(net[0].top, 300))[None]
-        if bits > 9: x = torch.cat([x, x + net[0].top], 1)
-        run = onnx_session(to_onnx(net, tmp_path/'q.onnx', form, x.shape[1:]))
+        if bits > 9:
+            x = torch.cat([x, x + net[0].top], 1)
+        run = onnx_session(to_onnx(net, tmp_path / 'q.onnx', form, x.shape[1:]))
         assert torch.equal(run(x), net(x))
 
 
 @pytest.mark.parametrize('bits', [*range(1, 9), 11, 16])
 def test_weights(bits, tmp_path):
     "Every integer that a layer may hold is in the file and comes out again, in the type that is promised."
-    low, high = (-1, 1) if bits == 1 else (-2**(bits - 1), 2**(bits - 1) - 1)
-    values = torch.arange(low, high + 1.)[:, None] if bits < 10 else torch.tensor([[low], [-1.], [0.], [5.], [high]])
+    low, high = (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    values = (
+        torch.arange(low, high + 1.0)[:, None] if bits < 10 else torch.tensor([[low], [-1.0], [0.0], [5.0], [high]])
+    )
     for layer in (IntLinear(1, len(values), weight_bits=bits), IntConv2d(1, len(values), 1, weight_bits=bits)):
         layer.weight.data = values.view(layer.weight.shape)
         shape = (3, 1) if isinstance(layer, nn.Linear) else (3, 1, 2, 2)
-        x = torch.tensor([1., 2., -3.]).view(3, *[1]*(len(shape) - 1)).expand(shape)
-        path = to_onnx(nn.Sequential(layer), tmp_path/'w.onnx', size=shape[1:])
+        x = torch.tensor([1.0, 2.0, -3.0]).view(3, *[1] * (len(shape) - 1)).expand(shape)
+        path = to_onnx(nn.Sequential(layer), tmp_path / 'w.onnx', size=shape[1:])
         assert torch.equal(onnx_session(path)(x), layer(x))
         (w,) = [t for t in onnx.load(path).graph.initializer if t.name == '0.weight']
         assert onnx.TensorProto.DataType.Name(w.data_type) == carrier(bits)
-        assert len(w.raw_data) == -(-len(values)*int(carrier(bits)[3:])//8)
+        assert len(w.raw_data) == -(-len(values) * int(carrier(bits)[3:]) // 8)
 
 
 def compressed(net, x, weight_bits, activation_bits):
     g = torch.Generator().manual_seed(0)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.weight.data, m.bias.data = torch.rand(m.num_features, generator=g) + .5, torch.randn(m.num_features, generator=g)*.3
-    prune(net.eval(), .5)
+            m.weight.data, m.bias.data = (
+                torch.rand(m.num_features, generator=g) + 0.5,
+                torch.randn(m.num_features, generator=g) * 0.3,
+            )
+    prune(net.eval(), 0.5)
     quantise_weights(net, weight_bits)
     quantise_activations(net, x, activation_bits, 8)
     return lower(net.eval(), x[:2])
 
 
-@pytest.mark.parametrize('name,bits', [('densenet_bc_10_8', 2), ('densenet_bc_10_8', 4), ('wrn_10_1', 3), ('wrn_10_1', 8), ('densenet_bc_10_8', 6)])
+@pytest.mark.parametrize(
+    'name,bits',
+    [('densenet_bc_10_8', 2), ('densenet_bc_10_8', 4), ('wrn_10_1', 3), ('wrn_10_1', 8), ('densenet_bc_10_8', 6)],
+)
 def test_lowered_nets_agree(name, bits, tmp_path):
     "To the last bit: all sums are of integers, and scales are multiplied and added one by one."
     torch.manual_seed(bits)
     x = torch.randn(12, 3, 16, 16)
     graph = compressed(create_model(name, 10, small=True), x, bits, bits)
-    path = to_onnx(graph, tmp_path/'net.onnx')
+    path = to_onnx(graph, tmp_path / 'net.onnx')
     run = onnx_session(path, threads=1)
-    with torch.inference_mode(): expected = graph(x)
-    assert torch.allclose(run(x), expected, atol=1e-4*float(expected.std())), float((run(x) - expected).abs().max())
-    assert torch.equal(run(x[:1]), run(x)[:1]) and len(run(x[:0])) == 0      # any batch
-    unpacked = unpack(pack(graph, tmp_path/'net.safetensors'))
-    assert to_onnx(unpacked, tmp_path/'again.onnx').read_bytes() == path.read_bytes()
+    with torch.inference_mode():
+        expected = graph(x)
+    assert torch.allclose(run(x), expected, atol=1e-4 * float(expected.std())), float((run(x) - expected).abs().max())
+    assert torch.equal(run(x[:1]), run(x)[:1]) and len(run(x[:0])) == 0  # any batch
+    unpacked = unpack(pack(graph, tmp_path / 'net.safetensors'))
+    assert to_onnx(unpacked, tmp_path / 'again.onnx').read_bytes() == path.read_bytes()
     onnx.checker.check_model(onnx.load(path), full_check=True)
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param == 'n'
 
 
 class Doubled(nn.Module):
-    def forward(self, x): return torch.cat([x, x], 1)[:, ::2]
+    def forward(self, x):
+        return torch.cat([x, x], 1)[:, ::2]
 
 
-@pytest.mark.parametrize('middle', [nn.ReLU(), nn.ReLU6(), nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1), Doubled(), nn.Hardtanh(-7, 7)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    'middle',
+    [nn.ReLU(), nn.ReLU6(), nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1), Doubled(), nn.Hardtanh(-7, 7)],
+    ids=lambda m: type(m).__name__,
+)
 def test_quantisers_next_to_anything(middle, tmp_path):
     "onnxruntime moves and fuses 2- and 4-bit quantisers that it then has no kernels for, so the file must not invite it to."
     torch.manual_seed(0)
+
     def layer(bits):
         m = IntConv2d(4, 4, 1, weight_bits=bits)
-        m.weight.data = torch.randint(-2**(bits - 1), 2**(bits - 1), m.weight.shape).float()
+        m.weight.data = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), m.weight.shape).float()
         return m
+
     def scale():
         m = ScaleBias(4)
-        m.weight.data, m.bias.data = torch.rand(4)*.3, torch.randn(4)
+        m.weight.data, m.bias.data = torch.rand(4) * 0.3, torch.randn(4)
         return m
-    x = 5*torch.randn(2, 4, 5, 5)
-    for a, b in (((4, False), (4, True)), ((2, True), (2, False)), ((3, True), (8, True)), ((8, False), (4, False)), ((1, False), (3, False))):
+
+    x = 5 * torch.randn(2, 4, 5, 5)
+    for a, b in (
+        ((4, False), (4, True)),
+        ((2, True), (2, False)),
+        ((3, True), (8, True)),
+        ((8, False), (4, False)),
+        ((1, False), (3, False)),
+    ):
         q, r = Quantise(*a), Quantise(*b)
-        for net in ([q, middle, r], [layer(4), scale(), middle, r, layer(2), scale()], [layer(4), scale(), q, middle, layer(8), r, layer(8), q, layer(2)]):
+        for net in (
+            [q, middle, r],
+            [layer(4), scale(), middle, r, layer(2), scale()],
+            [layer(4), scale(), q, middle, layer(8), r, layer(8), q, layer(2)],
+        ):
             net = nn.Sequential(*net)
-            assert torch.allclose(onnx_session(to_onnx(net, tmp_path/'x.onnx', size=x.shape[1:]))(x), net(x), atol=1e-4), (a, b, net)
+            assert torch.allclose(
+                onnx_session(to_onnx(net, tmp_path / 'x.onnx', size=x.shape[1:]))(x), net(x), atol=1e-4
+            ), (a, b, net)
 
 
 class Everything(nn.Module):
     "Every function that `lower` writes, with unusual arguments."
+
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(6, 8, (1, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=2)
         self.same, self.fc = nn.Conv2d(8, 4, (2, 4), padding='same'), nn.Linear(72, 5)
+
     def forward(self, x):
         a, b = torch.chunk(F.pad(x, (1, 2, 0, 3)), 2, 1)
         x = torch.cat([F.silu(a), F.hardswish(b), torch.tanh(a) - torch.sigmoid(b)], 1)
         x = F.pad(F.pad(x, (1, 1, 1, 1), 'reflect'), (0, 1, 1, 0), 'replicate')
         x = F.max_pool2d(self.conv(x), 3, 2, 1, ceil_mode=True)
-        x = F.gelu(x)*F.hardsigmoid(x.mean((2, 3), keepdim=True)) + F.leaky_relu(F.relu6(x), .2)
+        x = F.gelu(x) * F.hardsigmoid(x.mean((2, 3), keepdim=True)) + F.leaky_relu(F.relu6(x), 0.2)
         x = F.avg_pool2d(self.same(x), 3, 1, 1, count_include_pad=False) + F.avg_pool2d(F.hardtanh(x[:, 2:6]), 3, 1, 1)
         x = F.adaptive_avg_pool2d(x.permute(0, 1, 3, 2)[:, :, :6, :6], (3, 3)).reshape(-1, 2, 18)
         return self.fc(torch.cat([x, F.relu(-x)], 1).flatten(1))
@@ -121,17 +154,24 @@ def test_every_function(tmp_path):
     torch.manual_seed(0)
     net, x = Everything().eval(), torch.randn(3, 4, 14, 16)
     graph = lower(net, x, torch.float32)
-    with torch.inference_mode(): expected = net(x)
-    for form in ('qdq', 'float'): assert torch.allclose(onnx_session(to_onnx(graph, tmp_path/'e.onnx', form))(x), expected, atol=1e-5)
+    with torch.inference_mode():
+        expected = net(x)
+    for form in ('qdq', 'float'):
+        assert torch.allclose(onnx_session(to_onnx(graph, tmp_path / 'e.onnx', form))(x), expected, atol=1e-5)
 
 
 def test_refusals(tmp_path):
-    path = tmp_path/'x.onnx'
+    path = tmp_path / 'x.onnx'
+
     def refused(net, words, size=(3, 8, 8), **kwargs):
-        with pytest.raises(MicronetError, match=words): to_onnx(net, path, size=size, **kwargs)
+        with pytest.raises(MicronetError, match=words):
+            to_onnx(net, path, size=size, **kwargs)
         assert [*tmp_path.iterdir()] == []
+
     class Sorts(nn.Module):
-        def forward(self, x): return torch.cumsum(x, 1)
+        def forward(self, x):
+            return torch.cumsum(x, 1)
+
     refused(Sorts(), 'cumsum cannot be exported to ONNX: there is no rule for cumsum')
     refused(nn.Sequential(nn.BatchNorm2d(3)), '0 cannot be exported to ONNX: there is no rule for BatchNorm2d')
     refused(nn.Sequential(nn.AdaptiveAvgPool2d(3)), 'windows of different sizes')
@@ -141,55 +181,90 @@ def test_refusals(tmp_path):
     refused(nn.Sequential(IntConv2d(3, 1, 1)), 'not whole numbers')
     refused(nn.Sequential(nn.ReLU()), 'give size', size=None)
     refused(nn.Sequential(nn.ReLU()), "form is 'qdq' or 'float'", form='int')
-    with pytest.raises(MicronetError, match='does not exist'): onnx_session(path)
+    with pytest.raises(MicronetError, match='does not exist'):
+        onnx_session(path)
     path.write_bytes(b'nothing')
-    with pytest.raises(MicronetError, match='cannot open'): onnx_session(path)
+    with pytest.raises(MicronetError, match='cannot open'):
+        onnx_session(path)
 
 
 def test_old_file_stays(tmp_path, monkeypatch):
-    path = to_onnx(nn.Sequential(nn.ReLU()), tmp_path/'x.onnx', size=(3,))
+    path = to_onnx(nn.Sequential(nn.ReLU()), tmp_path / 'x.onnx', size=(3,))
     before = path.read_bytes()
-    def broken(*args, **kwargs): raise onnx.checker.ValidationError('no')
+
+    def broken(*args, **kwargs):
+        raise onnx.checker.ValidationError('no')
+
     monkeypatch.setattr(onnx.checker, 'check_model', broken)
-    with pytest.raises(MicronetError, match='refuses what was written'): to_onnx(nn.Sequential(nn.Tanh()), path, size=(3,))
+    with pytest.raises(MicronetError, match='refuses what was written'):
+        to_onnx(nn.Sequential(nn.Tanh()), path, size=(3,))
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
 def test_ones_own_rule(tmp_path):
     from micronet_nb.onnx import RULES, exports
+
     class Doubles(nn.Module):
-        def forward(self, x): return torch.special.expit(x)
+        def forward(self, x):
+            return torch.special.expit(x)
+
     try:
         exports(torch.special.expit)(lambda e, input: e('Sigmoid', input))
         x = torch.randn(2, 3)
-        assert torch.allclose(onnx_session(to_onnx(Doubles(), tmp_path/'x.onnx', size=(3,)))(x), x.sigmoid())
-    finally: RULES.pop(torch.special.expit, None)
+        assert torch.allclose(onnx_session(to_onnx(Doubles(), tmp_path / 'x.onnx', size=(3,)))(x), x.sigmoid())
+    finally:
+        RULES.pop(torch.special.expit, None)
 
 
 class Pools(nn.Module):
     "Many pools of one input, their outputs in a row."
-    def __init__(self, pools): super().__init__(); self.pools = nn.ModuleList(pools)
-    def forward(self, x): return torch.cat([p(x).flatten(1) for p in self.pools], 1)
+
+    def __init__(self, pools):
+        super().__init__()
+        self.pools = nn.ModuleList(pools)
+
+    def forward(self, x):
+        return torch.cat([p(x).flatten(1) for p in self.pools], 1)
 
 
-GRID = [(k, s, p, ceil) for k in (1, 2, 3, (2, 3), (4, 1)) for s in (1, 2, 3, (3, 1)) for p in (0, 1, (0, 1)) for ceil in (False, True) if all(2*a <= b for a, b in zip(*((v, v) if isinstance(v, int) else v for v in (p, k))))]
+GRID = [
+    (k, s, p, ceil)
+    for k in (1, 2, 3, (2, 3), (4, 1))
+    for s in (1, 2, 3, (3, 1))
+    for p in (0, 1, (0, 1))
+    for ceil in (False, True)
+    if all(2 * a <= b for a, b in zip(*((v, v) if isinstance(v, int) else v for v in (p, k))))
+]
+
+
 @pytest.mark.parametrize('size', [(7, 8), (5, 9), (4, 6)])
 @pytest.mark.parametrize('kind', ['max', 'max, dilated', 'average', 'average without the padding'])
 def test_every_pool(kind, size, tmp_path):
     "Kernel, stride, padding and ceil_mode in all combinations: as torch answers, whatever onnxruntime and the standard make of ceil_mode."
-    made = {'max': lambda k, s, p, c: nn.MaxPool2d(k, s, p, 1, ceil_mode=c), 'max, dilated': lambda k, s, p, c: nn.MaxPool2d(k, s, p, 2, ceil_mode=c),
-            'average': lambda k, s, p, c: nn.AvgPool2d(k, s, p, c), 'average without the padding': lambda k, s, p, c: nn.AvgPool2d(k, s, p, c, False)}[kind]
+    made = {
+        'max': lambda k, s, p, c: nn.MaxPool2d(k, s, p, 1, ceil_mode=c),
+        'max, dilated': lambda k, s, p, c: nn.MaxPool2d(k, s, p, 2, ceil_mode=c),
+        'average': lambda k, s, p, c: nn.AvgPool2d(k, s, p, c),
+        'average without the padding': lambda k, s, p, c: nn.AvgPool2d(k, s, p, c, False),
+    }[kind]
     torch.manual_seed(0)
-    x, pools, sizes = torch.randn(2, 2, *size) - 3, [], []   # below 0, so that a padded 0 would show
+    x, pools, sizes = torch.randn(2, 2, *size) - 3, [], []  # below 0, so that a padded 0 would show
     for arguments in GRID:
-        try: sizes.append(made(*arguments)(x)[0].numel())
-        except RuntimeError: continue                        # torch has no such pool: its output would be empty
+        try:
+            sizes.append(made(*arguments)(x)[0].numel())
+        except RuntimeError:
+            continue  # torch has no such pool: its output would be empty
         pools.append(made(*arguments))
     assert len(pools) > 40
     net = Pools(pools)
-    with torch.no_grad(): found, expected = onnx_session(to_onnx(net, tmp_path/'p.onnx', size=x.shape[1:]), threads=1)(x), net(x)
+    with torch.no_grad():
+        found, expected = onnx_session(to_onnx(net, tmp_path / 'p.onnx', size=x.shape[1:]), threads=1)(x), net(x)
     assert found.shape == expected.shape
-    wrong = [p for p, a, b in zip(pools, found.split(sizes, 1), expected.split(sizes, 1)) if not torch.allclose(a, b, atol=1e-6)]
+    wrong = [
+        p
+        for p, a, b in zip(pools, found.split(sizes, 1), expected.split(sizes, 1))
+        if not torch.allclose(a, b, atol=1e-6)
+    ]
     assert not wrong, wrong
 
 
@@ -197,60 +272,109 @@ def test_every_pool(kind, size, tmp_path):
 def test_padding_modes(mode, tmp_path):
     "A lowered net pads by a node of its own; a convolution that pads otherwise than with zeros is refused by name."
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)).eval(), torch.randn(3, 2, 5, 6)
-    with pytest.raises(MicronetError, match=f"its padding is '{mode}': lower the net first"): to_onnx(nn.Sequential(net[0]), tmp_path/'x.onnx', size=(2, 5, 6))
+    net, x = (
+        nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)
+        ).eval(),
+        torch.randn(3, 2, 5, 6),
+    )
+    with pytest.raises(MicronetError, match=f"its padding is '{mode}': lower the net first"):
+        to_onnx(nn.Sequential(net[0]), tmp_path / 'x.onnx', size=(2, 5, 6))
     assert not list(tmp_path.iterdir())
     graph = lower(net, x, torch.float32)
-    assert torch.allclose(onnx_session(to_onnx(graph, tmp_path/'x.onnx'))(x), net(x), atol=1e-5)
+    assert torch.allclose(onnx_session(to_onnx(graph, tmp_path / 'x.onnx'))(x), net(x), atol=1e-5)
 
 
 def test_non_finite_input_is_refused(tmp_path):
     "The net says NaN, integers cannot: a number would stand for it."
     net = nn.Sequential(Quantise(4), IntConv2d(3, 4, 1), ScaleBias(4))
     net[1].weight.data = torch.ones_like(net[1].weight)
-    run, x = onnx_session(to_onnx(net, tmp_path/'x.onnx', size=(3, 4, 4))), torch.zeros(2, 3, 4, 4)
+    run, x = onnx_session(to_onnx(net, tmp_path / 'x.onnx', size=(3, 4, 4))), torch.zeros(2, 3, 4, 4)
     assert torch.equal(run(x), net(x))
     for bad in (float('nan'), float('inf'), -float('inf')):
         y = x.clone()
         y[1, 2, 3, :2] = bad
-        with pytest.raises(MicronetError, match='the input holds 2 numbers that are NaN or infinite'): run(y)
+        with pytest.raises(MicronetError, match='the input holds 2 numbers that are NaN or infinite'):
+            run(y)
     for wrong in (x.double(), x[:, :2], x[0]):
-        with pytest.raises(MicronetError, match='x.onnx does not run on torch.float'): run(wrong)
+        with pytest.raises(MicronetError, match='x.onnx does not run on torch.float'):
+            run(wrong)
 
 
 def test_modes_are_left_as_they_were(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Dropout(), nn.ReLU()), nn.BatchNorm2d(4))
     net[1].eval()
     modes = [m.training for m in net.modules()]
-    to_onnx(net[:2], tmp_path/'x.onnx', size=(3, 4, 4))
+    to_onnx(net[:2], tmp_path / 'x.onnx', size=(3, 4, 4))
     assert [m.training for m in net.modules()] == modes
-    with pytest.raises(MicronetError, match='no rule for BatchNorm2d'): to_onnx(net, tmp_path/'y.onnx', size=(3, 4, 4))
+    with pytest.raises(MicronetError, match='no rule for BatchNorm2d'):
+        to_onnx(net, tmp_path / 'y.onnx', size=(3, 4, 4))
     graph = fx.symbolic_trace(net)
     before = {k: v.clone() for k, v in graph.state_dict().items()}
-    with pytest.raises(MicronetError, match='no rule for BatchNorm2d'): to_onnx(graph, tmp_path/'y.onnx', size=(3, 4, 4))
-    assert [m.training for m in net.modules()] == modes and graph.training and all(torch.equal(v, before[k]) for k, v in graph.state_dict().items())
+    with pytest.raises(MicronetError, match='no rule for BatchNorm2d'):
+        to_onnx(graph, tmp_path / 'y.onnx', size=(3, 4, 4))
+    assert (
+        [m.training for m in net.modules()] == modes
+        and graph.training
+        and all(torch.equal(v, before[k]) for k, v in graph.state_dict().items())
+    )
 
 
 class Does(nn.Module):
     "A function, with a layer and numbers that it may use."
-    def __init__(self, f): super().__init__(); self.f, self.conv, self.k, self.whole = f, nn.Conv2d(4, 4, 3), nn.Parameter(torch.tensor(3.)), nn.Parameter(torch.arange(4).view(4, 1, 1), False)
-    def forward(self, x): return self.f(self, x)
+
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.conv, self.k, self.whole = (
+            f,
+            nn.Conv2d(4, 4, 3),
+            nn.Parameter(torch.tensor(3.0)),
+            nn.Parameter(torch.arange(4).view(4, 1, 1), False),
+        )
+
+    def forward(self, x):
+        return self.f(self, x)
 
 
-@pytest.mark.parametrize('f', [lambda m, x: 1 - x, lambda m, x: 2*x + 1, lambda m, x: x - 3, lambda m, x: x + True, lambda m, x: torch.sub(x, 2, alpha=3), lambda m, x: x*m.k, lambda m, x: x*m.whole,
-                               lambda m, x: m.conv(input=x), lambda m, x: F.pad(x, (2, 3, 1, 0), 'circular'), lambda m, x: x])
+@pytest.mark.parametrize(
+    'f',
+    [
+        lambda m, x: 1 - x,
+        lambda m, x: 2 * x + 1,
+        lambda m, x: x - 3,
+        lambda m, x: x + True,
+        lambda m, x: torch.sub(x, 2, alpha=3),
+        lambda m, x: x * m.k,
+        lambda m, x: x * m.whole,
+        lambda m, x: m.conv(input=x),
+        lambda m, x: F.pad(x, (2, 3, 1, 0), 'circular'),
+        lambda m, x: x,
+    ],
+)
 def test_numbers_and_names(f, tmp_path):
     torch.manual_seed(0)
     net, x = Does(f).eval(), torch.randn(2, 4, 5, 6)
-    with torch.no_grad(): assert torch.allclose(onnx_session(to_onnx(net, tmp_path/'x.onnx', size=x.shape[1:]))(x), net(x), atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(onnx_session(to_onnx(net, tmp_path / 'x.onnx', size=x.shape[1:]))(x), net(x), atol=1e-5)
 
 
 class Defaults(nn.Module):
-    def forward(self, x, factor=2.): return x*factor
+    def forward(self, x, factor=2.0):
+        return x * factor
 
 
-@pytest.mark.parametrize('net, words', [(Does(lambda m, x: (x, x)), 'not one tensor'), (Does(lambda m, x: {'y': x}), 'not one tensor'), (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), 'indices|not one tensor'),
-                                        (nn.Sequential(nn.Conv2d(4, 4, 1)).double(), 'is torch.float64'), (nn.Sequential(nn.Conv2d(4, 4, 1)).bfloat16(), 'is torch.bfloat16'), (Defaults(), 'the input factor has a default value')])
+@pytest.mark.parametrize(
+    'net, words',
+    [
+        (Does(lambda m, x: (x, x)), 'not one tensor'),
+        (Does(lambda m, x: {'y': x}), 'not one tensor'),
+        (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), 'indices|not one tensor'),
+        (nn.Sequential(nn.Conv2d(4, 4, 1)).double(), 'is torch.float64'),
+        (nn.Sequential(nn.Conv2d(4, 4, 1)).bfloat16(), 'is torch.bfloat16'),
+        (Defaults(), 'the input factor has a default value'),
+    ],
+)
 def test_clear_refusals(net, words, tmp_path):
-    with pytest.raises(MicronetError, match=words): to_onnx(net, tmp_path/'x.onnx', size=(4, 6, 6))
+    with pytest.raises(MicronetError, match=words):
+        to_onnx(net, tmp_path / 'x.onnx', size=(4, 6, 6))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 "Packed files: nets and files that no notebook shows, damaged and forged ones, and the commands."
+
 import importlib
 import json
 import random
@@ -19,7 +20,24 @@ from micronet_nb.activations import quantise_activations
 from micronet_nb.core import MicronetError, find_file, released_figures
 from micronet_nb.deployment import IntConv2d, IntLinear, Quantise, ScaleBias, lower, run_integer
 from micronet_nb.models import create_model
-from micronet_nb.packing import FORMAT, as_graph, bill, compare_charges, compress, contents, decode, encode, half_scales, load_packed, main_eval, main_pack, pack, parts_of, seal, unpack
+from micronet_nb.packing import (
+    FORMAT,
+    as_graph,
+    bill,
+    compare_charges,
+    compress,
+    contents,
+    decode,
+    encode,
+    half_scales,
+    load_packed,
+    main_eval,
+    main_pack,
+    pack,
+    parts_of,
+    seal,
+    unpack,
+)
 from micronet_nb.pruning import prune
 from micronet_nb.scoring import score
 from micronet_nb.weights import quantise_weights
@@ -28,67 +46,97 @@ CHECKPOINT = 'riair/densenet-100.pth.tar'
 needs_checkpoint = pytest.mark.skipif(find_file(CHECKPOINT) is None, reason=f'{CHECKPOINT} is not below MICRONET_DATA')
 
 
-def filled(model, density=.4, seed=0):
+def filled(model, density=0.4, seed=0):
     "Random integers in the integer layers, FP16 numbers in the scales."
     g = torch.Generator().manual_seed(seed)
     for m in model.modules():
         if hasattr(m, 'weight_bits'):
-            top = 2**(m.weight_bits - 1)
-            values = torch.randint(-top, top, m.weight.shape, generator=g).float() if m.weight_bits > 1 else torch.randint(0, 2, m.weight.shape, generator=g)*2. - 1
-            m.weight.data = values*(torch.rand(m.weight.shape, generator=g) < density)
+            top = 2 ** (m.weight_bits - 1)
+            values = (
+                torch.randint(-top, top, m.weight.shape, generator=g).float()
+                if m.weight_bits > 1
+                else torch.randint(0, 2, m.weight.shape, generator=g) * 2.0 - 1
+            )
+            m.weight.data = values * (torch.rand(m.weight.shape, generator=g) < density)
         elif isinstance(m, ScaleBias):
-            m.weight.data = (torch.rand(m.weight.shape, generator=g)*.1).half().float()
+            m.weight.data = (torch.rand(m.weight.shape, generator=g) * 0.1).half().float()
             m.bias.data = torch.randn(m.bias.shape, generator=g).half().float()
     return model.eval()
 
 
 class Odd(nn.Module):
     "Groups, strides, oblong kernels, every kind of argument, and a constant."
+
     def __init__(self):
         super().__init__()
-        self.q, self.a, self.s = Quantise(7, signed=True), IntConv2d(4, 8, (1, 3), stride=(2, 1), padding=(0, 1), groups=2, dilation=(1, 2), weight_bits=16), ScaleBias(8)
+        self.q, self.a, self.s = (
+            Quantise(7, signed=True),
+            IntConv2d(4, 8, (1, 3), stride=(2, 1), padding=(0, 1), groups=2, dilation=(1, 2), weight_bits=16),
+            ScaleBias(8),
+        )
         self.b, self.t = IntConv2d(4, 6, 1, weight_bits=1), ScaleBias(6)
         self.fc, self.u = IntLinear(6, 5, weight_bits=2), ScaleBias(5)
         self.shift = nn.Parameter(torch.randn(6, 1, 1))
-        self.register_buffer('step', torch.tensor(.5))
+        self.register_buffer('step', torch.tensor(0.5))
+
     def forward(self, x):
         first, second = self.s(self.a(self.q(x))).chunk(2, dim=1)
-        x = self.t(self.b(torch.clamp(first - second[:, :, ::1], min=-float('inf'), max=9.))) + self.shift
-        return self.u(self.fc(F.adaptive_avg_pool2d(F.relu(x)*self.step, 1).flatten(start_dim=1)))
+        x = self.t(self.b(torch.clamp(first - second[:, :, ::1], min=-float('inf'), max=9.0))) + self.shift
+        return self.u(self.fc(F.adaptive_avg_pool2d(F.relu(x) * self.step, 1).flatten(start_dim=1)))
 
 
 def same(a, b, x):
     "Same structure, same tensors, same answers, to the last bit."
-    for g, h in zip(a.graph.nodes, b.graph.nodes, strict=True): assert (g.name, g.op, g.target, str(g.args), str(g.kwargs)) == (h.name, h.op, h.target, str(h.args), str(h.kwargs))
+    for g, h in zip(a.graph.nodes, b.graph.nodes, strict=True):
+        assert (g.name, g.op, g.target, str(g.args), str(g.kwargs)) == (
+            h.name,
+            h.op,
+            h.target,
+            str(h.args),
+            str(h.kwargs),
+        )
     assert a.state_dict().keys() == b.state_dict().keys()
-    for k, v in a.state_dict().items(): assert torch.equal(v, b.state_dict()[k]) and v.dtype == b.state_dict()[k].dtype, k
-    with torch.inference_mode(): assert torch.equal(a(x), b(x))
+    for k, v in a.state_dict().items():
+        assert torch.equal(v, b.state_dict()[k]) and v.dtype == b.state_dict()[k].dtype, k
+    with torch.inference_mode():
+        assert torch.equal(a(x), b(x))
 
 
 @pytest.fixture
 def small(tmp_path):
-    return pack(filled(Odd()), tmp_path/'small.safetensors', dict(input_size=(4, 8, 8)))
+    return pack(filled(Odd()), tmp_path / 'small.safetensors', dict(input_size=(4, 8, 8)))
 
 
 def refused(path, data, *words):
     path.write_bytes(data)
-    with pytest.raises(MicronetError) as e: unpack(path)
-    for w in words: assert w in str(e.value), str(e.value)
+    with pytest.raises(MicronetError) as e:
+        unpack(path)
+    for w in words:
+        assert w in str(e.value), str(e.value)
 
 
 # --- bits
 
+
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 16), st.integers(0, 200), st.floats(0, 1), st.booleans(), st.sampled_from([torch.float32, torch.float64, torch.float16]), st.integers(0, 2**31))
+@given(
+    st.integers(1, 16),
+    st.integers(0, 200),
+    st.floats(0, 1),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64, torch.float16]),
+    st.integers(0, 2**31),
+)
 def test_any_integers_come_back(bits, n, density, masked, dtype, seed):
     g = torch.Generator().manual_seed(seed)
-    top = 2**(bits - 1)
-    w = torch.randint(-top, top, (n,), generator=g) if bits > 1 else torch.randint(0, 2, (n,), generator=g)*2 - 1
-    if masked or bits > 1: w = w*(torch.rand(n, generator=g) < density)
+    top = 2 ** (bits - 1)
+    w = torch.randint(-top, top, (n,), generator=g) if bits > 1 else torch.randint(0, 2, (n,), generator=g) * 2 - 1
+    if masked or bits > 1:
+        w = w * (torch.rand(n, generator=g) < density)
     w = w.to(dtype)
     data = encode(w, bits, masked)
     nnz = int((w != 0).sum())
-    assert len(data) == -(-(n*masked + (nnz if masked else n)*bits)//8)
+    assert len(data) == -(-(n * masked + (nnz if masked else n) * bits) // 8)
     back, used = decode(np.concatenate([data, np.frombuffer(b'\xffmore', np.uint8)]), n, bits, masked, dtype)
     assert used == len(data) and back.dtype == dtype and torch.equal(back, w)
 
@@ -103,8 +151,9 @@ def test_any_floats_come_back(values, masked):
 
 # --- nets
 
+
 def test_odd_net_round_trip(small):
-    net, x = as_graph(filled(Odd())), torch.randn(3, 4, 8, 8)*20
+    net, x = as_graph(filled(Odd())), torch.randn(3, 4, 8, 8) * 20
     torch.manual_seed(0)
     net.shift.data = torch.randn(6, 1, 1)
     path = pack(net, small, dict(input_size=(4, 8, 8)))
@@ -112,7 +161,7 @@ def test_odd_net_round_trip(small):
     table = bill(path)
     assert not (table.why == 'not explained').any()
     layers = table[table.kind.isin(['IntConv2d', 'IntLinear', 'ScaleBias'])]
-    assert layers.stored.tolist() == [-(-c//1) for c in layers.charged]
+    assert layers.stored.tolist() == [-(-c // 1) for c in layers.charged]
     assert pack(unpack(path), small.with_name('b'), dict(input_size=(4, 8, 8))).read_bytes() == path.read_bytes()
 
 
@@ -121,15 +170,18 @@ def test_float_net_round_trips(tmp_path):
     torch.manual_seed(0)
     net = create_model('wrn_10_1', 10, small=True).eval()
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(.5, 2)
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
     graph = as_graph(net)
-    path = pack(graph, tmp_path/'n.safetensors', dict(input_size=(3, 32, 32)))
+    path = pack(graph, tmp_path / 'n.safetensors', dict(input_size=(3, 32, 32)))
     same(graph, unpack(path), torch.randn(2, 3, 32, 32))
     assert not (bill(path).why == 'not explained').any()
 
 
 def test_unlowered_net_with_modules_of_timm_is_named(tmp_path):
-    with pytest.raises(MicronetError, match='BatchNormAct2d.* calls getattr.*lower the net first'): pack(create_model('densenet_bc_10_8', 10, small=True), tmp_path/'n')
+    with pytest.raises(MicronetError, match='BatchNormAct2d.* calls getattr.*lower the net first'):
+        pack(create_model('densenet_bc_10_8', 10, small=True), tmp_path / 'n')
     assert not list(tmp_path.iterdir())
 
 
@@ -137,39 +189,62 @@ def test_unlowered_net_with_modules_of_timm_is_named(tmp_path):
 def test_lowered_nets_round_trip(name, tmp_path):
     "Pruned, quantised (1 to 6 bits), lowered; one layer stays float."
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10)) if name == 'mlp' else create_model(name, 10, small=True)
+    net = (
+        nn.Sequential(nn.Flatten(), nn.Linear(768, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10))
+        if name == 'mlp'
+        else create_model(name, 10, small=True)
+    )
     for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.weight.data.uniform_(.5, 1.5); m.bias.data.normal_(0, .3); m.running_mean.normal_(0, .3); m.running_var.uniform_(.5, 1.5)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.weight.data.uniform_(0.5, 1.5)
+            m.bias.data.normal_(0, 0.3)
+            m.running_mean.normal_(0, 0.3)
+            m.running_var.uniform_(0.5, 1.5)
     x, layers = torch.randn(4, 3, 16, 16), list(scoring.compressible(net))
-    prune(net.eval(), .5)
-    quantise_weights(net, {n: 32 if i == 1 and len(layers) > 3 else 1 + i % 6 for i, n in enumerate(layers)} if name == 'mlp' else 4)
+    prune(net.eval(), 0.5)
+    quantise_weights(
+        net, {n: 32 if i == 1 and len(layers) > 3 else 1 + i % 6 for i, n in enumerate(layers)} if name == 'mlp' else 4
+    )
     quantise_activations(net, x, 4)
     for scales in (torch.float16,) if name == 'mixnet_s' else (torch.float16, torch.float32):
         graph = lower(net, x[:2], scales)
-        path = pack(graph, tmp_path/'n.safetensors', dict(accounting='riair-cifar100'))
+        path = pack(graph, tmp_path / 'n.safetensors', dict(accounting='riair-cifar100'))
         back, table = unpack(path), bill(path)
         same(graph, back, x)
         assert back.meta['input_size'] == (3, 16, 16) and torch.equal(run_integer(back, x[:1]), graph(x[:1]))
-        explained = {'', 'one number for all channels, charged once a channel'} | ({'FP16 would lose something: stored in 32 bits, charged as 16'} if scales == torch.float32 else set())
+        explained = {'', 'one number for all channels, charged once a channel'} | (
+            {'FP16 would lose something: stored in 32 bits, charged as 16'} if scales == torch.float32 else set()
+        )
         assert set(table.why) <= explained, table[~table.why.isin(explained)]
-        assert parts_of(path)['file'] < 1.1*(table.stored.sum()) or name != 'mixnet_s'
+        assert parts_of(path)['file'] < 1.1 * (table.stored.sum()) or name != 'mixnet_s'
 
 
 @pytest.mark.parametrize('masks, accounting', [('always', 'riair-cifar100'), ('paying', 'official')])
-@pytest.mark.parametrize('density', [0, .1, .8, 1])
+@pytest.mark.parametrize('density', [0, 0.1, 0.8, 1])
 def test_payload_is_the_charge(masks, accounting, density, tmp_path):
-    net = filled(nn.Sequential(Quantise(4), IntConv2d(5, 7, 3, weight_bits=4), ScaleBias(7), Quantise(3), nn.Flatten(), IntLinear(7*36, 9, weight_bits=5), ScaleBias(9)), density)
-    table = bill(pack(net, tmp_path/'n', masks=masks), (5, 8, 8), accounting)
-    assert table.stored.tolist() == [-(-c//1) for c in table.charged]
+    net = filled(
+        nn.Sequential(
+            Quantise(4),
+            IntConv2d(5, 7, 3, weight_bits=4),
+            ScaleBias(7),
+            Quantise(3),
+            nn.Flatten(),
+            IntLinear(7 * 36, 9, weight_bits=5),
+            ScaleBias(9),
+        ),
+        density,
+    )
+    table = bill(pack(net, tmp_path / 'n', masks=masks), (5, 8, 8), accounting)
+    assert table.stored.tolist() == [-(-c // 1) for c in table.charged]
     storage = score(net, (5, 8, 8), accounting=accounting, corrected=True).storage
-    payload = parts_of(tmp_path/'n')['weights'] + parts_of(tmp_path/'n')['numbers']
-    assert 0 <= payload - 4*storage < len(table)
+    payload = parts_of(tmp_path / 'n')['weights'] + parts_of(tmp_path / 'n')['numbers']
+    assert 0 <= payload - 4 * storage < len(table)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
 def test_other_dtypes(dtype, tmp_path):
     net = as_graph(filled(nn.Sequential(IntConv2d(3, 4, 3), ScaleBias(4), nn.Conv2d(4, 4, 1)))).to(dtype)
-    same(net, unpack(pack(net, tmp_path/'n')), torch.randn(1, 3, 8, 8, dtype=dtype))
+    same(net, unpack(pack(net, tmp_path / 'n')), torch.randn(1, 3, 8, 8, dtype=dtype))
 
 
 def test_shared_modules_and_tied_weights_are_stored_once(tmp_path):
@@ -177,7 +252,7 @@ def test_shared_modules_and_tied_weights_are_stored_once(tmp_path):
     net = filled(nn.Sequential(conv, ScaleBias(4), conv, other, ScaleBias(4)))
     other.weight = conv.weight
     graph = as_graph(net)
-    path = pack(graph, tmp_path/'n', dict(input_size=(4, 6, 6)))
+    path = pack(graph, tmp_path / 'n', dict(input_size=(4, 6, 6)))
     assert (contents(path).bytes > 0).sum() == 5 and contents(path).form.tolist().count('=0.weight') == 1
     back = unpack(path)
     assert back.get_submodule('0').weight.data_ptr() == back.get_submodule('3').weight.data_ptr()
@@ -190,54 +265,104 @@ def test_names_of_an_edited_graph_stay(tmp_path):
     relu = next(n for n in graph.graph.nodes if n.target == '1')
     relu.replace_all_uses_with(relu.args[0])
     graph.graph.erase_node(relu)
-    with graph.graph.inserting_before(next(n for n in graph.graph.nodes if n.op == 'output')) as _: graph.graph.call_function(torch.relu, (list(graph.graph.nodes)[-2],)).name
+    with graph.graph.inserting_before(next(n for n in graph.graph.nodes if n.op == 'output')) as _:
+        graph.graph.call_function(torch.relu, (list(graph.graph.nodes)[-2],)).name
     for n in graph.graph.nodes:
-        if n.op == 'call_module': n.name = f'node_of_{n.target}'
+        if n.op == 'call_module':
+            n.name = f'node_of_{n.target}'
     graph.recompile()
-    back = unpack(pack(graph, tmp_path/'n'))
+    back = unpack(pack(graph, tmp_path / 'n'))
     assert [n.name for n in back.graph.nodes] == [n.name for n in graph.graph.nodes]
     same(graph, back, torch.randn(1, 3, 4, 4))
 
 
 def test_training_is_left_as_it_was(tmp_path):
     net = filled(nn.Sequential(IntConv2d(3, 4, 1), nn.Dropout(), ScaleBias(4)))
-    net.train(); net[1].eval()
+    net.train()
+    net[1].eval()
     before = torch.random.get_rng_state()
-    pack(net, tmp_path/'n'); back = unpack(tmp_path/'n')
-    assert net.training and not net[1].training and not back.training and not any(p.requires_grad for p in back.parameters())
+    pack(net, tmp_path / 'n')
+    back = unpack(tmp_path / 'n')
+    assert (
+        net.training
+        and not net[1].training
+        and not back.training
+        and not any(p.requires_grad for p in back.parameters())
+    )
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_half_scales_rounds_scales_and_nothing_else(tmp_path):
     net = filled(nn.Sequential(IntConv2d(3, 4, 1), ScaleBias(4), nn.Conv2d(4, 4, 1)))
-    net[1].weight.data = torch.tensor([.1, 1., 1e-7, 3.])
+    net[1].weight.data = torch.tensor([0.1, 1.0, 1e-7, 3.0])
     half = half_scales(net)
-    assert torch.equal(half.get_submodule('1').weight, net[1].weight.half().float()) and torch.equal(half.get_submodule('2').weight, net[2].weight)
-    assert net[1].weight[0] == torch.tensor(.1)
+    assert torch.equal(half.get_submodule('1').weight, net[1].weight.half().float()) and torch.equal(
+        half.get_submodule('2').weight, net[2].weight
+    )
+    assert net[1].weight[0] == torch.tensor(0.1)
     net[1].weight.data[0] = 1e6
-    with pytest.raises(MicronetError, match='1.weight reaches 1e'): half_scales(net)
+    with pytest.raises(MicronetError, match='1.weight reaches 1e'):
+        half_scales(net)
 
 
 # --- what is written is read
+
 
 def modules(rng):
     "A module of every kind with arguments drawn at random, for 4 channels of 9 x 8 in and out, as far as the kind allows."
     pick = rng.choice
     pad = pick(['zeros', 'reflect', 'replicate', 'circular'])
-    norm = nn.BatchNorm2d(4, eps=pick([1e-5, 1e-3]), momentum=pick([.1, None]), affine=pick([True, False]), track_running_stats=True)
-    norm.running_mean.normal_(); norm.running_var.uniform_(.5, 2)
-    return pick([
-        lambda: nn.Conv2d(4, 4, pick([1, 3, (1, 3)]), padding='same', dilation=pick([1, 2]), groups=pick([1, 2, 4]), bias=pick([True, False]), padding_mode=pad),
-        lambda: nn.Conv2d(4, 4, (3, 1), stride=(1, 2), padding=(1, 0), padding_mode=pad), lambda: norm, lambda: nn.LayerNorm([9, 8], eps=pick([1e-5, 1e-3]), elementwise_affine=pick([True, False]), bias=pick([True, False])), lambda: nn.Identity(),
-        lambda: IntConv2d(4, 4, 3, padding=1, weight_bits=rng.randrange(1, 9)), lambda: ScaleBias(pick([1, 4])), lambda: Quantise(rng.randrange(1, 9), pick([True, False])),
-        lambda: nn.Hardtanh(*pick([(), (0., 6), (-float('inf'), 2.), (np.float32(-1.5), 1)])), lambda: nn.ReLU(pick([True, False])), lambda: nn.ReLU6(), lambda: nn.SiLU(), lambda: nn.Sigmoid(), lambda: nn.Tanh(),
-        lambda: nn.GELU(pick(['none', 'tanh'])), lambda: nn.Hardswish(), lambda: nn.Hardsigmoid(), lambda: nn.LeakyReLU(pick([.01, .3])), lambda: nn.Softmax(pick([1, -1])), lambda: nn.Dropout(.5),
-        lambda: nn.AvgPool2d(*pick([(3, 1, 1), ([3, 3], 1, 1, True), (np.int64(3), 1, 1, False, False), (3, 1, 1, False, True, 5)])), lambda: nn.MaxPool2d(3, 1, pick([1, (1, 1)]), ceil_mode=pick([True, False])),
-        lambda: nn.AdaptiveAvgPool2d(pick([(9, 8), (None, 8), (None, None)])), lambda: nn.AdaptiveMaxPool2d((9, 8))])()
+    norm = nn.BatchNorm2d(
+        4, eps=pick([1e-5, 1e-3]), momentum=pick([0.1, None]), affine=pick([True, False]), track_running_stats=True
+    )
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return pick(
+        [
+            lambda: nn.Conv2d(
+                4,
+                4,
+                pick([1, 3, (1, 3)]),
+                padding='same',
+                dilation=pick([1, 2]),
+                groups=pick([1, 2, 4]),
+                bias=pick([True, False]),
+                padding_mode=pad,
+            ),
+            lambda: nn.Conv2d(4, 4, (3, 1), stride=(1, 2), padding=(1, 0), padding_mode=pad),
+            lambda: norm,
+            lambda: nn.LayerNorm(
+                [9, 8], eps=pick([1e-5, 1e-3]), elementwise_affine=pick([True, False]), bias=pick([True, False])
+            ),
+            lambda: nn.Identity(),
+            lambda: IntConv2d(4, 4, 3, padding=1, weight_bits=rng.randrange(1, 9)),
+            lambda: ScaleBias(pick([1, 4])),
+            lambda: Quantise(rng.randrange(1, 9), pick([True, False])),
+            lambda: nn.Hardtanh(*pick([(), (0.0, 6), (-float('inf'), 2.0), (np.float32(-1.5), 1)])),
+            lambda: nn.ReLU(pick([True, False])),
+            lambda: nn.ReLU6(),
+            lambda: nn.SiLU(),
+            lambda: nn.Sigmoid(),
+            lambda: nn.Tanh(),
+            lambda: nn.GELU(pick(['none', 'tanh'])),
+            lambda: nn.Hardswish(),
+            lambda: nn.Hardsigmoid(),
+            lambda: nn.LeakyReLU(pick([0.01, 0.3])),
+            lambda: nn.Softmax(pick([1, -1])),
+            lambda: nn.Dropout(0.5),
+            lambda: nn.AvgPool2d(
+                *pick([(3, 1, 1), ([3, 3], 1, 1, True), (np.int64(3), 1, 1, False, False), (3, 1, 1, False, True, 5)])
+            ),
+            lambda: nn.MaxPool2d(3, 1, pick([1, (1, 1)]), ceil_mode=pick([True, False])),
+            lambda: nn.AdaptiveAvgPool2d(pick([(9, 8), (None, 8), (None, None)])),
+            lambda: nn.AdaptiveMaxPool2d((9, 8)),
+        ]
+    )()
 
 
 class Drawn(nn.Module):
     "A random net: modules that are used again, tied or their own child, parameters of any shape, and functions between them."
+
     def __init__(self, seed):
         super().__init__()
         self.rng = random.Random(seed)
@@ -248,22 +373,30 @@ class Drawn(nn.Module):
         convs = [m for m in self.steps if type(m) is nn.Conv2d and m.weight.shape == (4, 4, 1, 1)]
         self.fc = nn.Linear(4, 4, bias=rng.choice([True, False]))
         tie = rng.randrange(4)
-        if tie == 1: self.fc.weight = nn.Parameter(convs[0].weight.detach()[:, :, 0, 0].t())
-        elif tie == 2: self.fc.weight = nn.Parameter(convs[0].weight.detach().view(4, 4))
-        elif tie == 3: convs[0].norm = nn.BatchNorm2d(4)
-        self.gain, self.bias = nn.Parameter(torch.tensor(rng.choice([2., .1]))), nn.Parameter(torch.zeros(4, 1, 1))
+        if tie == 1:
+            self.fc.weight = nn.Parameter(convs[0].weight.detach()[:, :, 0, 0].t())
+        elif tie == 2:
+            self.fc.weight = nn.Parameter(convs[0].weight.detach().view(4, 4))
+        elif tie == 3:
+            convs[0].norm = nn.BatchNorm2d(4)
+        self.gain, self.bias = nn.Parameter(torch.tensor(rng.choice([2.0, 0.1]))), nn.Parameter(torch.zeros(4, 1, 1))
         self.order = [i for i in range(len(self.steps)) for _ in range(rng.choice([1, 1, 2]))]
         self.extra = rng.randrange(5)
         filled(self, seed=seed)
+
     def forward(self, x):
         for i in self.order:
             y = self.steps[i](x)
-            if hasattr(self.steps[i], 'norm'): y = self.steps[i].norm(y)
+            if hasattr(self.steps[i], 'norm'):
+                y = self.steps[i].norm(y)
             x = x + y.mean((2, 3), keepdim=True) if getattr(self.steps[i], 'stride', 1) == (1, 2) else y
-        x = x*self.gain + self.bias
-        if self.extra == 1: x = 1 - x[:, :, ::2, 1:]
-        elif self.extra == 2: x = torch.cat([x, x*2], 1)[:, 2:6]
-        elif self.extra == 3: x = F.pad(x, (1, 0), value=float('-inf')).amax((2, 3), keepdim=True)
+        x = x * self.gain + self.bias
+        if self.extra == 1:
+            x = 1 - x[:, :, ::2, 1:]
+        elif self.extra == 2:
+            x = torch.cat([x, x * 2], 1)[:, 2:6]
+        elif self.extra == 3:
+            x = F.pad(x, (1, 0), value=float('-inf')).amax((2, 3), keepdim=True)
         x = self.fc(x.mean((2, 3)))
         return (x, self.fc.weight.sum()) if self.extra == 4 else x
 
@@ -272,43 +405,70 @@ class Drawn(nn.Module):
 def test_what_is_written_is_read(seed, tmp_path):
     "Of any net that torch.fx traces and the lists know: the file gives its tensors and answers, a second file is the same, and the net stays in its modes."
     net, rng = Drawn(seed), random.Random(seed)
-    for m in net.modules(): m.training = rng.random() < .5
+    for m in net.modules():
+        m.training = rng.random() < 0.5
     modes = [m.training for m in net.modules()]
-    path = pack(net, tmp_path/'n', dict(input_size=(4, 9, 8)))
+    path = pack(net, tmp_path / 'n', dict(input_size=(4, 9, 8)))
     assert [m.training for m in net.modules()] == modes and [*tmp_path.iterdir()] == [path]
     back, x = unpack(path), torch.randn(3, 4, 9, 8)
     with torch.inference_mode():
-        for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (net.eval()(x), back(x))), strict=True): assert torch.equal(a, b)
+        for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (net.eval()(x), back(x))), strict=True):
+            assert torch.equal(a, b)
     for k, v in back.state_dict().items():
         owner, _, last = k.rpartition('.')
         assert torch.equal(v, getattr(net.get_submodule(owner), last)), k
-    assert pack(back, tmp_path/'again').read_bytes() == path.read_bytes()
+    assert pack(back, tmp_path / 'again').read_bytes() == path.read_bytes()
     table = contents(path)
-    floats = sum(t.numel() for t in {t.data_ptr(): t for n, t in net.named_parameters() if n in {*table.tensor}}.values())
+    floats = sum(
+        t.numel() for t in {t.data_ptr(): t for n, t in net.named_parameters() if n in {*table.tensor}}.values()
+    )
     assert table[table.bytes > 0].numbers.sum() <= floats + sum(b.numel() for b in net.buffers())  # tied tensors once
 
 
 def test_ties_are_stored_once(tmp_path):
     "The same memory in the same order, transposed, and in another shape; a square weight and its transpose are not the same."
+
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c, self.d = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Conv2d(6, 6, 1, bias=False), nn.Linear(6, 6, bias=False)
+            self.a, self.b, self.c, self.d = (
+                nn.Linear(6, 6, bias=False),
+                nn.Linear(6, 6, bias=False),
+                nn.Conv2d(6, 6, 1, bias=False),
+                nn.Linear(6, 6, bias=False),
+            )
             w = self.a.weight.detach()
-            self.b.weight, self.c.weight, self.d.weight = nn.Parameter(w.t()), nn.Parameter(w.view(6, 6, 1, 1)), self.a.weight
-        def forward(self, x): return self.b(self.a(self.d(self.c(x).flatten(1))))
+            self.b.weight, self.c.weight, self.d.weight = (
+                nn.Parameter(w.t()),
+                nn.Parameter(w.view(6, 6, 1, 1)),
+                self.a.weight,
+            )
+
+        def forward(self, x):
+            return self.b(self.a(self.d(self.c(x).flatten(1))))
+
     net, x = Tied().eval(), torch.randn(2, 6, 1, 1)
-    path = pack(net, tmp_path/'n', dict(input_size=(6, 1, 1)))
+    path = pack(net, tmp_path / 'n', dict(input_size=(6, 1, 1)))
     table, back = contents(path).set_index('tensor'), unpack(path)
-    assert table.bytes.sum() == 4*36 and len({m.weight.data_ptr() for m in (back.a, back.b, back.c, back.d)}) == 1
-    assert torch.equal(back.b.weight, net.a.weight.t()) and not torch.equal(back.b.weight, net.a.weight) and torch.equal(back(x), net(x))
+    assert table.bytes.sum() == 4 * 36 and len({m.weight.data_ptr() for m in (back.a, back.b, back.c, back.d)}) == 1
+    assert (
+        torch.equal(back.b.weight, net.a.weight.t())
+        and not torch.equal(back.b.weight, net.a.weight)
+        and torch.equal(back(x), net(x))
+    )
 
 
 def test_formats_are_no_newer_than_needed(tmp_path):
     "A file that an older reader can read says so."
-    version = lambda net: json.loads((d := pack(net, tmp_path/'n').read_bytes())[8:8 + int.from_bytes(d[:8], 'little')])['__metadata__']['micronet_nb'][0]
+    version = lambda net: json.loads(
+        (d := pack(net, tmp_path / 'n').read_bytes())[8 : 8 + int.from_bytes(d[:8], 'little')]
+    )['__metadata__']['micronet_nb'][0]
     two = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    assert version(two) == '1' and version(nn.Sequential(nn.Hardtanh(0., 6.))) == '1' and version(nn.Sequential(nn.Hardtanh(0., float('inf')))) == '2'
+    assert (
+        version(two) == '1'
+        and version(nn.Sequential(nn.Hardtanh(0.0, 6.0))) == '1'
+        and version(nn.Sequential(nn.Hardtanh(0.0, float('inf')))) == '2'
+    )
     two[1].weight = two[0].weight
     assert version(two) == '1'
     two[1].weight = nn.Parameter(two[0].weight.detach().t())
@@ -317,17 +477,21 @@ def test_formats_are_no_newer_than_needed(tmp_path):
 
 def hooked():
     m = nn.Sequential(nn.ReLU(), nn.ReLU())
-    m[1].register_forward_hook(lambda module, args, out: out*2)
+    m[1].register_forward_hook(lambda module, args, out: out * 2)
     return m
+
 
 def slim():
     m = nn.Conv2d(3, 4, 1)
     m.weight.data = m.weight.data[:2]
     return nn.Sequential(m)
 
+
 def pruned():
     import torch.nn.utils.prune
-    return nn.Sequential(torch.nn.utils.prune.random_unstructured(nn.Conv2d(3, 4, 1), 'weight', .5))
+
+    return nn.Sequential(torch.nn.utils.prune.random_unstructured(nn.Conv2d(3, 4, 1), 'weight', 0.5))
+
 
 def stepless():
     q = Quantise(4)
@@ -335,13 +499,24 @@ def stepless():
     return nn.Sequential(q)
 
 
-@pytest.mark.parametrize('make, message', [(hooked, '1 has a forward hook'), (slim, '0.weight is 2x3x1x1'), (pruned, '0 has a forward hook .RandomUnstructured.'), (stepless, '0.top is 3'), (lambda: nn.Sequential(nn.LazyConv2d(3, 1)), 'is a LazyConv2d, which has no weights yet'),
-    (lambda: nn.Sequential(nn.Conv2d(4, 2, 1)), 'does not run on an input of 3x8x8'), (lambda: nn.Sequential(nn.Hardtanh(torch.tensor(-1.), 1.)), 'the argument min_val of 0 is tensor')])
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (hooked, '1 has a forward hook'),
+        (slim, '0.weight is 2x3x1x1'),
+        (pruned, '0 has a forward hook .RandomUnstructured.'),
+        (stepless, '0.top is 3'),
+        (lambda: nn.Sequential(nn.LazyConv2d(3, 1)), 'is a LazyConv2d, which has no weights yet'),
+        (lambda: nn.Sequential(nn.Conv2d(4, 2, 1)), 'does not run on an input of 3x8x8'),
+        (lambda: nn.Sequential(nn.Hardtanh(torch.tensor(-1.0), 1.0)), 'the argument min_val of 0 is tensor'),
+    ],
+)
 def test_what_a_file_would_lose_is_named(make, message, tmp_path):
     "Nothing is left behind, the old file stays, and the net keeps its modes."
-    path = pack(nn.Sequential(nn.ReLU()), tmp_path/'n')
+    path = pack(nn.Sequential(nn.ReLU()), tmp_path / 'n')
     net, before = make().train(), path.read_bytes()
-    with pytest.raises(MicronetError, match=message): pack(net, path, dict(input_size=(3, 8, 8)))
+    with pytest.raises(MicronetError, match=message):
+        pack(net, path, dict(input_size=(3, 8, 8)))
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path] and all(m.training for m in net.modules())
 
 
@@ -349,32 +524,48 @@ def test_what_a_file_would_lose_is_named(make, message, tmp_path):
 def test_a_file_that_is_not_the_net_is_not_kept(broken, tmp_path, monkeypatch):
     "Whatever goes wrong between the net and its file is found by opening it."
     real = packing.unpack
+
     def damaged(path):
         net = real(path)
-        if broken == 'value': net.get_submodule('0').weight.data[0, 0] += 1
-        elif broken == 'node': next(n for n in net.graph.nodes if n.target == '1').name = 'other'
-        else: net.get_submodule('1').forward = lambda x: x
+        if broken == 'value':
+            net.get_submodule('0').weight.data[0, 0] += 1
+        elif broken == 'node':
+            next(n for n in net.graph.nodes if n.target == '1').name = 'other'
+        else:
+            net.get_submodule('1').forward = lambda x: x
         return net
+
     monkeypatch.setattr(packing, 'unpack', damaged)
-    with pytest.raises(MicronetError, match={'value': '0.weight comes back changed', 'node': 'structure comes back changed', 'answer': 'answers otherwise'}[broken]):
-        pack(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), tmp_path/'n', dict(input_size=(3,)))
+    with pytest.raises(
+        MicronetError,
+        match={
+            'value': '0.weight comes back changed',
+            'node': 'structure comes back changed',
+            'answer': 'answers otherwise',
+        }[broken],
+    ):
+        pack(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), tmp_path / 'n', dict(input_size=(3,)))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_graph_in_training_mode(tmp_path):
     "Neither its modules nor its running statistics change, and the file is that of the evaluation mode."
-    graph = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(.5)))
+    graph = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)))
     before = {k: v.clone() for k, v in graph.state_dict().items()}
-    x, path = torch.randn(2, 3, 5, 5), pack(graph, tmp_path/'n', dict(input_size=(3, 5, 5)))
-    assert all(m.training for m in graph.modules()) and all(torch.equal(v, before[k]) for k, v in graph.state_dict().items())
+    x, path = torch.randn(2, 3, 5, 5), pack(graph, tmp_path / 'n', dict(input_size=(3, 5, 5)))
+    assert all(m.training for m in graph.modules()) and all(
+        torch.equal(v, before[k]) for k, v in graph.state_dict().items()
+    )
     back = unpack(path)
     assert torch.equal(back(x), graph.eval()(x)) and not any(m.training for m in back.modules())
 
 
 def test_memory_order_is_no_difference(tmp_path):
     net = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3)).to(memory_format=torch.channels_last)
-    back = unpack(pack(net, tmp_path/'n', dict(input_size=(16, 12, 12))))
-    assert torch.equal(back.get_submodule('0').weight, net[0].weight) and torch.equal(back.get_submodule('2').weight, net[2].weight)
+    back = unpack(pack(net, tmp_path / 'n', dict(input_size=(16, 12, 12))))
+    assert torch.equal(back.get_submodule('0').weight, net[0].weight) and torch.equal(
+        back.get_submodule('2').weight, net[2].weight
+    )
 
 
 def test_nan_goes_through_an_unpacked_graph(tmp_path):
@@ -382,22 +573,46 @@ def test_nan_goes_through_an_unpacked_graph(tmp_path):
     net = filled(nn.Sequential(Quantise(4), IntConv2d(3, 4, 1), ScaleBias(4)))
     x = torch.zeros(2, 3, 2, 2)
     x[0, 0, 0, 0] = float('nan')
-    y = unpack(pack(net, tmp_path/'n'))(x)
-    assert bool(torch.isnan(y[0, :, 0, 0]).all()) and not bool(torch.isnan(y[1]).any()) and torch.equal(y.isnan(), net(x).isnan())
+    y = unpack(pack(net, tmp_path / 'n'))(x)
+    assert (
+        bool(torch.isnan(y[0, :, 0, 0]).all())
+        and not bool(torch.isnan(y[1]).any())
+        and torch.equal(y.isnan(), net(x).isnan())
+    )
 
 
 # --- one truth
 
+
 @pytest.mark.parametrize('accounting', [None, 'official', 'riair-cifar100'])
-@pytest.mark.parametrize('density', [.5, 1])
+@pytest.mark.parametrize('density', [0.5, 1])
 def test_a_file_is_what_its_accounting_charges(accounting, density, tmp_path):
-    net = filled(nn.Sequential(Quantise(4), IntConv2d(5, 7, 3, weight_bits=4), ScaleBias(7), Quantise(3), nn.Flatten(), IntLinear(7*36, 9, weight_bits=1), ScaleBias(9)), density)
-    path = pack(net, tmp_path/'n', dict(input_size=(5, 8, 8)) | ({'accounting': accounting} if accounting else {}))
+    net = filled(
+        nn.Sequential(
+            Quantise(4),
+            IntConv2d(5, 7, 3, weight_bits=4),
+            ScaleBias(7),
+            Quantise(3),
+            nn.Flatten(),
+            IntLinear(7 * 36, 9, weight_bits=1),
+            ScaleBias(9),
+        ),
+        density,
+    )
+    path = pack(net, tmp_path / 'n', dict(input_size=(5, 8, 8)) | ({'accounting': accounting} if accounting else {}))
     table, parts = bill(path), parts_of(path)
     assert table.why.eq('').all()
-    assert 0 <= parts['weights'] + parts['numbers'] - 4*score(net, (5, 8, 8), accounting=accounting or 'official', corrected=True).storage < len(table)
+    assert (
+        0
+        <= parts['weights']
+        + parts['numbers']
+        - 4 * score(net, (5, 8, 8), accounting=accounting or 'official', corrected=True).storage
+        < len(table)
+    )
     sizes = [(m.weight.numel(), m.weight_bits, int((m.weight != 0).sum())) for m in (net[1], net[5])]
-    masked, dense = ([-(-(n*with_mask + (nnz if with_mask else n)*b)//8) for n, b, nnz in sizes] for with_mask in (True, False))
+    masked, dense = (
+        [-(-(n * with_mask + (nnz if with_mask else n) * b) // 8) for n, b, nnz in sizes] for with_mask in (True, False)
+    )
     small = [m if b == 1 and nnz < n else min(m, d) for m, d, (n, b, nnz) in zip(masked, dense, sizes)]
     assert parts['weights'] == sum(masked if accounting == 'riair-cifar100' else small)
     assert parts_of(pack(net, path, masks='always'))['weights'] >= parts['weights']
@@ -407,28 +622,60 @@ def test_a_file_is_what_its_accounting_charges(accounting, density, tmp_path):
 def test_one_truth(name):
     "Trained, deployed and packed: the same figures, or a reason a line; weights, scales and everything with a name are the same on both sides."
     import timm
+
     torch.manual_seed(0)
-    net, x = (create_model(name, 10, small=True) if name == 'wrn_10_1' else timm.create_model(name, num_classes=10)).eval(), torch.randn(2, 3, 32, 32)
+    net, x = (
+        (create_model(name, 10, small=True) if name == 'wrn_10_1' else timm.create_model(name, num_classes=10)).eval(),
+        torch.randn(2, 3, 32, 32),
+    )
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.bias.data.normal_(0, .3); m.running_mean.normal_(0, .3); m.running_var.uniform_(.5, 1.5)
+        if isinstance(m, nn.BatchNorm2d):
+            m.bias.data.normal_(0, 0.3)
+            m.running_mean.normal_(0, 0.3)
+            m.running_var.uniform_(0.5, 1.5)
     quantise_weights(net, 4)
     quantise_activations(net, x, 4)
     graph = lower(net, x[:1])
     t = compare_charges(net, graph)
     before, after = (score(m, (3, 32, 32)) for m in (net, graph))
-    for column, total in (('simulated', before.ops), ('lowered', after.ops), ('simulated bytes', 4*before.storage), ('lowered bytes', 4*after.storage)): assert abs(t[column].sum() - total) < 1e-3
-    assert not t.why.str.contains('not explained').any() and (name == 'wrn_10_1' or not t.why.str.contains('again').any()), t[t.why.str.contains('not|again')]
+    for column, total in (
+        ('simulated', before.ops),
+        ('lowered', after.ops),
+        ('simulated bytes', 4 * before.storage),
+        ('lowered bytes', 4 * after.storage),
+    ):
+        assert abs(t[column].sum() - total) < 1e-3
+    assert not t.why.str.contains('not explained').any() and (
+        name == 'wrn_10_1' or not t.why.str.contains('again').any()
+    ), t[t.why.str.contains('not|again')]
     layers = t[t.kind.isin(['conv', 'linear'])]
-    assert layers.why.eq('').all() and (layers['simulated bytes'] == layers['lowered bytes']).all() and len(layers) == len(scoring.compressible(net)) and (layers.simulated == layers.lowered).all()
+    assert (
+        layers.why.eq('').all()
+        and (layers['simulated bytes'] == layers['lowered bytes']).all()
+        and len(layers) == len(scoring.compressible(net))
+        and (layers.simulated == layers.lowered).all()
+    )
     assert 0 <= t['file bytes'].sum() - t['lowered bytes'].sum() < len(t)
-    known = {'a step: the rules charge no quantiser of the net that is trained', 'done by the quantiser that reads it, which ends there', 'the bias is zero everywhere: neither added nor stored'}
-    assert {*t.why} - {''} <= known | {'the same scale again, for another reader', 'with the bias of the norm behind it', 'a norm: in the scale that is applied before it'}
+    known = {
+        'a step: the rules charge no quantiser of the net that is trained',
+        'done by the quantiser that reads it, which ends there',
+        'the bias is zero everywhere: neither added nor stored',
+    }
+    assert {*t.why} - {''} <= known | {
+        'the same scale again, for another reader',
+        'with the bias of the norm behind it',
+        'a norm: in the scale that is applied before it',
+    }
 
 
 def test_a_difference_without_a_reason_is_said():
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(), torch.randn(2, 3, 8, 8)
-    quantise_weights(net, 4); quantise_activations(net, x, 4)
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    quantise_weights(net, 4)
+    quantise_activations(net, x, 4)
     graph = lower(net, x)
     assert not compare_charges(net, graph).why.str.contains('not explained').any()
     graph.get_submodule('3').weight.data[0] = 0
@@ -438,146 +685,257 @@ def test_a_difference_without_a_reason_is_said():
 
 def test_a_scale_that_is_applied_again_is_said():
     "Two layers read one value on two grids: what the net is charged once for, the deployed one does twice."
+
     class Twice(nn.Module):
-        def __init__(self): super().__init__(); self.conv, self.bn, self.a, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
-        def forward(self, x): y = self.bn(self.conv(x)); return torch.cat([self.a(y), self.b(y)], 1)
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.a, self.b = (
+                nn.Conv2d(3, 8, 3),
+                nn.BatchNorm2d(8),
+                nn.Conv2d(8, 4, 1),
+                nn.Conv2d(8, 4, 1),
+            )
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            return torch.cat([self.a(y), self.b(y)], 1)
+
     torch.manual_seed(0)
     net, x = Twice().eval(), torch.randn(2, 3, 8, 8)
     net.bn.bias.data.normal_()
-    quantise_weights(net, 4); quantise_activations(net, x, {'a': 4, 'b': 6})
+    quantise_weights(net, 4)
+    quantise_activations(net, x, {'a': 4, 'b': 6})
     graph = lower(net, x)
     t = compare_charges(net, graph)
     again = t[t.why == 'the same scale again, for another reader']
-    assert len(again) == 1 and again.lowered.tolist() == [2*8*36*16/32] and again['lowered bytes'].tolist() == [2*8*2] and not t.why.str.contains('not explained').any()
+    assert (
+        len(again) == 1
+        and again.lowered.tolist() == [2 * 8 * 36 * 16 / 32]
+        and again['lowered bytes'].tolist() == [2 * 8 * 2]
+        and not t.why.str.contains('not explained').any()
+    )
 
 
 # --- what cannot be packed
 
+
 class Calls(nn.Module):
-    def __init__(self, f): super().__init__(); self.f, self.conv = f, IntConv2d(3, 4, 1)
-    def forward(self, x): return self.f(self.conv(x))
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.conv = f, IntConv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.f(self.conv(x))
 
 
-@pytest.mark.parametrize('model, message', [
-    (lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 1)), '0 is a ConvTranspose2d'), (lambda: Calls(torch.special.i0), 'special_i0'), (lambda: Calls(lambda x: x.lgamma()), 'method lgamma'),
-    (lambda: Calls(lambda x: x if x.sum() > 0 else -x), 'cannot be traced'), (lambda: nn.Sequential(IntConv2d(3, 4, 1, weight_bits=3)), 'more than 3 bits'),
-    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), 'ParametrizedConv2d'), (lambda: nn.Sequential(OrderedDict(code=nn.ReLU())), "'code' cannot be a name")])
+@pytest.mark.parametrize(
+    'model, message',
+    [
+        (lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 1)), '0 is a ConvTranspose2d'),
+        (lambda: Calls(torch.special.i0), 'special_i0'),
+        (lambda: Calls(lambda x: x.lgamma()), 'method lgamma'),
+        (lambda: Calls(lambda x: x if x.sum() > 0 else -x), 'cannot be traced'),
+        (lambda: nn.Sequential(IntConv2d(3, 4, 1, weight_bits=3)), 'more than 3 bits'),
+        (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), 'ParametrizedConv2d'),
+        (lambda: nn.Sequential(OrderedDict(code=nn.ReLU())), "'code' cannot be a name"),
+    ],
+)
 def test_what_cannot_be_packed_is_named(model, message, tmp_path):
     net = model()
     for m in net.modules():
-        if isinstance(m, IntConv2d): m.weight.data = torch.full(m.weight.shape, 5.)
-    with pytest.raises(MicronetError, match=message): pack(net, tmp_path/'n')
+        if isinstance(m, IntConv2d):
+            m.weight.data = torch.full(m.weight.shape, 5.0)
+    with pytest.raises(MicronetError, match=message):
+        pack(net, tmp_path / 'n')
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('value, message', [(float('nan'), 'NaN or infinity|whole numbers'), (.5, 'not whole numbers'), (float('inf'), 'NaN or infinity|bits')])
+@pytest.mark.parametrize(
+    'value, message',
+    [
+        (float('nan'), 'NaN or infinity|whole numbers'),
+        (0.5, 'not whole numbers'),
+        (float('inf'), 'NaN or infinity|bits'),
+    ],
+)
 def test_weights_that_are_no_integers(value, message, tmp_path):
     net = filled(nn.Sequential(IntConv2d(3, 4, 1)))
     net[0].weight.data[0, 0] = value
-    with pytest.raises(MicronetError, match=message): pack(net, tmp_path/'n')
+    with pytest.raises(MicronetError, match=message):
+        pack(net, tmp_path / 'n')
 
 
-@pytest.mark.parametrize('about', [dict(input_size=()), dict(input_size='3x8x8'), dict(input_size=(3, 8, True)), dict(accounting='mine'), dict(author='me'), dict(pixels=(1, 2)), dict(pixels={}), dict(input_size=(0, 8, 8)), 7])
+@pytest.mark.parametrize(
+    'about',
+    [
+        dict(input_size=()),
+        dict(input_size='3x8x8'),
+        dict(input_size=(3, 8, True)),
+        dict(accounting='mine'),
+        dict(author='me'),
+        dict(pixels=(1, 2)),
+        dict(pixels={}),
+        dict(input_size=(0, 8, 8)),
+        7,
+    ],
+)
 def test_about_is_checked(about, tmp_path):
-    with pytest.raises(MicronetError, match='about'): pack(filled(nn.Sequential(IntConv2d(3, 4, 1))), tmp_path/'n', about)
+    with pytest.raises(MicronetError, match='about'):
+        pack(filled(nn.Sequential(IntConv2d(3, 4, 1))), tmp_path / 'n', about)
 
 
 def test_unwritable_place():
-    with pytest.raises(MicronetError, match='/proc/no'): pack(filled(nn.Sequential(IntConv2d(3, 4, 1))), '/proc/no/n.safetensors')
-    with pytest.raises(MicronetError, match="'always' or 'paying'"): pack(nn.Sequential(), '/proc/no', masks='never')
+    with pytest.raises(MicronetError, match='/proc/no'):
+        pack(filled(nn.Sequential(IntConv2d(3, 4, 1))), '/proc/no/n.safetensors')
+    with pytest.raises(MicronetError, match="'always' or 'paying'"):
+        pack(nn.Sequential(), '/proc/no', masks='never')
 
 
 # --- damaged and forged files
 
+
 def test_every_single_bit_counts(small, tmp_path):
     "Not a sample: each bit of a file, one at a time."
     data = small.read_bytes()
-    for i in range(8*len(data)):
+    for i in range(8 * len(data)):
         bad = bytearray(data)
-        bad[i//8] ^= 1 << i % 8
-        (tmp_path/'bad').write_bytes(bad)
-        with pytest.raises(MicronetError): unpack(tmp_path/'bad')
+        bad[i // 8] ^= 1 << i % 8
+        (tmp_path / 'bad').write_bytes(bad)
+        with pytest.raises(MicronetError):
+            unpack(tmp_path / 'bad')
 
 
 def test_every_length_is_refused(small, tmp_path):
     data = small.read_bytes()
-    for n in range(len(data)): refused(tmp_path/'cut', data[:n])
-    refused(tmp_path/'long', data + b'\0', 'was altered')
+    for n in range(len(data)):
+        refused(tmp_path / 'cut', data[:n])
+    refused(tmp_path / 'long', data + b'\0', 'was altered')
 
 
 def test_foreign_files(tmp_path):
-    torch.save({'a': torch.ones(2)}, tmp_path/'a.pt')
-    save_file({'a': torch.ones(2)}, tmp_path/'b.safetensors', metadata={'format': 'pt'})
-    save_file({'a': torch.ones(2)}, tmp_path/'c.safetensors', metadata={'micronet_nb': 'hello'})
+    torch.save({'a': torch.ones(2)}, tmp_path / 'a.pt')
+    save_file({'a': torch.ones(2)}, tmp_path / 'b.safetensors', metadata={'format': 'pt'})
+    save_file({'a': torch.ones(2)}, tmp_path / 'c.safetensors', metadata={'micronet_nb': 'hello'})
     for f in ('a.pt', 'b.safetensors', 'c.safetensors'):
-        with pytest.raises(MicronetError, match='not a file that micronet_nb packed'): unpack(tmp_path/f)
-    with pytest.raises(MicronetError, match='cannot read'): unpack(tmp_path)
-    with pytest.raises(MicronetError, match='No such file'): unpack(tmp_path/'d')
-    refused(tmp_path/'deep', (80_000).to_bytes(8, 'little') + b'['*80_000, 'not a file')
-    refused(tmp_path/'far', (80).to_bytes(8, 'little') + json.dumps({'__metadata__': {'micronet_nb': '1 ' + '0'*64}, 'a': {'data_offsets': [0, 1e999]}}).encode().ljust(80), 'not a file')
+        with pytest.raises(MicronetError, match='not a file that micronet_nb packed'):
+            unpack(tmp_path / f)
+    with pytest.raises(MicronetError, match='cannot read'):
+        unpack(tmp_path)
+    with pytest.raises(MicronetError, match='No such file'):
+        unpack(tmp_path / 'd')
+    refused(tmp_path / 'deep', (80_000).to_bytes(8, 'little') + b'[' * 80_000, 'not a file')
+    refused(
+        tmp_path / 'far',
+        (80).to_bytes(8, 'little')
+        + json.dumps({'__metadata__': {'micronet_nb': '1 ' + '0' * 64}, 'a': {'data_offsets': [0, 1e999]}})
+        .encode()
+        .ljust(80),
+        'not a file',
+    )
 
 
 def test_newer_format_is_named(small, tmp_path):
-    refused(tmp_path/'n', seal(load_file(small), version=FORMAT + 1), f'has format {FORMAT + 1}', f'reads up to format {FORMAT}')
+    refused(
+        tmp_path / 'n',
+        seal(load_file(small), version=FORMAT + 1),
+        f'has format {FORMAT + 1}',
+        f'reads up to format {FORMAT}',
+    )
 
 
-@pytest.mark.parametrize('change', [
-    dict(weights=torch.zeros(3)), dict(weights=torch.zeros(3, 3, dtype=torch.uint8)), dict(weights=torch.zeros((), dtype=torch.uint8)), dict(graph=torch.zeros(9)), dict(graph=torch.zeros(9, dtype=torch.uint8)),
-    dict(extra=torch.zeros(2)), dict(float16=torch.zeros(1, dtype=torch.float16)), dict(float16=torch.zeros(10**5, dtype=torch.float16)), 'weights', 'graph', 'float16'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(weights=torch.zeros(3)),
+        dict(weights=torch.zeros(3, 3, dtype=torch.uint8)),
+        dict(weights=torch.zeros((), dtype=torch.uint8)),
+        dict(graph=torch.zeros(9)),
+        dict(graph=torch.zeros(9, dtype=torch.uint8)),
+        dict(extra=torch.zeros(2)),
+        dict(float16=torch.zeros(1, dtype=torch.float16)),
+        dict(float16=torch.zeros(10**5, dtype=torch.float16)),
+        'weights',
+        'graph',
+        'float16',
+    ],
+)
 def test_wrong_tensors_under_a_right_digest(small, tmp_path, change):
     tensors = load_file(small)
     tensors = {k: v for k, v in tensors.items() if k != change} if isinstance(change, str) else tensors | change
-    refused(tmp_path/'n', seal(tensors), 'cannot be unpacked')
+    refused(tmp_path / 'n', seal(tensors), 'cannot be unpacked')
 
 
 def test_no_safetensors_under_a_right_digest(small, tmp_path):
     import hashlib
+
     data = small.read_bytes()
-    digest = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])['__metadata__']['micronet_nb'].split()[1]
-    bad = data.replace(b'"shape":[', b'"shape":[9', 1).replace(digest.encode(), b'0'*64)
+    digest = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])['__metadata__']['micronet_nb'].split()[1]
+    bad = data.replace(b'"shape":[', b'"shape":[9', 1).replace(digest.encode(), b'0' * 64)
     bad = (len(bad) - (len(data) - 8 - int.from_bytes(data[:8], 'little')) - 8).to_bytes(8, 'little') + bad[8:]
-    refused(tmp_path/'n', bad.replace(b'0'*64, hashlib.sha256(bad).hexdigest().encode(), 1), 'no safetensors file')
+    refused(tmp_path / 'n', bad.replace(b'0' * 64, hashlib.sha256(bad).hexdigest().encode(), 1), 'no safetensors file')
 
 
 CANARY = []
-@pytest.mark.parametrize('text', ['x"); __import__("test_packing").CANARY.append(1); ("', "x'); __import__('test_packing').CANARY.append(1); ('", 'a\n__import__("test_packing").CANARY.append(1)\n#', 'eval', '__import__("test_packing").CANARY.append(1)'])
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'x"); __import__("test_packing").CANARY.append(1); ("',
+        "x'); __import__('test_packing').CANARY.append(1); ('",
+        'a\n__import__("test_packing").CANARY.append(1)\n#',
+        'eval',
+        '__import__("test_packing").CANARY.append(1)',
+    ],
+)
 def test_no_text_of_a_file_is_run(small, tmp_path, text):
     "The text takes every string's place in the structure, keys included; whatever is still a net is run."
     tensors = load_file(small)
     original = json.loads(zlib.decompress(bytes(tensors['graph'].tolist())))
 
     def places(v, path=()):
-        for k in (v if isinstance(v, dict) else range(len(v))):
-            if isinstance(v, dict): yield (*path, k), True
-            if isinstance(v[k], str): yield (*path, k), False
-            if isinstance(v[k], (dict, list)): yield from places(v[k], (*path, k))
+        for k in v if isinstance(v, dict) else range(len(v)):
+            if isinstance(v, dict):
+                yield (*path, k), True
+            if isinstance(v[k], str):
+                yield (*path, k), False
+            if isinstance(v[k], (dict, list)):
+                yield from places(v[k], (*path, k))
+
     nets = 0
     for path, key in places(original):
         s = json.loads(json.dumps(original))
         at = s
-        for k in path[:-1]: at = at[k]
-        if key: at[text] = at.pop(path[-1])
-        else: at[path[-1]] = text
-        (tmp_path/'n').write_bytes(seal(tensors | {'graph': compress(s)}))
-        try: net = unpack(tmp_path/'n')
-        except MicronetError: continue
+        for k in path[:-1]:
+            at = at[k]
+        if key:
+            at[text] = at.pop(path[-1])
+        else:
+            at[path[-1]] = text
+        (tmp_path / 'n').write_bytes(seal(tensors | {'graph': compress(s)}))
+        try:
+            net = unpack(tmp_path / 'n')
+        except MicronetError:
+            continue
         nets += 1
-        try: net(torch.zeros(1, 4, 8, 8))
-        except Exception: pass  # a forged net may fail when it is run
+        try:
+            net(torch.zeros(1, 4, 8, 8))
+        except Exception:
+            pass  # a forged net may fail when it is run
     assert not CANARY
 
 
 def test_sizes_are_checked_before_memory_is_taken(tmp_path):
     net = filled(nn.Sequential(IntConv2d(3, 4, 1), ScaleBias(4), nn.BatchNorm2d(4)))
-    tensors = load_file(pack(net, tmp_path/'n'))
+    tensors = load_file(pack(net, tmp_path / 'n'))
     s = json.loads(zlib.decompress(bytes(tensors['graph'].tolist())))
     for kind, key in ((0, 'out_channels'), (0, 'kernel_size'), (1, 'channels'), (2, 'num_features')):
         forged = json.loads(json.dumps(s))
         forged['kinds'][kind][1][key] = 10**7 if key == 'kernel_size' else 10**12
-        refused(tmp_path/'f', seal(tensors | {'graph': compress(forged)}), 'cannot be unpacked')
+        refused(tmp_path / 'f', seal(tensors | {'graph': compress(forged)}), 'cannot be unpacked')
     zeros = json.loads(json.dumps(s))
     zeros['kinds'][1][1]['channels'], zeros['kinds'][1][2] = 10**12, {'weight': '0', 'bias': '0'}
-    refused(tmp_path/'f', seal(tensors | {'graph': compress(zeros)}), 'zeros beside 0 weights')
+    refused(tmp_path / 'f', seal(tensors | {'graph': compress(zeros)}), 'zeros beside 0 weights')
 
 
 def test_random_damage_of_another_net(small, tmp_path):
@@ -586,69 +944,110 @@ def test_random_damage_of_another_net(small, tmp_path):
         bad = bytearray(data)
         for _ in range(rng.randrange(1, 4)):
             i = rng.randrange(len(bad))
-            bad[i:i + rng.randrange(20)] = rng.randbytes(rng.randrange(20))
-        if bad != data: refused(tmp_path/'n', bytes(bad))
+            bad[i : i + rng.randrange(20)] = rng.randbytes(rng.randrange(20))
+        if bad != data:
+            refused(tmp_path / 'n', bytes(bad))
 
 
 # --- commands
 
+
 def one_line(err, *words):
     assert err.count('\n') == 1 and 'Traceback' not in err, err
-    for w in words: assert w in err, err
+    for w in words:
+        assert w in err, err
 
 
 @pytest.fixture
 def digits_net(tmp_path):
-    net = filled(nn.Sequential(Quantise(8, signed=True), IntConv2d(3, 8, 3), ScaleBias(8), nn.ReLU(), nn.Flatten(), IntLinear(8*36, 10), ScaleBias(10)))
-    return pack(net, tmp_path/'digits.safetensors', dict(input_size=(3, 8, 8), accounting='riair-cifar100', dataset='digits', pixels=([0., 0., 0.], [.01, .01, .01])))
+    net = filled(
+        nn.Sequential(
+            Quantise(8, signed=True),
+            IntConv2d(3, 8, 3),
+            ScaleBias(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            IntLinear(8 * 36, 10),
+            ScaleBias(10),
+        )
+    )
+    return pack(
+        net,
+        tmp_path / 'digits.safetensors',
+        dict(
+            input_size=(3, 8, 8),
+            accounting='riair-cifar100',
+            dataset='digits',
+            pixels=([0.0, 0.0, 0.0], [0.01, 0.01, 0.01]),
+        ),
+    )
 
 
 def test_eval_command_counts_right_answers(digits_net, capsys):
     from micronet_nb.data import load_dataset, normalise
+
     assert main_eval([str(digits_net), '-n', '60', '--batch', '7']) == 0
     ds, net = load_dataset('digits', 'test'), unpack(digits_net)
-    right = int((net(normalise(ds.images[:60], [0.]*3, [.01]*3)).argmax(1) == ds.labels[:60]).sum())
+    right = int((net(normalise(ds.images[:60], [0.0] * 3, [0.01] * 3)).argmax(1) == ds.labels[:60]).sum())
     out = capsys.readouterr().out
-    assert f'({right} of 60 test images of digits)' in out and f'top-1 {100*right/60:.2f} %' in out
+    assert f'({right} of 60 test images of digits)' in out and f'top-1 {100 * right / 60:.2f} %' in out
 
 
-@pytest.mark.parametrize('args, words', [
-    (['-n', '0'], ['-n 0']), (['--batch', '0'], ['--batch 0']), (['--data', 'cifar100'], ['digits.safetensors takes images of 3x8x8'])])
+@pytest.mark.parametrize(
+    'args, words',
+    [
+        (['-n', '0'], ['-n 0']),
+        (['--batch', '0'], ['--batch 0']),
+        (['--data', 'cifar100'], ['digits.safetensors takes images of 3x8x8']),
+    ],
+)
 def test_eval_command_errors(digits_net, args, words, capsys):
-    if '--data' in args and find_file('cifar100/test-00000-of-00001.parquet') is None: pytest.skip('cifar100 is not below MICRONET_DATA')
+    if '--data' in args and find_file('cifar100/test-00000-of-00001.parquet') is None:
+        pytest.skip('cifar100 is not below MICRONET_DATA')
     assert main_eval([str(digits_net), *args]) == 1
     one_line(capsys.readouterr().err, *words)
 
 
 def test_eval_command_needs_to_know(tmp_path, capsys):
     net = filled(nn.Sequential(IntConv2d(3, 4, 1), ScaleBias(4)))
-    for about, word in (({}, 'give --data'), (dict(dataset='digits'), 'how pixels are normalised'), (dict(dataset='digits', pixels='released'), 'does not give 10 numbers'), (dict(dataset='mnist', pixels='released'), 'mnist')):
-        pack(net, tmp_path/'n', about)
-        assert main_eval([str(tmp_path/'n')]) == 1
+    for about, word in (
+        ({}, 'give --data'),
+        (dict(dataset='digits'), 'how pixels are normalised'),
+        (dict(dataset='digits', pixels='released'), 'does not give 10 numbers'),
+        (dict(dataset='mnist', pixels='released'), 'mnist'),
+    ):
+        pack(net, tmp_path / 'n', about)
+        assert main_eval([str(tmp_path / 'n')]) == 1
         one_line(capsys.readouterr().err, word)
-    assert main_eval([str(tmp_path/'nothing')]) == 1
+    assert main_eval([str(tmp_path / 'nothing')]) == 1
     one_line(capsys.readouterr().err, 'No such file')
 
 
 def test_pack_command(digits_net, tmp_path, capsys):
-    assert main_pack([str(digits_net), str(tmp_path/'b'/'again.safetensors')]) == 0
-    assert (tmp_path/'b'/'again.safetensors').read_bytes() == digits_net.read_bytes()
+    assert main_pack([str(digits_net), str(tmp_path / 'b' / 'again.safetensors')]) == 0
+    assert (tmp_path / 'b' / 'again.safetensors').read_bytes() == digits_net.read_bytes()
     assert f'{digits_net.stat().st_size:,} bytes' in capsys.readouterr().out
-    for args, word in ((['nothing', 'x'], "neither 'released' nor a packed file"), ([__file__, 'x'], 'not a file that micronet_nb packed'), ([str(digits_net), '/proc/no/x'], '/proc/no')):
+    for args, word in (
+        (['nothing', 'x'], "neither 'released' nor a packed file"),
+        ([__file__, 'x'], 'not a file that micronet_nb packed'),
+        ([str(digits_net), '/proc/no/x'], '/proc/no'),
+    ):
         assert main_pack(args) == 1
         one_line(capsys.readouterr().err, word)
 
 
 @pytest.mark.parametrize('command', [main_pack, main_eval])
 def test_help_teaches(command, capsys):
-    with pytest.raises(SystemExit) as e: command(['--help'])
+    with pytest.raises(SystemExit) as e:
+        command(['--help'])
     assert e.value.code == 0 and 'examples:' in capsys.readouterr().out
 
 
 def test_console_scripts_exist():
     from configparser import ConfigParser
+
     parser = ConfigParser(delimiters=['='])
-    parser.read(ROOT/'settings.ini', encoding='utf-8')
+    parser.read(ROOT / 'settings.ini', encoding='utf-8')
     scripts = dict(s.split('=') for s in parser['DEFAULT']['console_scripts'].split())
     assert {'micronet-pack', 'micronet-eval', 'micronet-score'} <= set(scripts)
     for target in scripts.values():
@@ -661,27 +1060,29 @@ def test_score_command_takes_a_packed_file(digits_net, tmp_path, capsys):
     net, size, accounting = load_packed(digits_net)
     s = score(net, size, accounting=accounting, corrected=True)
     assert f'{scoring._count(s.storage)} ' in capsys.readouterr().out
-    (tmp_path/'cut.safetensors').write_bytes(digits_net.read_bytes()[:-3])
-    assert scoring.main([str(tmp_path/'cut.safetensors')]) == 1
+    (tmp_path / 'cut.safetensors').write_bytes(digits_net.read_bytes()[:-3])
+    assert scoring.main([str(tmp_path / 'cut.safetensors')]) == 1
     one_line(capsys.readouterr().err, 'micronet-score', 'is cut short')
 
 
 # --- RIAIR's net
 
+
 @needs_checkpoint
 def test_released_net_through_the_commands(tmp_path, capsys):
     from micronet_nb.released import load_released
-    path, half = tmp_path/'model.safetensors', tmp_path/'half.safetensors'
+
+    path, half = tmp_path / 'model.safetensors', tmp_path / 'half.safetensors'
     assert main_pack(['released', str(path)]) == 0 and main_pack(['released', str(half), '--fp16']) == 0
     released, told = load_released(), released_figures()['cifar100']
-    same(as_graph(released), unpack(path), torch.rand(2, 3, 32, 32)/100)
+    same(as_graph(released), unpack(path), torch.rand(2, 3, 32, 32) / 100)
     s = score(unpack(path), (3, 32, 32), 'cifar100', 'riair-cifar100')
     assert (s.storage, round(s.ops, 2), round(s.score, 6)) == (told['storage'], told['ops'], told['score'])
     p, table = parts_of(half), bill(half)
     payload = p['weights'] + p['numbers']
-    charged = 4*score(released, (3, 32, 32), 'cifar100', 'riair-cifar100', corrected=True).storage
-    assert 0 <= payload - charged < len(table) and p['file'] < 1.1*payload
-    assert table.stored.tolist() == [-(-c//1) for c in table.charged]
+    charged = 4 * score(released, (3, 32, 32), 'cifar100', 'riair-cifar100', corrected=True).storage
+    assert 0 <= payload - charged < len(table) and p['file'] < 1.1 * payload
+    assert table.stored.tolist() == [-(-c // 1) for c in table.charged]
     capsys.readouterr()
     assert scoring.main([str(path)]) == 0
     assert f"{told['storage']:,.4f}" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 "What records and stages say about themselves, and what the README says about the records."
+
 import json
 import re
 import subprocess
@@ -12,42 +13,92 @@ from micronet_nb import core, training
 from micronet_nb.core import MicronetError, compare, config_key, load_record, record, stage
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORDS = sorted((ROOT/"data"/"results").glob("*/*.json"))
+RECORDS = sorted((ROOT / "data" / "results").glob("*/*.json"))
 each_record = pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
-KEYS = {"name", "profile", "config", "seed", "dataset", "n", "measured", "commit", "python", "versions", "device", "threads", "rows"}
+KEYS = {
+    "name",
+    "profile",
+    "config",
+    "seed",
+    "dataset",
+    "n",
+    "measured",
+    "commit",
+    "python",
+    "versions",
+    "device",
+    "threads",
+    "rows",
+}
 DENSE = {"dense"}
 COMPRESSED = {"method", "rate", "weight_bits", "activation_bits", "first_bits", "calibration", "plan", "tune"} | DENSE
 CALIBRATED = {"images", "first_bits", "limit", "calibration_seed"} | DENSE
 CHAIN = {"recipe", "steps", "trained_on", "accounting"}
 NEEDED = {  # what the numbers depend on, by record
     "04_scoring.mixnet_s": {"model", "weights", "schedule", "scales"},
-    "05_sensitivity.speed": {"layers", "sparsities", "per"} | DENSE, "05_sensitivity.layers": {"per", "n_train", "intact"} | DENSE,
+    "05_sensitivity.speed": {"layers", "sparsities", "per"} | DENSE,
+    "05_sensitivity.layers": {"per", "n_train", "intact"} | DENSE,
     "05_sensitivity.plans": {"per", "n_train", "measured_on", "intact"} | DENSE,
-    "06_pruning.released": {"model", "rates", "weights", "input_size"}, "06_pruning.plans": {"rate", "by", "tuned"} | DENSE,
+    "06_pruning.released": {"model", "rates", "weights", "input_size"},
+    "06_pruning.plans": {"rate", "by", "tuned"} | DENSE,
     "06_pruning.table": {"plan", "rate", "method", "floors", "large", "tune", "test_n"} | DENSE,
     "06_pruning.methods": {"plan", "rate", "tune", "seeds"} | DENSE,
     "07_distillation.settings": {"teacher", "teacher_train", "plan", "method", "rate", "tune"} | DENSE,
-    "07_distillation.teachers": {"loss", "rate", "plan", "method", "tune", "teachers", "teachers_seed", "seeds", "n_test"} | DENSE,
-    "08_quantizers.search": {"rows", "weights", "bits"}, "08_quantizers.speed": {"model", "bits", "sampled_kernels_a_layer"},
-    "09_activations.sampling": {"layer", "inputs", "samples", "images"} | DENSE, "09_activations.untuned": CALIBRATED,
-    "09_activations.accuracy": {"plan", "rate", "method", "tune"} | CALIBRATED, "09_activations.test": {"plan", "rate", "method", "tune"} | CALIBRATED,
-    **dict.fromkeys(("10_weights.tuned", "10_weights.mixed", "10_weights.accuracy", "10_weights.test"),
-                    {"sparse", "activations", "first_bits", "calibration", "tune", "images"} | DENSE),
+    "07_distillation.teachers": {
+        "loss",
+        "rate",
+        "plan",
+        "method",
+        "tune",
+        "teachers",
+        "teachers_seed",
+        "seeds",
+        "n_test",
+    }
+    | DENSE,
+    "08_quantizers.search": {"rows", "weights", "bits"},
+    "08_quantizers.speed": {"model", "bits", "sampled_kernels_a_layer"},
+    "09_activations.sampling": {"layer", "inputs", "samples", "images"} | DENSE,
+    "09_activations.untuned": CALIBRATED,
+    "09_activations.accuracy": {"plan", "rate", "method", "tune"} | CALIBRATED,
+    "09_activations.test": {"plan", "rate", "method", "tune"} | CALIBRATED,
+    **dict.fromkeys(
+        ("10_weights.tuned", "10_weights.mixed", "10_weights.accuracy", "10_weights.test"),
+        {"sparse", "activations", "first_bits", "calibration", "tune", "images"} | DENSE,
+    ),
     **dict.fromkeys(("11_deployment.answers", "14_packing.ours", "15_onnx.agreement", "15_onnx.sizes"), COMPRESSED),
-    "12_adders.released": {"model", "n_images"}, "12_adders.scores": {"mixnet", "cifar100"},
-    "13_released.accuracy": {"model", "n_images", "n_double"}, "13_released.score": {"model", "accounting"}, "13_released.speed": {"model", "n_timed"},
+    "12_adders.released": {"model", "n_images"},
+    "12_adders.scores": {"mixnet", "cifar100"},
+    "13_released.accuracy": {"model", "n_images", "n_double"},
+    "13_released.score": {"model", "accounting"},
+    "13_released.speed": {"model", "n_timed"},
     "13_released.published": {"nets", "members", "n_images", "bits", "files"},
-    "14_packing.accuracy": {"model", "pixels", "n_images"}, "14_packing.bytes": {"model", "n_mutations", "n_forged"}, "14_packing.speed": {"model", "weights"},
-    "15_onnx.kernels": {"channels", "side", "kernel", "batch", "threads"}, "15_onnx.widths": {"model", "rate", "trained"},
-    **dict.fromkeys(("20_cifar100.study", "20_cifar100.ours", "20_cifar100.ours.seed1"), CHAIN | {"last_seed", "seed_of_all_but_the_last"}),
-    "20_cifar100.seeds": CHAIN | {"last_seeds"}, "20_cifar100.files": {"chains", "example"}, "20_cifar100.losses": {"joint", "before"},
+    "14_packing.accuracy": {"model", "pixels", "n_images"},
+    "14_packing.bytes": {"model", "n_mutations", "n_forged"},
+    "14_packing.speed": {"model", "weights"},
+    "15_onnx.kernels": {"channels", "side", "kernel", "batch", "threads"},
+    "15_onnx.widths": {"model", "rate", "trained"},
+    **dict.fromkeys(
+        ("20_cifar100.study", "20_cifar100.ours", "20_cifar100.ours.seed1"),
+        CHAIN | {"last_seed", "seed_of_all_but_the_last"},
+    ),
+    "20_cifar100.seeds": CHAIN | {"last_seeds"},
+    "20_cifar100.files": {"chains", "example"},
+    "20_cifar100.losses": {"joint", "before"},
     "20_cifar100.speed": {"seconds", "bandwidth", "n_train", "batch_sizes", "images"},
-    "21_imagenet.adders": {"model", "weights", "schedule", "input_size"}, "21_imagenet.speed": {"size", "teacher", "batch"},
-    **dict.fromkeys(("21_imagenet.cifar100", "21_imagenet.deployed"), {"student", "teachers", "larger", "stage", "train", "tune", "calibration", "data"}),
-    "90_benchmarks.allocator": {"model", "threads", "variables"}, "90_benchmarks.error": {"per", "torch_ao"} | DENSE,
-    "90_benchmarks.nets": {"model", "batch", "threads", "rounds"}, "90_benchmarks.packing": {"best_of", "size", "bits"},
+    "21_imagenet.adders": {"model", "weights", "schedule", "input_size"},
+    "21_imagenet.speed": {"size", "teacher", "batch"},
+    **dict.fromkeys(
+        ("21_imagenet.cifar100", "21_imagenet.deployed"),
+        {"student", "teachers", "larger", "stage", "train", "tune", "calibration", "data"},
+    ),
+    "90_benchmarks.allocator": {"model", "threads", "variables"},
+    "90_benchmarks.error": {"per", "torch_ao"} | DENSE,
+    "90_benchmarks.nets": {"model", "batch", "threads", "rounds"},
+    "90_benchmarks.packing": {"best_of", "size", "bits"},
     "90_benchmarks.solver": {"model", "layers", "kernels", "bits"},
-    "index.example": {"model", "classes", "fit", "tune", "plan", "rate", "bits", "calibration", "trained_on"}}
+    "index.example": {"model", "classes", "fit", "tune", "plan", "rate", "bits", "calibration", "trained_on"},
+}
 
 
 @each_record
@@ -59,7 +110,9 @@ def test_record_says_what_it_is(path):
     assert r["versions"]["torch"] and r["device"] and r["threads"] and re.match(r"20\d\d-\d\d-\d\dT", r["measured"])
     assert r["dataset"] is None or set(r["dataset"]) >= {"name", "split", "n", "fingerprint"}
     assert r["n"] is None or r["n"] > 0
-    assert all(re.fullmatch("[0-9a-f]{12}(, [0-9a-f]{12})*|unknown", s["commit"]) for s in (r.get("stages") or {}).values())
+    assert all(
+        re.fullmatch("[0-9a-f]{12}(, [0-9a-f]{12})*|unknown", s["commit"]) for s in (r.get("stages") or {}).values()
+    )
 
 
 @each_record
@@ -67,24 +120,38 @@ def test_record_has_all_that_its_numbers_depend_on(path):
     r = json.loads(path.read_text(encoding="utf-8"))
     needed = next(v for k, v in NEEDED.items() if re.fullmatch(re.escape(k) + r"(\.from\d+)?", r["name"]))
     assert needed <= set(r["config"]), needed - set(r["config"])
-    if needed & {"dense", "tune", "steps", "before", "chains", "n_double"} and path.stem != "index.example": assert "stages" in r
+    if needed & {"dense", "tune", "steps", "before", "chains", "n_double"} and path.stem != "index.example":
+        assert "stages" in r
 
 
 def test_a_seed_in_the_name_is_the_seed_of_the_record():
     named = {p.stem: json.loads(p.read_text()) for p in RECORDS if re.search(r"\.seed\d+$", p.stem)}
-    assert named and all(int(name.rsplit("seed")[-1]) == r["seed"] == r["config"]["steps"][-1]["fit"]["seed"] for name, r in named.items())
+    assert named and all(
+        int(name.rsplit("seed")[-1]) == r["seed"] == r["config"]["steps"][-1]["fit"]["seed"]
+        for name, r in named.items()
+    )
 
 
 class Described:
     "A training set that is nothing but its description."
-    def __init__(self, told): self.told = told
-    def describe(self): return self.told
-    def __len__(self): return self.told["n"]
+
+    def __init__(self, told):
+        self.told = told
+
+    def describe(self):
+        return self.told
+
+    def __len__(self):
+        return self.told["n"]
 
 
 def test_the_keys_of_before_are_still_found():
-    dense = [json.loads(p.read_text())["config"]["dense"] for p in RECORDS if "dense" in json.loads(p.read_text())["config"]]
-    recorded = json.loads((ROOT/"data"/"results"/"laptop"/"05_sensitivity.layers.json").read_text())["config"]["student"]
+    dense = [
+        json.loads(p.read_text())["config"]["dense"] for p in RECORDS if "dense" in json.loads(p.read_text())["config"]
+    ]
+    recorded = json.loads((ROOT / "data" / "results" / "laptop" / "05_sensitivity.layers.json").read_text())["config"][
+        "student"
+    ]
     for d in dense:
         config = training._key_config(training.FitConfig(**d["train"]), dict(model=d["model"]), Described(d["data"]))
         assert d["key"] == recorded == config_key(config)
@@ -92,84 +159,131 @@ def test_the_keys_of_before_are_still_found():
 
 def test_readme_says_what_was_never_run():
     records = [json.loads(p.read_text()) for p in RECORDS]
-    never = {"GPU path": all(r["device"].startswith("cpu") for r in records), "`paper` run": all(r["profile"] != "paper" for r in records),
-             "ImageNet run": not any(r["name"].startswith("21_imagenet.imagenet") for r in records)}
-    line = next((x for x in (ROOT/"README.md").read_text(encoding="utf-8").splitlines() if x.startswith("**What has not been done.**")), "")
-    assert {what for what in never if f"no {what}" in line.replace("No ", "no ")} == {what for what, so in never.items() if so}
+    never = {
+        "GPU path": all(r["device"].startswith("cpu") for r in records),
+        "`paper` run": all(r["profile"] != "paper" for r in records),
+        "ImageNet run": not any(r["name"].startswith("21_imagenet.imagenet") for r in records),
+    }
+    line = next(
+        (
+            x
+            for x in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+            if x.startswith("**What has not been done.**")
+        ),
+        "",
+    )
+    assert {what for what in never if f"no {what}" in line.replace("No ", "no ")} == {
+        what for what, so in never.items() if so
+    }
 
 
 def test_columns_come_from_their_own_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "committed_dir", lambda: tmp_path)
-    for p, v in (("laptop", 60.), ("paper", 70.)): record("x.y", [dict(model="toy", top1=v)], p, {}, folder=tmp_path/p, stages=[])
-    assert compare("x.y", "model", "top1", folder=tmp_path/"none").loc["toy"].to_dict() == {"laptop": 60., "paper": 70.}
-    (tmp_path/"paper"/"x.y.json").unlink()
-    assert "paper" not in compare("x.y", "model", "top1", folder=tmp_path/"none")
+    for p, v in (("laptop", 60.0), ("paper", 70.0)):
+        record("x.y", [dict(model="toy", top1=v)], p, {}, folder=tmp_path / p, stages=[])
+    assert compare("x.y", "model", "top1", folder=tmp_path / "none").loc["toy"].to_dict() == {
+        "laptop": 60.0,
+        "paper": 70.0,
+    }
+    (tmp_path / "paper" / "x.y.json").unlink()
+    assert "paper" not in compare("x.y", "model", "top1", folder=tmp_path / "none")
 
 
 def test_training_has_the_commit_of_its_own(tmp_path, monkeypatch):
     "Trained in two pieces under two commits, found and recorded under a third."
     data = [training.load_dataset("digits", s).subset(96) for s in ("train", "valid")]
-    config = training.FitConfig(epochs=1, batch_size=32, augment="none", warmup_epochs=0.)
+    config = training.FitConfig(epochs=1, batch_size=32, augment="none", warmup_epochs=0.0)
+
     def train(commit, **kwargs):
         monkeypatch.setattr(core, "commit", lambda: commit)
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
         return training.fit_stage("tiny", net, data, config, dict(model="tiny"), root=tmp_path, quiet=True, **kwargs)
 
-    with pytest.raises(training.Stopped): train("a"*12 + "+", stop=0.)
-    made = train("b"*12)
-    assert train("c"*12) == made
-    told = record("x.y", [dict(top1=made["top1"])], "embedded", {}, folder=tmp_path/"out", stages=[made["key"]])
+    with pytest.raises(training.Stopped):
+        train("a" * 12 + "+", stop=0.0)
+    made = train("b" * 12)
+    assert train("c" * 12) == made
+    told = record("x.y", [dict(top1=made["top1"])], "embedded", {}, folder=tmp_path / "out", stages=[made["key"]])
     (quoted,) = told["stages"].values()
-    assert (told["commit"], quoted["commit"], quoted["pieces"]) == ("c"*12, "a"*12 + "+, " + "b"*12, 2)
-    assert quoted["seconds"] >= made["seconds"] and quoted["finished"] and quoted["versions"]["torch"] and quoted["device"].startswith("cpu")
-    assert made["key"] in "".join(record("x.z", [], "embedded", {}, folder=tmp_path/"out")["stages"])   # without being asked for
-    assert load_record("x.y", "embedded", tmp_path/"out") == told
-    again = train("d"*12, version=2)
-    assert again["key"] != made["key"]                                                                  # other code, another net
+    assert (told["commit"], quoted["commit"], quoted["pieces"]) == ("c" * 12, "a" * 12 + "+, " + "b" * 12, 2)
+    assert (
+        quoted["seconds"] >= made["seconds"]
+        and quoted["finished"]
+        and quoted["versions"]["torch"]
+        and quoted["device"].startswith("cpu")
+    )
+    assert made["key"] in "".join(
+        record("x.z", [], "embedded", {}, folder=tmp_path / "out")["stages"]
+    )  # without being asked for
+    assert load_record("x.y", "embedded", tmp_path / "out") == told
+    again = train("d" * 12, version=2)
+    assert again["key"] != made["key"]  # other code, another net
     monkeypatch.setattr(training, "FIT_VERSION", 2)
-    assert train("d"*12)["key"] not in (made["key"], again["key"])
+    assert train("d" * 12)["key"] not in (made["key"], again["key"])
 
 
 def test_a_record_keeps_what_it_was_given(tmp_path):
-    given = dict(config={"lr": .1}, seed=7, dataset={"name": "toy"}, n=3)
-    record("x.y", [{"top1": torch.tensor(50.), "bad": float("nan")}], "embedded", **given, folder=tmp_path, stages=[])
-    kept = json.loads((tmp_path/"x.y.json").read_text())
-    assert {k: kept[k] for k in given} == given and kept["rows"] == [{"top1": 50., "bad": None}]
+    given = dict(config={"lr": 0.1}, seed=7, dataset={"name": "toy"}, n=3)
+    record("x.y", [{"top1": torch.tensor(50.0), "bad": float("nan")}], "embedded", **given, folder=tmp_path, stages=[])
+    kept = json.loads((tmp_path / "x.y.json").read_text())
+    assert {k: kept[k] for k in given} == given and kept["rows"] == [{"top1": 50.0, "bad": None}]
     assert KEYS <= set(kept) and kept["commit"] == core.commit() and kept["stages"] == {}
 
 
 def test_a_stage_of_before_says_that_nobody_knows(tmp_path):
-    folder = tmp_path/f"old-{config_key({'n': 1})}"
+    folder = tmp_path / f"old-{config_key({'n': 1})}"
     folder.mkdir()
-    (folder/"done.json").write_text(json.dumps(dict(config={"n": 1}, upstream=[], result=7)))
-    assert stage("old", {"n": 1}, lambda f: 1/0, root=tmp_path) == 7
+    (folder / "done.json").write_text(json.dumps(dict(config={"n": 1}, upstream=[], result=7)))
+    assert stage("old", {"n": 1}, lambda f: 1 / 0, root=tmp_path) == 7
     told = record("x.y", [], "embedded", {}, folder=tmp_path, stages=[config_key({"n": 1})])
     assert [s["commit"] for s in told["stages"].values()] == ["unknown"]
-    with pytest.raises(MicronetError, match="no stage with the key"): record("x.y", [], "embedded", {}, folder=tmp_path, stages=["none"])
+    with pytest.raises(MicronetError, match="no stage with the key"):
+        record("x.y", [], "embedded", {}, folder=tmp_path, stages=["none"])
 
 
 def test_a_killed_piece_leaves_its_commit(tmp_path, monkeypatch):
     "A kill leaves no time to write: what began is on the disk from its first moment."
-    monkeypatch.setattr(core, "commit", lambda: "a"*12)
+    monkeypatch.setattr(core, "commit", lambda: "a" * 12)
     seen = []
-    def run(folder): seen.extend(json.loads((folder/"pieces.json").read_text())); return 1
+
+    def run(folder):
+        seen.extend(json.loads((folder / "pieces.json").read_text()))
+        return 1
+
     stage("killed", {}, run, root=tmp_path)
-    assert [(p["commit"], p["seconds"]) for p in seen] == [("a"*12, None)]
+    assert [(p["commit"], p["seconds"]) for p in seen] == [("a" * 12, None)]
 
 
-@pytest.mark.parametrize("path, text, dirty", [("nbs/a.ipynb", '{"cells": [{"cell_type": "code", "source": ["2"], "metadata": {}, "outputs": []}]}', True),
-                                               ("nbs/a.ipynb", '{"cells": [{"cell_type": "code", "source": ["1"], "metadata": {}, "outputs": ["x"]}]}', False),
-                                               ("micronet_nb/a.py", "2", True), ("micronet_nb/b.py", "", True), ("tests/a.py", "2", False)])
+@pytest.mark.parametrize(
+    "path, text, dirty",
+    [
+        ("nbs/a.ipynb", '{"cells": [{"cell_type": "code", "source": ["2"], "metadata": {}, "outputs": []}]}', True),
+        ("nbs/a.ipynb", '{"cells": [{"cell_type": "code", "source": ["1"], "metadata": {}, "outputs": ["x"]}]}', False),
+        ("micronet_nb/a.py", "2", True),
+        ("micronet_nb/b.py", "", True),
+        ("tests/a.py", "2", False),
+    ],
+)
 def test_the_mark_of_a_changed_checkout(path, text, dirty, tmp_path, monkeypatch):
-    def git(*args): subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *args], cwd=tmp_path, check=True, capture_output=True)
-    files = {"nbs/a.ipynb": '{"cells": [{"cell_type": "code", "source": ["1"], "metadata": {}, "outputs": []}]}', "micronet_nb/a.py": "1", "tests/a.py": "1"}
+    def git(*args):
+        subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x@x", *args], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    files = {
+        "nbs/a.ipynb": '{"cells": [{"cell_type": "code", "source": ["1"], "metadata": {}, "outputs": []}]}',
+        "micronet_nb/a.py": "1",
+        "tests/a.py": "1",
+    }
     for name, content in files.items():
-        (tmp_path/name).parent.mkdir(exist_ok=True)
-        (tmp_path/name).write_text(content)
-    git("init"); git("add", "."); git("commit", "-m", "all")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
     monkeypatch.setattr(core, "project_root", lambda: tmp_path)
     clean = core.commit()
     assert re.fullmatch("[0-9a-f]{12}", clean)
-    (tmp_path/path).write_text(text)
-    assert core.commit() == clean + "+"*dirty
+    (tmp_path / path).write_text(text)
+    assert core.commit() == clean + "+" * dirty

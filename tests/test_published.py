@@ -1,4 +1,5 @@
 "Released nets of the challenge's other teams: their form without data, their weights and answers where the files are."
+
 import pytest
 import torch
 from torch import nn
@@ -15,23 +16,26 @@ OTHERS = [n for n, told in published_nets().items() if told["family"] != "riair"
 
 def needs(name):
     "Skips where a file is not on this machine."
-    if not find_file(published_nets()[name]["file"]): pytest.skip(f"{published_nets()[name]['file']} is not on this machine")
+    if not find_file(published_nets()[name]["file"]):
+        pytest.skip(f"{published_nets()[name]['file']} is not on this machine")
 
 
 @pytest.mark.parametrize("name", ["kaist-v1-60", "kaist-v2-30", "osi-ai"])
 def test_weights_are_those_of_the_description(name):
     "Counted by hand from the table of blocks: convolutions, squeeze-excite, classifier; biases and norms aside."
     told = published_nets()[name]
-    gate, channels, total = "output" if told["family"] == "kaist" else "inside", told["stem"], 27*told["stem"]
+    gate, channels, total = "output" if told["family"] == "kaist" else "inside", told["stem"], 27 * told["stem"]
     for expansion, out, repeats, stride in told["blocks"]:
         for i in range(repeats):
-            wide, still = int(expansion*channels), i > 0 or stride == 1
-            total += (channels*wide if expansion != 1 else 0) + 9*wide + wide*out
-            if gate == "inside": total += 2*wide*max(1, int(channels*.2))
-            elif still: total += 2*out*int(out*.25) + (channels*out if channels != out else 0)
+            wide, still = int(expansion * channels), i > 0 or stride == 1
+            total += (channels * wide if expansion != 1 else 0) + 9 * wide + wide * out
+            if gate == "inside":
+                total += 2 * wide * max(1, int(channels * 0.2))
+            elif still:
+                total += 2 * out * int(out * 0.25) + (channels * out if channels != out else 0)
             channels = out
     head = told.get("head") or channels
-    total += (channels*head if told.get("head") else 0) + 100*head
+    total += (channels * head if told.get("head") else 0) + 100 * head
     act = nn.Hardswish if gate == "output" else nn.SiLU
     net = MobileNet(told["stem"], told["blocks"], act, gate, told.get("size"), told.get("head"))
     assert total == sum(p.numel() for p in net.parameters() if p.dim() > 1)
@@ -42,24 +46,28 @@ def test_weights_are_those_of_the_description(name):
 def test_loaded_net_is_masked_and_knows_its_pixels(name):
     needs(name)
     net, told = load_published(name), published_nets()[name]
-    zeros = .64 if name == "osi-ai" else int(name[-2:])/100
-    assert param_sparsity(net) == pytest.approx(zeros, abs=.01) and masks(net) and not net.training
+    zeros = 0.64 if name == "osi-ai" else int(name[-2:]) / 100
+    assert param_sparsity(net) == pytest.approx(zeros, abs=0.01) and masks(net) and not net.training
     assert net.input_stats == (tuple(told["mean"]), tuple(told["std"]))
 
 
 def test_answers_are_right_as_often_as_published():
     "500 test images: five points are three standard errors."
-    for name in ("kaist-v1-60", "osi-ai"): needs(name)
-    if not has_cifar100(): pytest.skip("CIFAR-100 is not on this machine")
+    for name in ("kaist-v1-60", "osi-ai"):
+        needs(name)
+    if not has_cifar100():
+        pytest.skip("CIFAR-100 is not on this machine")
     test, nets = load_dataset("cifar100", "test"), [load_published(n) for n in ("kaist-v1-60", "osi-ai")]
     single = [evaluate(net, test, n=500)["top1"] for net in nets]
     assert all(abs(top1 - 80) < 5 for top1 in single)
     stats = [net.input_stats for net in nets]
     both = evaluate(Ensemble(nets, stats, stats[0]), test, stats[0], n=500)["top1"]
-    assert both > max(single)   # two teams err on different images
+    assert both > max(single)  # two teams err on different images
 
 
 def test_wrong_names_and_masks():
-    with pytest.raises(MicronetError, match="no published net 'kaist-v3': choose one of riair, kaist-v1-60"): load_published("kaist-v3")
+    with pytest.raises(MicronetError, match="no published net 'kaist-v3': choose one of riair, kaist-v1-60"):
+        load_published("kaist-v3")
     net = nn.Sequential(nn.Linear(3, 2))
-    with pytest.raises(MicronetError, match=r"the mask of 0 has shape \(3, 2\), its weight \(2, 3\)"): put_masks(net, {"0": torch.ones(3, 2)})
+    with pytest.raises(MicronetError, match=r"the mask of 0 has shape \(3, 2\), its weight \(2, 3\)"):
+        put_masks(net, {"0": torch.ones(3, 2)})

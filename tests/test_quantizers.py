@@ -1,4 +1,5 @@
 "The least-squares scale against whatever hypothesis thinks of."
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -6,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from micronet_nb.core import MicronetError
 from micronet_nb.quantizers import fake_quantise, grid, quantise, solve_scale, solve_scales
 
-BIG = 2.**100
+BIG = 2.0**100
 number = st.floats(-BIG, BIG, width=32, allow_nan=False, allow_subnormal=False)
 row = st.lists(number, min_size=1, max_size=40)
 
@@ -14,7 +15,7 @@ row = st.lists(number, min_size=1, max_size=40)
 def errors(x, a, bits, signed):
     "Squared error, in double and relative to the row's largest value."
     x, unit = x.double(), x.abs().amax(1, keepdim=True).double().clamp(min=1e-300)
-    return (((x - a.double()[:, None]*quantise(x, a.double()[:, None], bits, signed))/unit)**2).sum(1)
+    return (((x - a.double()[:, None] * quantise(x, a.double()[:, None], bits, signed)) / unit) ** 2).sum(1)
 
 
 @settings(max_examples=300, deadline=None)
@@ -24,7 +25,7 @@ def test_never_worse_than_the_plain_iteration(values, bits, signed):
     found = {k: solve_scale(x, bits, signed, search=k) for k in ('plain', 'auto', 'exact')}
     assert all(torch.isfinite(a).all() and (a > 0).all() for a in found.values())
     e = {k: float(errors(x, a, bits, signed)) for k, a in found.items()}
-    assert e['auto'] <= e['plain']*(1 + 1e-4) + 1e-9 and e['exact'] <= e['auto']*(1 + 1e-4) + 1e-9
+    assert e['auto'] <= e['plain'] * (1 + 1e-4) + 1e-9 and e['exact'] <= e['auto'] * (1 + 1e-4) + 1e-9
 
 
 @settings(max_examples=100, deadline=None)
@@ -32,31 +33,34 @@ def test_never_worse_than_the_plain_iteration(values, bits, signed):
 def test_no_step_of_a_fine_search_beats_the_exact_one(values, bits):
     x = torch.tensor([values])
     best = float(errors(x, solve_scale(x, bits, search='exact'), bits, True))
-    top = x.abs().amax(1)/grid(bits)[1]
-    if top == 0: return
-    brute = min(float(errors(x, top*f, bits, True)) for f in torch.linspace(.05, 2, 200).tolist())
-    assert best <= brute*(1 + 1e-4) + 1e-9
+    top = x.abs().amax(1) / grid(bits)[1]
+    if top == 0:
+        return
+    brute = min(float(errors(x, top * f, bits, True)) for f in torch.linspace(0.05, 2, 200).tolist())
+    assert best <= brute * (1 + 1e-4) + 1e-9
 
 
 @settings(max_examples=50, deadline=None)
 @given(row, st.integers(1, 8), st.floats(1e-6, 1e6))
 def test_scales_with_its_input(values, bits, factor):
     x = torch.tensor([values]).clamp(-1e20, 1e20)
-    if x.abs().amax() < 1e-20: return
-    a, b = solve_scale(x, bits), solve_scale(x*factor, bits)
-    assert abs(float(errors(x*factor, b, bits, True)) - float(errors(x, a, bits, True))) < 1e-5
+    if x.abs().amax() < 1e-20:
+        return
+    a, b = solve_scale(x, bits), solve_scale(x * factor, bits)
+    assert abs(float(errors(x * factor, b, bits, True)) - float(errors(x, a, bits, True))) < 1e-5
 
 
 def test_many_tensors_are_solved_as_one_by_one():
     torch.manual_seed(0)
     tensors = [torch.randn(5, 3, 3, 3), torch.randn(7, 27), torch.randn(4, 700), torch.randn(2, 3)]
     bits = [2, 3, 7, 1]
-    for a, t, b in zip(solve_scales(tensors, bits), tensors, bits): assert torch.equal(a, solve_scale(t.reshape(len(t), -1), b))
+    for a, t, b in zip(solve_scales(tensors, bits), tensors, bits):
+        assert torch.equal(a, solve_scale(t.reshape(len(t), -1), b))
 
 
 def test_zeros_stay_zeros_and_idempotent():
     torch.manual_seed(0)
-    w = torch.randn(8, 50)*(torch.rand(8, 50) < .4)
+    w = torch.randn(8, 50) * (torch.rand(8, 50) < 0.4)
     for bits in range(1, 9):
         a = solve_scale(w, bits)[:, None]
         q = fake_quantise(w, a, bits)
@@ -65,11 +69,12 @@ def test_zeros_stay_zeros_and_idempotent():
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_nan_and_infinity_are_errors(bad):
-    with pytest.raises(MicronetError, match='row 0 holds NaN or infinity'): solve_scale(torch.tensor([[1., bad]]), 4)
+    with pytest.raises(MicronetError, match='row 0 holds NaN or infinity'):
+        solve_scale(torch.tensor([[1.0, bad]]), 4)
 
 
 def test_gradients_survive_bfloat16_and_compile_like_code():
     x = torch.randn(16, dtype=torch.bfloat16, requires_grad=True)
-    a = torch.tensor(.1, requires_grad=True)
+    a = torch.tensor(0.1, requires_grad=True)
     fake_quantise(x, a, 4).sum().backward()
     assert x.grad.dtype == torch.bfloat16 and torch.isfinite(x.grad).all() and torch.isfinite(a.grad)

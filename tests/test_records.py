@@ -1,4 +1,5 @@
 "What records, stages and proofs say: the commit that they were made from, all that they depend on, and whose they are."
+
 import json
 import subprocess
 
@@ -11,13 +12,20 @@ from micronet_nb.core import MicronetError
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     "A checkout of one commit, in place of this one; a function that runs git in it."
+
     def git(*args):
-        done = subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", *args],
-                              cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", *args],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return done.stdout.strip()
+
     for name in ("nbs/01_a.ipynb", "micronet_nb/a.py"):
-        (tmp_path/name).parent.mkdir()
-        (tmp_path/name).write_text("1")
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1")
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
@@ -30,7 +38,7 @@ def test_a_commit_has_a_plus_where_sources_differ_from_it(checkout, change):
     root, git = checkout
     clean = git("rev-parse", "HEAD")[:12]
     assert core.commit() == clean
-    (root/change).write_text("2")
+    (root / change).write_text("2")
     assert core.commit() == clean + "+" and core.environment()["commit"] == clean + "+"
     git("add", ".")
     git("commit", "-q", "-m", "second")
@@ -39,14 +47,16 @@ def test_a_commit_has_a_plus_where_sources_differ_from_it(checkout, change):
 
 def test_outputs_of_a_notebook_leave_a_commit_clean(checkout):
     root, git = checkout
+
     def cells(source, output):
         cell = dict(cell_type="code", source=source, outputs=[output], metadata={})
         return json.dumps(dict(cells=[cell]))
-    (root/"nbs"/"01_a.ipynb").write_text(cells("x = 1", "none"))
+
+    (root / "nbs" / "01_a.ipynb").write_text(cells("x = 1", "none"))
     git("commit", "-q", "-a", "-m", "a notebook")
-    (root/"nbs"/"01_a.ipynb").write_text(cells("x = 1", "1"))
+    (root / "nbs" / "01_a.ipynb").write_text(cells("x = 1", "1"))
     assert not core.commit().endswith("+")
-    (root/"nbs"/"01_a.ipynb").write_text(cells("x = 2", "1"))
+    (root / "nbs" / "01_a.ipynb").write_text(cells("x = 2", "1"))
     assert core.commit().endswith("+")
 
 
@@ -58,7 +68,7 @@ def test_a_commit_outside_a_checkout(tmp_path, monkeypatch):
 
 
 def test_a_record_holds_all_that_it_was_given(tmp_path):
-    given = dict(config=dict(bits=4, rates=[.5, .75]), seed=3, dataset=dict(name="digits", split="test"), n=7)
+    given = dict(config=dict(bits=4, rates=[0.5, 0.75]), seed=3, dataset=dict(name="digits", split="test"), n=7)
     core.record("01_a.b", [dict(net="x", top1=1.5, odd=float("nan"))], "embedded", folder=tmp_path, **given)
     found = core.load_record("01_a.b", "embedded", tmp_path)
     assert {k: found[k] for k in given} == given
@@ -68,23 +78,25 @@ def test_a_record_holds_all_that_it_was_given(tmp_path):
 
 
 def test_each_column_is_of_its_own_profile(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "committed_dir", lambda: tmp_path/"committed")
-    rows = dict(laptop=2., paper=3.)
+    monkeypatch.setattr(core, "committed_dir", lambda: tmp_path / "committed")
+    rows = dict(laptop=2.0, paper=3.0)
     for profile, top1 in rows.items():
-        core.record("01_a", [dict(model="m", top1=top1)], profile, {}, folder=tmp_path/"committed"/profile)
-    core.record("01_a", [dict(model="m", top1=4.)], "embedded", {}, folder=tmp_path/"mine")
-    published = [dict(model="m", top1=1.), dict(model="other", top1=5.)]
-    table = core.compare("01_a", "model", "top1", published, tmp_path/"mine")
-    assert table.loc["m"].to_dict() == {"published": 1., "laptop": 2., "paper": 3., "this run (embedded)": 4.}
-    assert table.loc["other", "published"] == 5. and table.loc["other"].drop("published").isna().all()
-    (tmp_path/"committed"/"paper"/"01_a.json").unlink()
-    assert "paper" not in core.compare("01_a", "model", "top1", folder=tmp_path/"mine")
+        core.record("01_a", [dict(model="m", top1=top1)], profile, {}, folder=tmp_path / "committed" / profile)
+    core.record("01_a", [dict(model="m", top1=4.0)], "embedded", {}, folder=tmp_path / "mine")
+    published = [dict(model="m", top1=1.0), dict(model="other", top1=5.0)]
+    table = core.compare("01_a", "model", "top1", published, tmp_path / "mine")
+    assert table.loc["m"].to_dict() == {"published": 1.0, "laptop": 2.0, "paper": 3.0, "this run (embedded)": 4.0}
+    assert table.loc["other", "published"] == 5.0 and table.loc["other"].drop("published").isna().all()
+    (tmp_path / "committed" / "paper" / "01_a.json").unlink()
+    assert "paper" not in core.compare("01_a", "model", "top1", folder=tmp_path / "mine")
 
 
 def test_a_stage_is_found_by_its_configuration_and_by_what_it_builds_on(tmp_path):
     ran = []
+
     def work(name, config=dict(a=1), **more):
         return core.stage("s", config, lambda folder: ran.append(name) or name, root=tmp_path, **more)
+
     assert work("first", upstream=["x"]) == work("again", upstream=["x"]) == "first"
     assert work("other upstream", upstream=["y"]) == "other upstream"
     assert work("other config", upstream=["x"], config=dict(a=2)) == "other config"
@@ -94,10 +106,15 @@ def test_a_stage_is_found_by_its_configuration_and_by_what_it_builds_on(tmp_path
 
 def test_a_record_quotes_who_made_its_stages(tmp_path, monkeypatch):
     "Trained under one commit, measured under another, written under a third."
-    root, monkey = tmp_path/"stages", monkeypatch.setattr
-    def one(name, upstream=()): return core.stage(name, {}, lambda folder: name, upstream, root)
-    def written(key): return core.record("01_a", [], "embedded", {}, folder=tmp_path, stages=[key])
-    monkey(core, "_seen", {})   # stages that other tests of this process have read
+    root, monkey = tmp_path / "stages", monkeypatch.setattr
+
+    def one(name, upstream=()):
+        return core.stage(name, {}, lambda folder: name, upstream, root)
+
+    def written(key):
+        return core.record("01_a", [], "embedded", {}, folder=tmp_path, stages=[key])
+
+    monkey(core, "_seen", {})  # stages that other tests of this process have read
     monkey(core, "commit", lambda: "trained")
     one("net")
     monkey(core, "commit", lambda: "measured")
@@ -115,26 +132,33 @@ def test_another_version_of_its_code_is_another_stage(tmp_path):
 
 
 def test_a_stage_that_fails_is_not_done(tmp_path):
-    def broken(folder): raise MicronetError("no")
-    with pytest.raises(MicronetError): core.stage("s", {}, broken, root=tmp_path)
+    def broken(folder):
+        raise MicronetError("no")
+
+    with pytest.raises(MicronetError):
+        core.stage("s", {}, broken, root=tmp_path)
     assert core.stage("s", {}, lambda folder: 5, root=tmp_path) == 5
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
-    core.write_json(tmp_path/"a.json", 1)
-    with pytest.raises(RuntimeError), core.atomic_path(tmp_path/"a.json") as tmp:
+    core.write_json(tmp_path / "a.json", 1)
+    with pytest.raises(RuntimeError), core.atomic_path(tmp_path / "a.json") as tmp:
         tmp.write_text("half of i")
         raise RuntimeError
-    assert core.read_json(tmp_path/"a.json") == 1 and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert core.read_json(tmp_path / "a.json") == 1 and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_another_file_under_the_right_name_is_refused(tmp_path):
-    (tmp_path/"a.bin").write_bytes(b"abc")
+    (tmp_path / "a.bin").write_bytes(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of the FIPS 180 example, 'abc'
-    def fetched(): return core.fetch("a.bin", "https://nowhere.invalid", digest, tmp_path)
-    assert fetched() == tmp_path/"a.bin"
-    (tmp_path/"a.bin").write_bytes(b"abd")
-    with pytest.raises(MicronetError, match="has SHA-256"): fetched()
+
+    def fetched():
+        return core.fetch("a.bin", "https://nowhere.invalid", digest, tmp_path)
+
+    assert fetched() == tmp_path / "a.bin"
+    (tmp_path / "a.bin").write_bytes(b"abd")
+    with pytest.raises(MicronetError, match="has SHA-256"):
+        fetched()
 
 
 def test_a_result_proves_the_run_that_it_belongs_to(tmp_path, monkeypatch):
@@ -143,7 +167,7 @@ def test_a_result_proves_the_run_that_it_belongs_to(tmp_path, monkeypatch):
     core.finish("01_a", "embedded", says="Fine.")
     assert reproduce.proof(tmp_path, "01_a", "this")["says"] == "Fine."
     assert reproduce.proof(tmp_path, "01_a", "earlier") is None and reproduce.proof(tmp_path, "02_b", "this") is None
-    core.write_json(tmp_path/"01_a.json", core.read_json(tmp_path/"01_a.json") | dict(status="running"))
+    core.write_json(tmp_path / "01_a.json", core.read_json(tmp_path / "01_a.json") | dict(status="running"))
     assert reproduce.proof(tmp_path, "01_a", "this") is None
     monkeypatch.delenv("MICRONET_RUN")
     core.finish("01_a", "embedded")
@@ -153,12 +177,13 @@ def test_a_result_proves_the_run_that_it_belongs_to(tmp_path, monkeypatch):
 def notebook(tmp_path, stem, *cells):
     "A notebook of code cells."
     made = [dict(cell_type="code", id=str(i), source=source, metadata={}, outputs=[]) for i, source in enumerate(cells)]
-    return reproduce.Notebook(tmp_path/f"{stem}.ipynb", made)
+    return reproduce.Notebook(tmp_path / f"{stem}.ipynb", made)
 
 
 def test_the_key_of_a_run_holds_cells_parameters_and_library(tmp_path):
     def key(source="x = 1", n=7, library="lib"):
         return reproduce.run_key(notebook(tmp_path, "01_a", source), dict(n=n), library)
+
     assert len({key(), key(n=8), key(library="other"), key("x = 2")}) == 4 and key() == key()
 
 
@@ -170,15 +195,17 @@ def test_a_notebook_builds_on_what_its_imports_build_on(tmp_path):
 
 def test_records_are_kept_only_from_the_cells_that_ran(tmp_path):
     pytest.importorskip("nbdev")
-    nbs, out = tmp_path/"nbs", tmp_path/"out"
+    nbs, out = tmp_path / "nbs", tmp_path / "out"
     nb = notebook(nbs, "01_a", "x = 1")
     kernel = dict(name="python3", display_name="python3", language="python")
     whole = dict(cells=nb.cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
-    for c in whole["cells"]: c["execution_count"] = None
+    for c in whole["cells"]:
+        c["execution_count"] = None
     core.write_json(nb.path, whole)
-    core.write_json(out/"01_a.ipynb", whole)
-    core.record("01_a.b", [], "laptop", {}, folder=out/"results")
+    core.write_json(out / "01_a.ipynb", whole)
+    core.record("01_a.b", [], "laptop", {}, folder=out / "results")
     assert reproduce.keep_outputs(nb, out, "laptop") == ["01_a.ipynb", "01_a.b.json"]
-    assert json.loads((tmp_path/"data"/"results"/"laptop"/"01_a.b.json").read_text())["profile"] == "laptop"
+    assert json.loads((tmp_path / "data" / "results" / "laptop" / "01_a.b.json").read_text())["profile"] == "laptop"
     core.write_json(nb.path, json.loads(json.dumps(whole).replace("x = 1", "x = 2")))
-    with pytest.raises(MicronetError, match="has changed since it ran"): reproduce.keep_outputs(nb, out, "laptop")
+    with pytest.raises(MicronetError, match="has changed since it ran"):
+        reproduce.keep_outputs(nb, out, "laptop")

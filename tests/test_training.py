@@ -1,4 +1,5 @@
 """What needs several processes, or a program of its own: `accelerate launch` on two CPU processes, and a kill in the middle of a checkpoint."""
+
 import copy
 import json
 import os
@@ -21,20 +22,40 @@ from micronet_nb.sensitivity import sensitivity
 from micronet_nb.training import FitConfig, checkpoints, evaluate, fit, fit_stage, hard_loss, known_stats
 from micronet_nb.weights import bit_table
 
-CONFIG = FitConfig(epochs=3, epoch_images=12*32, batch_size=32, lr=.05, augment="riair", ema=.9, mixup=.2, cutmix=1., label_smoothing=.1)
+CONFIG = FitConfig(
+    epochs=3,
+    epoch_images=12 * 32,
+    batch_size=32,
+    lr=0.05,
+    augment="riair",
+    ema=0.9,
+    mixup=0.2,
+    cutmix=1.0,
+    label_smoothing=0.1,
+)
 
 
-def data(): return load_dataset("digits", "train"), load_dataset("digits", "valid")
+def data():
+    return load_dataset("digits", "train"), load_dataset("digits", "valid")
 
 
 def normless():
     "A net without batch norm: what an image gives does not depend on the others."
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.GroupNorm(4, 32), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.GroupNorm(4, 16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1),
+        nn.GroupNorm(4, 32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
 
 
-def dense(dropout=0.):
+def dense(dropout=0.0):
     torch.manual_seed(0)
     net = densenet_bc(10, 8, 10)
     net.head_drop = nn.Dropout(dropout)
@@ -43,21 +64,29 @@ def dense(dropout=0.):
 
 class Watch:
     "What a callback sees: the net's own class, and the same dice in every process."
-    def __init__(self): self.kinds, self.dice = set(), []
-    def on_step(self, run): self.kinds.add(type(run.model).__name__); self.dice.append(torch.rand(()).item())
+
+    def __init__(self):
+        self.kinds, self.dice = set(), []
+
+    def on_step(self, run):
+        self.kinds.add(type(run.model).__name__)
+        self.dice.append(torch.rand(()).item())
 
 
 def poisoned(logits, target, teacher_logits, config):
     "A loss that is NaN in the second process alone."
-    return hard_loss(logits, target, teacher_logits, config)*(float("nan") if int(os.environ.get("RANK", 0)) else 1.)
+    return hard_loss(logits, target, teacher_logits, config) * (float("nan") if int(os.environ.get("RANK", 0)) else 1.0)
 
 
 def message(work):
-    try: work()
-    except MicronetError as e: return str(e)
+    try:
+        work()
+    except MicronetError as e:
+        return str(e)
 
 
-def figures(run): return [{k: v for k, v in row.items() if k not in ("seconds", "data_share")} for row in run.history]
+def figures(run):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "data_share")} for row in run.history]
 
 
 def worker(out):
@@ -66,23 +95,52 @@ def worker(out):
     alone = fit(normless(), data(), CONFIG, callbacks=[watch], quiet=True)
     rank, told = alone.world.process_index, dict(processes=alone.world.num_processes, backend=alone.world.backend)
     told |= dict(history=alone.history, kinds=sorted(watch.kinds), dice=watch.dice)
-    save_file({k: v.contiguous() for k, v in alone.ema.module.state_dict().items()}, root/f"normless-{rank}.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in alone.ema.module.state_dict().items()}, root / f"normless-{rank}.safetensors"
+    )
 
-    through = fit(dense(.2), data(), CONFIG, quiet=True)
+    through = fit(dense(0.2), data(), CONFIG, quiet=True)
     pieces = 0
-    while not (piece := fit(dense(.2), data(), CONFIG, folder=root/"pieces", stop=0., every=0., quiet=True)).done: pieces += 1
-    told |= dict(pieces=pieces, dense=through.history[-1]["valid_loss"], in_pieces=figures(piece) == figures(through),
-                 same=all(torch.equal(a, b) for r, s in ((through.model, piece.model), (through.ema.module, piece.ema.module))
-                          for a, b in zip(r.state_dict().values(), s.state_dict().values(), strict=True)))
-    save_file({k: v.contiguous() for k, v in through.model.state_dict().items()}, root/f"dense-{rank}.safetensors")
+    while not (piece := fit(dense(0.2), data(), CONFIG, folder=root / "pieces", stop=0.0, every=0.0, quiet=True)).done:
+        pieces += 1
+    told |= dict(
+        pieces=pieces,
+        dense=through.history[-1]["valid_loss"],
+        in_pieces=figures(piece) == figures(through),
+        same=all(
+            torch.equal(a, b)
+            for r, s in ((through.model, piece.model), (through.ema.module, piece.ema.module))
+            for a, b in zip(r.state_dict().values(), s.state_dict().values(), strict=True)
+        ),
+    )
+    save_file({k: v.contiguous() for k, v in through.model.state_dict().items()}, root / f"dense-{rank}.safetensors")
 
-    told["uneven"] = message(lambda: fit(normless(), data(), replace(CONFIG, batch_size=33, mixup=0., cutmix=0.), quiet=True))
+    told["uneven"] = message(
+        lambda: fit(normless(), data(), replace(CONFIG, batch_size=33, mixup=0.0, cutmix=0.0), quiet=True)
+    )
     told["sync_bn"] = message(lambda: fit(dense(), data(), replace(CONFIG, sync_bn=True), quiet=True))
-    told["poisoned"] = message(lambda: fit(normless(), data(), CONFIG, loss=poisoned, folder=root/"poisoned", quiet=True))
+    told["poisoned"] = message(
+        lambda: fit(normless(), data(), CONFIG, loss=poisoned, folder=root / "poisoned", quiet=True)
+    )
     nets = normless(), normless()
-    results = [fit_stage("launched", net, data(), replace(CONFIG, compile="eager"), dict(model="normless"), root=root/"stages", quiet=True) for net in nets]
-    told |= dict(stage=results[0], found=results[0] == results[1], filled=all(torch.equal(a, b) for a, b in zip(*(net.state_dict().values() for net in nets), strict=True)))
-    (root/f"{rank}.json").write_text(json.dumps(told))
+    results = [
+        fit_stage(
+            "launched",
+            net,
+            data(),
+            replace(CONFIG, compile="eager"),
+            dict(model="normless"),
+            root=root / "stages",
+            quiet=True,
+        )
+        for net in nets
+    ]
+    told |= dict(
+        stage=results[0],
+        found=results[0] == results[1],
+        filled=all(torch.equal(a, b) for a, b in zip(*(net.state_dict().values() for net in nets), strict=True)),
+    )
+    (root / f"{rank}.json").write_text(json.dumps(told))
     alone.world.destroy_process_group()
 
 
@@ -90,18 +148,39 @@ def worker(out):
 def launched(tmp_path_factory):
     "What the two processes of one `accelerate launch` have seen, and the folder of what they have written."
     out = tmp_path_factory.mktemp("launched")
-    env = os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", PYTHONPATH=str(Path(training.__file__).resolve().parent.parent))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
-               "--mixed_precision", "no", "--dynamo_backend", "no", __file__, str(out)]  # --multi_gpu is accelerate's word for several processes here
+    env = os.environ | dict(
+        ACCELERATE_USE_CPU="1",
+        OMP_NUM_THREADS="1",
+        OMP_WAIT_POLICY="PASSIVE",
+        PYTHONPATH=str(Path(training.__file__).resolve().parent.parent),
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        __file__,
+        str(out),
+    ]  # --multi_gpu is accelerate's word for several processes here
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    return out, [json.loads((out/f"{rank}.json").read_text()) for rank in (0, 1)]
+    return out, [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def distance(a, b):
     "Relative distance of two state dicts' floating-point values."
     va, vb = (torch.cat([s[k].flatten() for k in sorted(s) if s[k].is_floating_point()]) for s in (a, b))
-    return ((va - vb).norm()/va.norm()).item()
+    return ((va - vb).norm() / va.norm()).item()
 
 
 def test_two_processes_train_as_one(launched):
@@ -110,7 +189,7 @@ def test_two_processes_train_as_one(launched):
     assert [t["processes"] for t in told] == [2, 2] and told[0]["backend"] == "gloo"
     assert told[0]["history"] == told[1]["history"] and len(told[0]["history"]) == 3
     mine = fit(normless(), data(), CONFIG, quiet=True)
-    theirs = [load_file(out/f"normless-{rank}.safetensors") for rank in (0, 1)]
+    theirs = [load_file(out / f"normless-{rank}.safetensors") for rank in (0, 1)]
     assert distance(theirs[0], theirs[1]) == 0
     assert distance(mine.ema.module.state_dict(), theirs[0]) < 1e-4
     assert distance(normless().state_dict(), theirs[0]) > 1e-2  # it has learnt something
@@ -119,17 +198,19 @@ def test_two_processes_train_as_one(launched):
 
 
 def test_callbacks_see_the_net_itself_and_the_same_dice(launched):
-    for told in launched[1]: assert told["kinds"] == ["Sequential"]
+    for told in launched[1]:
+        assert told["kinds"] == ["Sequential"]
     assert launched[1][0]["dice"] == launched[1][1]["dice"] and len(set(launched[1][0]["dice"])) == 36
 
 
 def test_batch_norm_sees_its_share_and_the_processes_end_alike(launched):
     "Batch norm makes two processes differ from one, but not from each other; cut into pieces they end with the same weights."
     out, told = launched
-    ends = [load_file(out/f"dense-{rank}.safetensors") for rank in (0, 1)]
+    ends = [load_file(out / f"dense-{rank}.safetensors") for rank in (0, 1)]
     assert distance(*ends) == 0
-    for t in told: assert t["pieces"] >= 3 and t["same"] and t["in_pieces"]
-    assert distance(fit(dense(.2), data(), CONFIG, quiet=True).model.state_dict(), ends[0]) > 1e-3
+    for t in told:
+        assert t["pieces"] >= 3 and t["same"] and t["in_pieces"]
+    assert distance(fit(dense(0.2), data(), CONFIG, quiet=True).model.state_dict(), ends[0]) > 1e-3
 
 
 def test_what_cannot_be_shared_is_refused_in_all_processes(launched):
@@ -137,42 +218,54 @@ def test_what_cannot_be_shared_is_refused_in_all_processes(launched):
         assert "2 processes cannot share a batch of 33 evenly" in t["uneven"]
         assert "sync_bn needs GPUs" in t["sync_bn"]
         assert "not finite since step 0" in t["poisoned"]
-    assert not checkpoints(launched[0]/"poisoned")
+    assert not checkpoints(launched[0] / "poisoned")
 
 
 def test_a_stage_is_written_once_and_found_by_all(launched):
     out, told = launched
     assert told[0]["stage"] == told[1]["stage"] and all(t["found"] and t["filled"] for t in told)
-    folder, = (out/"stages").iterdir()
+    (folder,) = (out / "stages").iterdir()
     assert {p.name for p in folder.iterdir()} - {".lock"} == {"done.json", "model.safetensors"}
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     "Each would train the whole by itself, and all would write the same files."
-    fit(normless(), data(), CONFIG, quiet=True)  # as an Accelerator of one's own would: from here on accelerate sees one process
+    fit(
+        normless(), data(), CONFIG, quiet=True
+    )  # as an Accelerator of one's own would: from here on accelerate sees one process
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(MicronetError, match="2 processes were launched, but each works alone"): fit(normless(), data(), CONFIG, quiet=True)
+    with pytest.raises(MicronetError, match="2 processes were launched, but each works alone"):
+        fit(normless(), data(), CONFIG, quiet=True)
 
 
 @pytest.mark.parametrize("call", ["save_file", "torch.save", "os.replace"])
 def test_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, call):
     "The checkpoint before is still whole, the run goes on from it to the same weights, and the rest is swept away."
     through = fit(normless(), data(), CONFIG, quiet=True)
-    fit(normless(), data(), CONFIG, folder=tmp_path, stop=0., quiet=True)
-    def killed(*args, **kwargs): raise KeyboardInterrupt
+    fit(normless(), data(), CONFIG, folder=tmp_path, stop=0.0, quiet=True)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(f"micronet_nb.training.{call}", killed)
-        with pytest.raises(KeyboardInterrupt): fit(normless(), data(), CONFIG, folder=tmp_path, every=0., quiet=True)
+        with pytest.raises(KeyboardInterrupt):
+            fit(normless(), data(), CONFIG, folder=tmp_path, every=0.0, quiet=True)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000000001"]
-    resumed = fit(normless(), data(), CONFIG, folder=tmp_path, every=0., quiet=True)
-    assert distance(through.model.state_dict(), resumed.model.state_dict()) == 0 and figures(through) == figures(resumed)
+    resumed = fit(normless(), data(), CONFIG, folder=tmp_path, every=0.0, quiet=True)
+    assert distance(through.model.state_dict(), resumed.model.state_dict()) == 0 and figures(through) == figures(
+        resumed
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000036"]
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    def full(*args, **kwargs): raise OSError(28, "No space left on device")
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr("micronet_nb.training.torch.save", full)
-    with pytest.raises(MicronetError, match="cannot write a checkpoint in .*No space left on device"): fit(normless(), data(), CONFIG, folder=tmp_path, quiet=True)
+    with pytest.raises(MicronetError, match="cannot write a checkpoint in .*No space left on device"):
+        fit(normless(), data(), CONFIG, folder=tmp_path, quiet=True)
 
 
 def test_trains_without_the_notebook_tools():
@@ -199,25 +292,33 @@ def flat(*more):
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.BatchNorm1d(32), nn.ReLU(), *more, nn.Linear(32, 10))
 
 
-SHORT = FitConfig(epochs=2, batch_size=32, lr=.05, augment="none")
+SHORT = FitConfig(epochs=2, batch_size=32, lr=0.05, augment="none")
 
 
 def by_hand(net, images, stats):
     "Top-1 in % and cross-entropy of a copy in evaluation mode, one image at a time."
     net, x = copy.deepcopy(net).eval(), normalise(images.images, *stats)
-    with torch.no_grad(): logits = torch.cat([net(one[None]) for one in x])
-    return 100*float((logits.argmax(1) == images.labels).float().mean()), float(nn.functional.cross_entropy(logits, images.labels))
+    with torch.no_grad():
+        logits = torch.cat([net(one[None]) for one in x])
+    return 100 * float((logits.argmax(1) == images.labels).float().mean()), float(
+        nn.functional.cross_entropy(logits, images.labels)
+    )
 
 
 def test_evaluate_takes_the_statistics_that_the_net_was_trained_with(tmp_path):
     train, valid = data()
     stats, net = dataset_stats(train), flat()
-    with pytest.raises(MicronetError, match=r"which pixel statistics was Sequential trained with\?.*pass stats=\(mean, std\)"): evaluate(net, valid)
-    run = fit(net, (train, valid), replace(SHORT, ema=.5), quiet=True)
+    with pytest.raises(
+        MicronetError, match=r"which pixel statistics was Sequential trained with\?.*pass stats=\(mean, std\)"
+    ):
+        evaluate(net, valid)
+    run = fit(net, (train, valid), replace(SHORT, ema=0.5), quiet=True)
     top1, loss = by_hand(net, valid, stats)
     assert known_stats(torch.compile(net, backend="eager")) == stats
     for known in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert evaluate(known, valid) == evaluate(net, valid, stats) and evaluate(known, valid)["top1"] == pytest.approx(top1)
+        assert evaluate(known, valid) == evaluate(net, valid, stats) and evaluate(known, valid)[
+            "top1"
+        ] == pytest.approx(top1)
     assert evaluate(net, valid)["loss"] == pytest.approx(loss, rel=1e-5)
     assert evaluate(run.ema.module, valid)["loss"] == run.history[-1]["valid_loss"]
     assert evaluate(net, valid, CIFAR100_STATS)["loss"] != pytest.approx(loss, rel=1e-2)  # what is named counts
@@ -225,15 +326,19 @@ def test_evaluate_takes_the_statistics_that_the_net_was_trained_with(tmp_path):
     assert evaluate(other, valid) == evaluate(other, valid, CIFAR100_STATS)
     for given in (None, CIFAR100_STATS):
         for _ in ("made", "found"):
-            made = fit_stage("stats", net := flat(), (train, valid), SHORT, dict(stats=given), root=tmp_path, quiet=True, stats=given)
+            made = fit_stage(
+                "stats", net := flat(), (train, valid), SHORT, dict(stats=given), root=tmp_path, quiet=True, stats=given
+            )
             assert evaluate(net, valid)["loss"] == made["loss"] == evaluate(net, valid, given or stats)["loss"]
 
 
 def test_sensitivity_takes_the_statistics_that_the_net_was_trained_with():
     train, valid = data()
     fit(net := flat(), (train, None), SHORT, stats=CIFAR100_STATS, quiet=True)
-    few = dict(sparsities=(.5,), weight_bits=(), activation_bits=(), quiet=True)
-    own, named, of_train = (sensitivity(net, (train, valid), stats=s, **few) for s in (None, CIFAR100_STATS, dataset_stats(train)))
+    few = dict(sparsities=(0.5,), weight_bits=(), activation_bits=(), quiet=True)
+    own, named, of_train = (
+        sensitivity(net, (train, valid), stats=s, **few) for s in (None, CIFAR100_STATS, dataset_stats(train))
+    )
     assert own.equals(named) and not own.equals(of_train)
 
 
@@ -241,36 +346,66 @@ def test_evaluate_evaluates():
     "As a copy in evaluation mode answers, image by image; and the net is left as it was, mode by mode, after an error too."
     train, valid = data()
     few, stats = valid.subset(40), dataset_stats(train)
-    net = flat(nn.Dropout(.5))
+    net = flat(nn.Dropout(0.5))
     fit(net, (train, None), SHORT, quiet=True)
     net.train()[2].eval()  # a frozen norm
     modes, state = [m.training for m in net.modules()], {k: v.clone() for k, v in net.state_dict().items()}
     found = evaluate(net, few, batch_size=7)
-    assert (found["top1"], found["loss"], found["n"]) == (pytest.approx(by_hand(net, few, stats)[0]), pytest.approx(by_hand(net, few, stats)[1], rel=1e-5), 40)
+    assert (found["top1"], found["loss"], found["n"]) == (
+        pytest.approx(by_hand(net, few, stats)[0]),
+        pytest.approx(by_hand(net, few, stats)[1], rel=1e-5),
+        40,
+    )
     net.append(nn.Linear(11, 10))
-    with pytest.raises(RuntimeError): evaluate(net, few)
+    with pytest.raises(RuntimeError):
+        evaluate(net, few)
     del net[-1]
-    assert [m.training for m in net.modules()] == modes and all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
-    assert evaluate(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 10)), valid.subset(1), stats)["n"] == 1  # a batch of one
+    assert [m.training for m in net.modules()] == modes and all(
+        torch.equal(v, state[k]) for k, v in net.state_dict().items()
+    )
+    assert (
+        evaluate(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 10)), valid.subset(1), stats)["n"] == 1
+    )  # a batch of one
 
 
 class Heads(nn.Module):
     "Returns whatever it is told to, in training or always."
-    def __init__(self, how, always): super().__init__(); self.body, self.how, self.always = flat(), how, always
-    def forward(self, x): return self.how(self.body(x)) if self.training or self.always else self.body(x)
+
+    def __init__(self, how, always):
+        super().__init__()
+        self.body, self.how, self.always = flat(), how, always
+
+    def forward(self, x):
+        return self.how(self.body(x)) if self.training or self.always else self.body(x)
 
 
-@pytest.mark.parametrize("how, what", [(lambda z: (z, z), "a tuple"), (lambda z: {"logits": z}, "a dict"), (lambda z: [z], "a list"), (lambda z: None, "a NoneType"),
-                                       (lambda z: z[:, :, None, None], r"a tensor of shape \(\d+, 10, 1, 1\)"), (lambda z: z[0], r"a tensor of shape \(10,\)")])
+@pytest.mark.parametrize(
+    "how, what",
+    [
+        (lambda z: (z, z), "a tuple"),
+        (lambda z: {"logits": z}, "a dict"),
+        (lambda z: [z], "a list"),
+        (lambda z: None, "a NoneType"),
+        (lambda z: z[:, :, None, None], r"a tensor of shape \(\d+, 10, 1, 1\)"),
+        (lambda z: z[0], r"a tensor of shape \(10,\)"),
+    ],
+)
 def test_what_is_no_logits_is_named(how, what):
     train, valid = (d.subset(64) for d in data())
-    stats, few = dataset_stats(train), dict(sparsities=(.5,), weight_bits=(), activation_bits=(), quiet=True)
-    with pytest.raises(MicronetError, match=f"Heads returns {what} in training mode, not logits"): fit(Heads(how, False), (train, None), SHORT, quiet=True)
+    stats, few = dataset_stats(train), dict(sparsities=(0.5,), weight_bits=(), activation_bits=(), quiet=True)
+    with pytest.raises(MicronetError, match=f"Heads returns {what} in training mode, not logits"):
+        fit(Heads(how, False), (train, None), SHORT, quiet=True)
     assert evaluate(Heads(how, False), valid, stats)["n"] == 64  # the heads of training are not there
     sensitivity(Heads(how, False), (train, valid), **few)
-    for call in (lambda net: evaluate(net, valid, stats), lambda net: sensitivity(net, (train, valid), **few), lambda net: bit_table(net, torch.rand(4, 3, 8, 8), (4,), quiet=True),
-                 lambda net: fit(flat(), (train, None), SHORT, teacher=net, loss=lambda *args: hard_loss(*args), quiet=True)):
-        with pytest.raises(MicronetError, match=f"Heads returns {what} in evaluation mode, not logits"): call(Heads(how, True))
+    for call in (
+        lambda net: evaluate(net, valid, stats),
+        lambda net: sensitivity(net, (train, valid), **few),
+        lambda net: bit_table(net, torch.rand(4, 3, 8, 8), (4,), quiet=True),
+        lambda net: fit(flat(), (train, None), SHORT, teacher=net, loss=lambda *args: hard_loss(*args), quiet=True),
+    ):
+        with pytest.raises(MicronetError, match=f"Heads returns {what} in evaluation mode, not logits"):
+            call(Heads(how, True))
 
 
-if __name__ == "__main__": worker(sys.argv[1])
+if __name__ == "__main__":
+    worker(sys.argv[1])
