@@ -489,7 +489,7 @@ def _made(keys):
 
 # %% ../nbs/00_core.ipynb #d1c35982
 def record(
-    name: str,  # '<notebook>.<what>', such as '13_released.accuracy'
+    name: str,  # '<notebook>.<what>', such as '16_released.accuracy'
     rows: list,  # list of dicts: the measured rows, plain numbers and strings
     profile: str,  # profile that it was measured under
     config: dict,  # all that the numbers depend on
@@ -599,7 +599,7 @@ def compare(
 
 # %% ../nbs/00_core.ipynb #9ff740fc
 def finish(
-    notebook: str,  # the notebook's stem, such as '13_released'
+    notebook: str,  # the notebook's stem, such as '16_released'
     profile: str,  # profile that it ran under
     headline=None,  # DataFrame: the table for the index page
     picture=None,  # matplotlib Figure for the index page

@@ -147,7 +147,7 @@ def needs(
 # %% ../nbs/95_reproduce.ipynb #68cf00b6
 def choose(
     notebooks: list,  # of Notebook
-    only=None,  # names: '04_scoring', '04' or 'scoring'; None for all
+    only=None,  # names: '05_scoring', '04' or 'scoring'; None for all
 ) -> list:
     "The notebooks called so, in their order; MicronetError that lists the choices for an unknown name."
     names = [(n, {n.stem, *n.stem.split('_', 1)}) for n in notebooks]

@@ -91,7 +91,7 @@ def test_only_checkpoint_and_data_sets_are_looked_for():
     }  # the runner: what a notebook has asked for
 
 
-@pytest.mark.parametrize("stem", ["12_adders", "13_released", "90_benchmarks", "index"])
+@pytest.mark.parametrize("stem", ["15_adders", "16_released", "90_benchmarks", "index"])
 def test_without_the_checkpoint_a_notebook_says_so_and_shows_no_nonsense(stem, real_run):
     result = json.loads((real_run[0] / "results" / f"{stem}.json").read_text())
     told = result["says"] + json.dumps(result["headline"])
@@ -99,7 +99,7 @@ def test_without_the_checkpoint_a_notebook_says_so_and_shows_no_nonsense(stem, r
     if find_file(CHECKPOINT) or stem == "index":
         return
     assert CHECKPOINT in told and released_figures()["files"]["densenet-100.pth.tar"]["url"] in told
-    assert stem == "12_adders" or result["picture"] is None
+    assert stem == "15_adders" or result["picture"] is None
     assert "times as fast" not in told and "images a second" not in told and "images/s" not in told
 
 
@@ -291,17 +291,17 @@ def test_an_opened_notebook_is_saved_unchanged(told):
 
     prefix, checkout, _ = told
     (checkout / "nbs").mkdir(exist_ok=True)
-    path = shutil.copy(ROOT / "nbs" / "08_quantizers.ipynb", checkout / "nbs")
+    path = shutil.copy(ROOT / "nbs" / "09_quantizers.ipynb", checkout / "nbs")
     manager = LargeFileManager(
         root_dir=str(checkout),
         config=Config(json.loads((prefix / "etc" / "jupyter" / "jupyter_server_config.json").read_text())),
     )
-    model = manager.get("nbs/08_quantizers.ipynb")
+    model = manager.get("nbs/09_quantizers.ipynb")
     model["content"]["metadata"]["language_info"] = {"name": "python", "version": "3.99.0"}
     for i, c in enumerate(c for c in model["content"]["cells"] if c["cell_type"] == "code"):
         c["execution_count"] = i
-    manager.save(model, "nbs/08_quantizers.ipynb")
-    assert Path(path).read_bytes() == (ROOT / "nbs" / "08_quantizers.ipynb").read_bytes()
+    manager.save(model, "nbs/09_quantizers.ipynb")
+    assert Path(path).read_bytes() == (ROOT / "nbs" / "09_quantizers.ipynb").read_bytes()
 
 
 def test_git_merges_notebooks_cell_by_cell(told):

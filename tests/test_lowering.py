@@ -244,7 +244,7 @@ def test_integer_sums_against_float64(kind):
 
 @pytest.mark.parametrize('kind', GRID[3::7] + GRID[1::6], ids=str)
 def test_the_adders_see_the_same_sums(kind):
-    "Bounds and sums of 12_adders pad and spread as the layer does."
+    "Bounds and sums of 15_adders pad and spread as the layer does."
     torch.manual_seed(0)
     layer, x = IntConv2d(8, 8, **dict(kernel_size=3) | kind, weight_bits=4), torch.randint(0, 16, (2, 8, 7, 7)).float()
     layer.weight.data = torch.randint(-8, 8, layer.weight.shape).float()

@@ -35,16 +35,16 @@ COMPRESSED = {"method", "rate", "weight_bits", "activation_bits", "first_bits", 
 CALIBRATED = {"images", "first_bits", "limit", "calibration_seed"} | DENSE
 CHAIN = {"recipe", "steps", "trained_on", "accounting"}
 NEEDED = {  # what the numbers depend on, by record
-    "04_scoring.mixnet_s": {"model", "weights", "schedule", "scales"},
-    "05_sensitivity.speed": {"layers", "sparsities", "per"} | DENSE,
-    "05_sensitivity.layers": {"per", "n_train", "intact"} | DENSE,
-    "05_sensitivity.plans": {"per", "n_train", "measured_on", "intact"} | DENSE,
-    "06_pruning.released": {"model", "rates", "weights", "input_size"},
-    "06_pruning.plans": {"rate", "by", "tuned"} | DENSE,
-    "06_pruning.table": {"plan", "rate", "method", "floors", "large", "tune", "test_n"} | DENSE,
-    "06_pruning.methods": {"plan", "rate", "tune", "seeds"} | DENSE,
-    "07_distillation.settings": {"teacher", "teacher_train", "plan", "method", "rate", "tune"} | DENSE,
-    "07_distillation.teachers": {
+    "05_scoring.mixnet_s": {"model", "weights", "schedule", "scales"},
+    "06_sensitivity.speed": {"layers", "sparsities", "per"} | DENSE,
+    "06_sensitivity.layers": {"per", "n_train", "intact"} | DENSE,
+    "06_sensitivity.plans": {"per", "n_train", "measured_on", "intact"} | DENSE,
+    "07_pruning.released": {"model", "rates", "weights", "input_size"},
+    "07_pruning.plans": {"rate", "by", "tuned"} | DENSE,
+    "07_pruning.table": {"plan", "rate", "method", "floors", "large", "tune", "test_n"} | DENSE,
+    "07_pruning.methods": {"plan", "rate", "tune", "seeds"} | DENSE,
+    "08_distillation.settings": {"teacher", "teacher_train", "plan", "method", "rate", "tune"} | DENSE,
+    "08_distillation.teachers": {
         "loss",
         "rate",
         "plan",
@@ -56,28 +56,28 @@ NEEDED = {  # what the numbers depend on, by record
         "n_test",
     }
     | DENSE,
-    "08_quantizers.search": {"rows", "weights", "bits"},
-    "08_quantizers.speed": {"model", "bits", "sampled_kernels_a_layer"},
-    "09_activations.sampling": {"layer", "inputs", "samples", "images"} | DENSE,
-    "09_activations.untuned": CALIBRATED,
-    "09_activations.accuracy": {"plan", "rate", "method", "tune"} | CALIBRATED,
-    "09_activations.test": {"plan", "rate", "method", "tune"} | CALIBRATED,
+    "09_quantizers.search": {"rows", "weights", "bits"},
+    "09_quantizers.speed": {"model", "bits", "sampled_kernels_a_layer"},
+    "10_activations.sampling": {"layer", "inputs", "samples", "images"} | DENSE,
+    "10_activations.untuned": CALIBRATED,
+    "10_activations.accuracy": {"plan", "rate", "method", "tune"} | CALIBRATED,
+    "10_activations.test": {"plan", "rate", "method", "tune"} | CALIBRATED,
     **dict.fromkeys(
-        ("10_weights.tuned", "10_weights.mixed", "10_weights.accuracy", "10_weights.test"),
+        ("11_weights.tuned", "11_weights.mixed", "11_weights.accuracy", "11_weights.test"),
         {"sparse", "activations", "first_bits", "calibration", "tune", "images"} | DENSE,
     ),
-    **dict.fromkeys(("11_deployment.answers", "14_packing.ours", "15_onnx.agreement", "15_onnx.sizes"), COMPRESSED),
-    "12_adders.released": {"model", "n_images"},
-    "12_adders.scores": {"mixnet", "cifar100"},
-    "13_released.accuracy": {"model", "n_images", "n_double"},
-    "13_released.score": {"model", "accounting"},
-    "13_released.speed": {"model", "n_timed"},
-    "13_released.published": {"nets", "members", "n_images", "bits", "files"},
-    "14_packing.accuracy": {"model", "pixels", "n_images"},
-    "14_packing.bytes": {"model", "n_mutations", "n_forged"},
-    "14_packing.speed": {"model", "weights"},
-    "15_onnx.kernels": {"channels", "side", "kernel", "batch", "threads"},
-    "15_onnx.widths": {"model", "rate", "trained"},
+    **dict.fromkeys(("13_lowering.answers", "17_packing.ours", "18_onnx.agreement", "18_onnx.sizes"), COMPRESSED),
+    "15_adders.released": {"model", "n_images"},
+    "15_adders.scores": {"mixnet", "cifar100"},
+    "16_released.accuracy": {"model", "n_images", "n_double"},
+    "16_released.score": {"model", "accounting"},
+    "16_released.speed": {"model", "n_timed"},
+    "16_released.published": {"nets", "members", "n_images", "bits", "files"},
+    "17_packing.accuracy": {"model", "pixels", "n_images"},
+    "17_packing.bytes": {"model", "n_mutations", "n_forged"},
+    "17_packing.speed": {"model", "weights"},
+    "18_onnx.kernels": {"channels", "side", "kernel", "batch", "threads"},
+    "18_onnx.widths": {"model", "rate", "trained"},
     **dict.fromkeys(
         ("20_cifar100.study", "20_cifar100.ours", "20_cifar100.ours.seed1"),
         CHAIN | {"last_seed", "seed_of_all_but_the_last"},
@@ -149,7 +149,7 @@ def test_the_keys_of_before_are_still_found():
     dense = [
         json.loads(p.read_text())["config"]["dense"] for p in RECORDS if "dense" in json.loads(p.read_text())["config"]
     ]
-    recorded = json.loads((ROOT / "data" / "results" / "laptop" / "05_sensitivity.layers.json").read_text())["config"][
+    recorded = json.loads((ROOT / "data" / "results" / "laptop" / "06_sensitivity.layers.json").read_text())["config"][
         "student"
     ]
     for d in dense:
