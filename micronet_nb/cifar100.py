@@ -154,14 +154,14 @@ def our_recipe(
     ]
 
 # %% ../nbs/20_cifar100.ipynb #22a0c002
-TEAM = 'kaist-v1-60 + kaist-v2-30 + osi-ai'
+TEAM = 'kaist-v2-30 + osi-ai'
 
 
 def published_recipe(
     model: str = 'kaist-v1-60',  # see `published_nets`
     teacher: str = TEAM,  # published nets, joined by ' + '
-    bits=((5, 6), (4, 5)),  # of (weights, activations): a step each
-    epochs=(10, 10),  # of each step
+    bits=((5, 6),),  # of (weights, activations): a step each
+    epochs=(8,),  # of each step
     lr: float = 0.01,  # peak learning rate
     gates: int = 8,  # bits in front of every h-swish
 ) -> list:
