@@ -39,7 +39,7 @@ def _value(literal):
 
 def _read(text):
     "All tokens of a text but comments; an f-string is one, and so are strings that stand side by side."
-    lines = text.splitlines(keepends=True)
+    lines = io.StringIO(text).readlines()
     found, depth, start = [], 0, None
     for t in tokenize.generate_tokens(io.StringIO(text).readline):
         kind, (row, column) = tokenize.tok_name[t.type], t.start
@@ -104,9 +104,9 @@ def tokens_of(text):
 
 @functools.lru_cache(maxsize=64)
 def _counted(text):
-    "Of the tokens that mean something: where they stand in `tokens_of(text)`, and what they mean."
+    "Of the tokens that mean something: where they stand in `tokens_of(text)`, what they mean, and that in one string."
     counted = [(i, t.key) for i, t in enumerate(tokens_of(text)) if t.key]
-    return [i for i, _ in counted], [key for _, key in counted]
+    return [i for i, _ in counted], [key for _, key in counted], "\0".join(key for _, key in counted)
 
 
 def keys_of(fragment):
@@ -122,7 +122,10 @@ def keys_of(fragment):
                 missing.insert(0, next(a for a, b in CLOSING.items() if b == c))
     known = 1 + len(missing)
     end = "".join(CLOSING[c] for c in reversed(opened)) + ")"  # in brackets line breaks mean nothing
-    tokens = _read("(" + "".join(missing) + "\n" + fragment + "\n" + end + "\n")
+    try:
+        tokens = _read("(" + "".join(missing) + "\n" + fragment + "\n" + end + "\n")
+    except (tokenize.TokenError, SyntaxError) as e:
+        raise ValueError(f"{fragment!r} is not made of whole tokens") from e
     tokens = tokens[: -len(end) - 1]
     out = _superfluous(tokens, known)
     return [t.key for i, t in enumerate(tokens) if i >= known and i not in out and t.key]
@@ -131,24 +134,26 @@ def keys_of(fragment):
 def find(fragment, text):
     "All places (first, last) in `tokens_of(text)` between which the fragment stands."
     wanted = keys_of(fragment)
-    where, keys = _counted(text)
+    where, keys, joined = _counted(text)
+    if not wanted or "\0".join(wanted) not in joined:
+        return []
     starts = [k for k, key in enumerate(keys) if key == wanted[0] and keys[k : k + len(wanted)] == wanted]
     return [(where[k], where[k + len(wanted) - 1]) for k in starts]
 
 
 def nearest(fragment, text):
-    "Where the longest beginning of the fragment stands first: its row, its number of tokens, the beginning itself."
-    wanted = keys_of(fragment)
-    where, keys = _counted(text)
+    "The longest piece of the fragment that stands somewhere: its number of tokens, its row, the piece itself."
+    wanted, tokens = keys_of(fragment), tokens_of(text)
+    where, keys, _ = _counted(text)
     best, length = 0, 0
-    for k in range(len(keys)):
-        n = next((n for n, (a, b) in enumerate(zip(wanted, keys[k:])) if a != b), min(len(wanted), len(keys) - k))
-        if n > length:
-            best, length = k, n
-    tokens = tokens_of(text)
-    if not length:
-        return 1, 0, ""
-    return tokens[where[best]].row, length, " ".join(tokens[where[k]].text for k in range(best, best + length))
+    for k, key in enumerate(keys):
+        for j in [j for j, other in enumerate(wanted) if other == key]:
+            n = 1
+            while j + n < len(wanted) and keys[k + n : k + n + 1] == [wanted[j + n]]:
+                n += 1
+            if n > length:
+                best, length = k, n
+    return length, tokens[where[best]].row, " ".join(tokens[where[k]].text for k in range(best, best + length))
 
 
 def written(tokens, place=None, new=""):

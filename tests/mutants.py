@@ -381,8 +381,8 @@ MUTANTS = [
     ),
     Mutant(
         "a product is as wide as its narrow factor",
-        "wide = max(bw, ba)\n",
-        "wide = min(bw, ba)\n",
+        "wide = max(bw, ba)",
+        "wide = min(bw, ba)",
         "definitions::test_a_layer_by_the_official_rules",
     ),
     Mutant(
@@ -406,8 +406,8 @@ MUTANTS = [
     Mutant("relu is free", "'relu': (1, 0)", "'relu': (0, 0)", "definitions::test_pools_and_pointwise_work"),
     Mutant(
         "the slip of the pools is mended where it was not asked for",
-        "if c.cifar and not c.corrected: k = ",
-        "if False: k = ",
+        "if c.cifar and not c.corrected: k =",
+        "if False: k =",
         "definitions::test_pools_and_pointwise_work",
     ),
     Mutant(
@@ -418,7 +418,7 @@ MUTANTS = [
     ),
     Mutant(
         "a weight is stored each time that it is used",
-        "            taken.fill_(True)\n",
+        "taken.fill_(True)",
         "",
         "definitions::test_what_is_stored_is_its_elements_once",
     ),
@@ -578,8 +578,8 @@ MUTANTS = [
     ),
     Mutant(
         "files are written where they are",
-        "        yield tmp\n",
-        "        yield path; tmp.touch()\n",
+        "yield tmp",
+        "yield path; tmp.touch()",
         "records::test_a_file_is_whole_or_as_it_was",
     ),
     Mutant(
@@ -700,8 +700,8 @@ MUTANTS = [
     ),
     Mutant(
         "the rate stays where it was",
-        "    run.step += 1\n    run.schedule.step_update(run.step)",
-        "    run.step += 1",
+        "run.step += 1; run.schedule.step_update(run.step)",
+        "run.step += 1",
         "recipe::test_the_rate_climbs_and_falls_as_half_a_cosine",
     ),
     Mutant(
@@ -718,8 +718,8 @@ MUTANTS = [
     ),
     Mutant(
         "nets are evaluated as they come",
-        "        model.eval()\n        for i in range(0, n, batch_size)",
-        "        for i in range(0, n, batch_size)",
+        "model.eval(); for i in range(0, n, batch_size)",
+        "for i in range(0, n, batch_size)",
         "recipe::test_nets_are_evaluated_in_evaluation_mode",
     ),
     Mutant(
@@ -952,15 +952,18 @@ def sources():
 
 def place_of(mutant):
     "The module that has the mutant's old text, and its first and last token there. ValueError where it is not one."
-    found = [(module, place) for module, text in sources().items() for place in find(mutant.old, text)]
+    try:
+        found = [(module, place) for module, text in sources().items() for place in find(mutant.old, text)]
+    except ValueError as e:
+        raise ValueError(f"{mutant.name!r}: {e}") from e
     if len(found) == 1:
         return found[0]
-    rows = [f"micronet_nb/{module}.py:{tokens_of(sources()[module])[place[0]].row}" for module, place in found]
     told = f"{mutant.name!r}: {mutant.old!r} is {len(found)} times in the library"
-    if rows:
+    if found:
+        rows = [f"micronet_nb/{module}.py:{tokens_of(sources()[module])[first].row}" for module, (first, _) in found]
         raise ValueError(f"{told} ({', '.join(rows[:4])}{', ...' * (len(rows) > 4)}): make it longer")
-    module, row, length, text = max(((m, *nearest(mutant.old, s)) for m, s in sources().items()), key=lambda x: x[2])
-    near = f"; its beginning is in micronet_nb/{module}.py:{row}: {text!r}" if length else ""
+    length, row, piece, module = max((*nearest(mutant.old, text), module) for module, text in sources().items())
+    near = f"; the most of it, {piece!r}, is in micronet_nb/{module}.py:{row}" if length else ""
     raise ValueError(f"{told}: anchor it anew{near}")
 
 
