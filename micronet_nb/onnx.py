@@ -44,25 +44,17 @@ def integers(
     kind: str,  # such as 'INT4'
     name: str = '',  # of the tensor
 ):  # onnx.TensorProto
-    "A tensor of an ONNX integer type. MicronetError where this onnx does not know the type."
-    from onnx import TensorProto
+    "A tensor of an ONNX integer type."
+    from onnx import TensorProto, helper, numpy_helper
 
     if not hasattr(TensorProto, kind):
         raise MicronetError(f'this version of onnx has no {kind}: install onnx>=1.20')
-    width, signed = int(kind.removeprefix('U').removeprefix('INT')), kind[0] == 'I'
-    codes, low = np.asarray(values).astype(np.int64).ravel(), -(2 ** (width - 1)) if signed else 0
-    if (
-        not np.array_equal(codes, np.ravel(values))
-        or len(codes)
-        and not low <= codes.min() <= codes.max() < low + 2**width
-    ):
+    values = np.asarray(values)
+    with np.errstate(invalid='ignore'):  # what does not fit is found by its not coming back
+        codes = values.astype(helper.tensor_dtype_to_np_dtype(getattr(TensorProto, kind)))
+    if not np.array_equal(codes.astype(np.float64), values):
         raise MicronetError(f'{name or "the tensor"} has values that are no {kind}: quantise it first')
-    if width >= 8:
-        raw = codes.astype(f'<i{width // 8}' if kind[0] == 'I' else f'<u{width // 8}').tobytes()
-    else:
-        codes = np.pad(codes & 2**width - 1, (0, -len(codes) % (8 // width))).reshape(-1, 8 // width)
-        raw = (codes << width * np.arange(8 // width)).sum(1).astype(np.uint8).tobytes()
-    return TensorProto(name=name, dims=np.shape(values), data_type=getattr(TensorProto, kind), raw_data=raw)
+    return numpy_helper.from_array(codes, name)
 
 # %% ../nbs/18_onnx.ipynb #be397b0e
 RULES = {}  # function, name of a tensor's method, or class of a module: function of (Export, arguments) that returns the name of a value
