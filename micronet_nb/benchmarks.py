@@ -93,7 +93,7 @@ def alone(
     batch: int = 25,  # images at a time
     tuned: bool = True,  # with the settings of `reproduce.SWIFT`; else as the C library comes
 ) -> dict:  # memory (bytes), images_per_second
-    "A way in a fresh process that has the net loaded: the most memory that making and running it takes, and its speed. MicronetError where that fails."
+    "A way in a fresh process that has the net loaded: the most memory that making and running it takes, and its speed."
     if way not in WAYS:
         raise MicronetError(f'{way!r} is none of the ways: {", ".join(WAYS)}')
     env = {**os.environ, **SWIFT} if tuned else {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}

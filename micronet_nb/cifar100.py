@@ -67,7 +67,7 @@ class Step:
     model: str = ''  # a new net, by its name for `create_model` or `load_published`; '': the net of the row before
     teacher: str = ''  # row whose net teaches, or published nets, joined by ' + ', that do so together; '': labels only
     loss: tuple = ()  # of `kd_loss`: (keyword, value) pairs; (): RIAIR's
-    prune: tuple = ()  # (name of a part of the net, fraction) pairs: by one threshold for the part, masked at once, then held
+    prune: tuple = ()  # (name of a part, fraction) pairs: one threshold for the part, masked at once, then held
     share: float = 0.0  # gradual: rates by sensitivity until the score is this share of `study_score`; 0: no
     activations: tuple = ()  # (name pattern, bits) pairs
     first_bits: int = 32  # of the image's quantiser; 32: the image stays as it is
@@ -285,17 +285,11 @@ def rates_for(
     folder=None,  # keeps finished layers
     quiet: bool = False,  # no progress bar
 ) -> dict:  # layer name to fraction, never less than the masks have now
-    "The rates of least predicted loss that bring the score (riair-cifar100, tree, as released) within a budget. MicronetError where they cannot."
+    "The rates of least predicted loss that bring the score (riair-cifar100, tree, as released) within a budget."
     size = tuple(train.images.shape[1:])
-    table = sensitivity(
-        net,
-        (train, train.subset(min(n, len(train)))),
-        weight_bits=(),
-        activation_bits=(),
-        stats=stats,
-        folder=folder,
-        quiet=quiet,
-    )
+    data = train, train.subset(min(n, len(train)))
+    how = dict(weight_bits=(), activation_bits=(), stats=stats, folder=folder, quiet=quiet)
+    table = sensitivity(net, data, **how)
     bare = copy.deepcopy(net)
     remove_weight_quantisers(bare)  # zeros by rounding may not last
     plan = plan_from_sensitivity(
@@ -305,10 +299,9 @@ def rates_for(
 
 
 def _masked(net):
-    return {
-        n: 1 - float(k.mask.float().mean()) if (k := mask_of(m)) is not None else 0.0
-        for n, m in compressible(net).items()
-    }
+    "Layer name to the share of its weights that the mask takes."
+    masks = {n: mask_of(m) for n, m in compressible(net).items()}
+    return {n: 0.0 if k is None else 1 - float(k.mask.float().mean()) for n, k in masks.items()}
 
 # %% ../nbs/20_cifar100.ipynb #9fcece05
 def bits_for(
@@ -328,21 +321,23 @@ def build(
     net: nn.Module,  # changed in place
     step: Step,  # see there
     key: str,  # of the row before
-    train,
-    stats,  # training set; (mean, std)
+    train,  # training set
+    stats: tuple,  # (mean, std)
     plain=None,  # the net before all compression, which `share` refers to; None: `net`
     root=None,  # folder of all stages
     quiet: bool = False,  # no progress bar
 ) -> list:  # callbacks of `fit`
-    "Prunes and quantises as a step says, not tuned yet. MicronetError where the step asks for what cannot be."
+    "Prunes and quantises as a step says, not tuned yet."
     device = next(net.parameters()).device
     images = normalised(train.images[:250].to(device).float() / 255, stats)
     for part, rate in step.prune:
         cut_part(net, part, rate)
     if step.lower:
-        bits = _stage(
-            'bits', dict(lower=step.lower), lambda folder: bits_for(net, step.lower, images, quiet), key, net, root
-        )
+
+        def lowered(folder):
+            return bits_for(net, step.lower, images, quiet)
+
+        bits = _stage('bits', dict(lower=step.lower), lowered, key, net, root)
         quantise_weights(net, bits, learn=step.learn)
     if step.activations:
         quantise_activations(net, images, dict(step.activations), step.first_bits, step.learn, affine=step.affine)
@@ -355,12 +350,7 @@ def build(
             m.momentum = step.norm_momentum
     pruner = Pruner()
     if step.share:
-        what = dict(
-            share=step.share,
-            **{
-                k: v for k, v in asdict(step).items() if k in ('activations', 'first_bits', 'weights', 'lower', 'learn')
-            },
-        )
+        what = {k: getattr(step, k) for k in ('share', 'activations', 'first_bits', 'weights', 'lower', 'learn')}
         budget = step.share * study_score(plain or net, tuple(train.images.shape[1:]))
 
         def measured(folder):
@@ -384,8 +374,8 @@ class Still:
 # %% ../nbs/20_cifar100.ipynb #f1fd48a4
 def renew_norms(
     net: nn.Module,  # changed in place; ends in evaluation mode
-    train,
-    stats,  # training set; (mean, std)
+    train,  # training set
+    stats: tuple,  # (mean, std)
     n: int,  # images
     key: str,  # of the net
     root=None,  # folder of all stages
@@ -395,10 +385,9 @@ def renew_norms(
 
     def work(folder):
         update_bn([normalised(x.to(device).float() / 255, stats) for x in train.images[:n].split(250)], net)
+        state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}
         with atomic_path(folder / 'model.safetensors') as tmp:
-            save_file(
-                {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}, tmp
-            )
+            save_file(state, tmp)
         return dict(images=n)
 
     _stage('norms', config, work, key, net, root)
@@ -664,13 +653,13 @@ def write_rows(
 def fold(
     net: nn.Module,  # compressed
     path,  # file to make
-    train,
-    test,  # data sets: an example for `lower`; the images to judge on, read once
+    train,  # data set: an example for `lower`
+    test,  # data set to judge on, read once
     stats: tuple,  # (mean, std)
     n: int = None,  # test images; None: all
     batch: int = 100,  # images at a time
 ) -> dict:  # bytes, score_tree, corrected_tree, top1, n
-    "The net as a packed file of integers, unpacked and judged. MicronetError where the file scores otherwise than the net."
+    "The net as a packed file of integers, unpacked and judged; refused where the file scores otherwise than the net."
     net, size = copy.deepcopy(net).cpu().eval(), tuple(train.images.shape[1:])
     graph = lower(net, normalised(train.images[:8].float() / 255, stats))
     back = unpack(pack(graph, path, dict(accounting='riair-cifar100', dataset=test.name, pixels=stats)))
@@ -681,7 +670,8 @@ def fold(
     for a, b in zip(told, stored):
         if abs(_but_scales(b) - _but_scales(a)) > 1e-9 * _but_scales(a) or b.score > a.score * (1 + 1e-9):
             raise MicronetError(
-                f'{path} scores {b.score:.8f}, the net it was made of {a.score:.8f}, and not only scales differ: they are not the same net'
+                f'{path} scores {b.score:.8f}, the net it was made of {a.score:.8f}, and not only scales differ: '
+                'they are not the same net'
             )
     right, n = top1(back, test, stats, n, batch)
     return dict(
@@ -701,8 +691,8 @@ def _but_scales(s):
 # %% ../nbs/20_cifar100.ipynb #54b41b83
 def on_test(
     rows: list,  # of `Row`
-    test,
-    stats,  # test split; (mean, std)
+    test,  # test split
+    stats: tuple,  # (mean, std)
     n: int = None,  # the first n images; None: all
     root=None,  # folder of all stages
 ) -> dict:  # row name to top-1 in %

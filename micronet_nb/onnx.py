@@ -287,13 +287,15 @@ def _model(graph, form, size):
             break
         if n.op == 'placeholder' and n.args:
             raise MicronetError(
-                f'the input {n.target} has a default value, which an ONNX file does not hold: wrap the net in a module of one input'
+                f'the input {n.target} has a default value, which an ONNX file does not hold: wrap the net in a '
+                'module of one input'
             )
         names[n] = 'x' if n.op == 'placeholder' else _written(e, graph, n, names)
         e.shapes[names[n]] = shapes.get(n)
     if not isinstance(n.args[0], fx.Node) or not isinstance(shapes.get(n.args[0]), (tuple, list)):
         raise MicronetError(
-            f'the net returns {n.args[0]} ({type(n.args[0]).__name__}), not one tensor: wrap it in a module that returns one'
+            f'the net returns {n.args[0]} ({type(n.args[0]).__name__}), not one tensor: wrap it in a module that '
+            'returns one'
         )
     e('Identity', names[n.args[0]])
     e.nodes[-1].output[0] = 'y'
@@ -357,7 +359,8 @@ def onnx_session(
     def run(x):
         if bad := int((~torch.isfinite(x)).sum()):
             raise MicronetError(
-                f'the input holds {bad:,} numbers that are NaN or infinite, for which {path} has no integers: repair the data, or leave out what holds them'
+                f'the input holds {bad:,} numbers that are NaN or infinite, for which {path} has no integers: '
+                'repair the data, or leave out what holds them'
             )
         try:
             return torch.from_numpy(session.run(None, {name: x.detach().contiguous().numpy()})[0])
