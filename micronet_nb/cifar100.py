@@ -719,6 +719,7 @@ def _parser():
         description='The CIFAR-100 track: all steps of a recipe, in pieces that go on where the last one ended.',
         epilog=f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on',
     )
+    p.add_argument('what', nargs='?', choices=('run',), default='run', help='run the recipe (the default)')
     p.add_argument('--profile', default='embedded', help='embedded (default), laptop or paper')
     p.add_argument('--recipe', default='study', help='study (default) or ours')
     p.add_argument('--minutes', type=float, help='stop after so many minutes (default: never)')

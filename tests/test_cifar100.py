@@ -172,7 +172,7 @@ def test_mistakes_are_one_line(capsys):
     for args, told in (
         (["--recipe", "theirs"], "choose study or ours"),
         (["--profile", "huge"], "unknown profile 'huge'"),
-        (["--minutes", "0"], "more than 0"),
+        (["run", "--minutes", "0"], "more than 0"),
     ):
         assert main(args) == 1
         said = capsys.readouterr().err.strip()
