@@ -44,6 +44,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     cmdclass={"build_py": WithPublished},
     packages=find_packages(include=["micronet_nb", "micronet_nb.*"]),
+    package_data={"micronet_nb": ["templates/*.j2"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={

@@ -102,7 +102,7 @@ class TarImages:
 
 # %% ../nbs/21_imagenet.ipynb #f4099bb9
 class ParquetImages:
-    "Parquet shards with a column of images (structs with `bytes`) and one of labels. MicronetError for a shard of another layout."
+    "Parquet shards with a column of images (structs with `bytes`) and one of labels."
 
     def __init__(self, files, image='image', label='label'):
         import pyarrow.parquet as pq
@@ -122,9 +122,8 @@ class ParquetImages:
             for g in range(f.num_row_groups):
                 self.places += [(k, g, r) for r in range(f.metadata.row_group(g).num_rows)]
         self.labels = np.concatenate(labels).astype(np.int64)
-        self.groups = np.unique([p[:2] for p in self.places], axis=0, return_inverse=True)[1].reshape(
-            -1
-        )  # of each image
+        groups = [p[:2] for p in self.places]  # of each image: shard, row group
+        self.groups = np.unique(groups, axis=0, return_inverse=True)[1].reshape(-1)
         self.classes = [str(i) for i in range(int(self.labels.max()) + 1)]
 
     def name(self, i):
@@ -141,14 +140,15 @@ class ParquetImages:
 
 # %% ../nbs/21_imagenet.ipynb #7f1ada8f
 def open_images(
-    root,  # folder with train and val (or valid, validation); below: class folders, or <split>.tar, or <split>-*.parquet
+    root,  # folder with train and val (or valid, validation): class folders, <split>.tar or <split>-*.parquet
     split: str = 'train',  # or 'val'
 ):
     "The source of a split, whatever form it has. MicronetError that says what is expected where."
     root, names = Path(root).expanduser(), ['train'] if split == 'train' else ['val', 'valid', 'validation']
     if not root.is_dir():
         raise MicronetError(
-            f'{root} is not a folder: it should hold {names[0]}/<class>/<image>.jpg, {names[0]}.tar or {names[0]}-00000-of-....parquet'
+            f'{root} is not a folder: it should hold {names[0]}/<class>/<image>.jpg, {names[0]}.tar or '
+            f'{names[0]}-00000-of-....parquet'
         )
     for n in names:
         if shards := sorted([*root.glob(f'{n}-*.parquet'), *root.glob(f'data/{n}-*.parquet')]):
@@ -158,7 +158,8 @@ def open_images(
         if (root / n).is_dir():
             return TarImages(root / n) if any((root / n).glob('*.tar')) else FolderImages(root / n)
     raise MicronetError(
-        f'{root} has no split {split!r}: expected {names[0]}/<class>/<image>.jpg, {names[0]}.tar or {names[0]}-00000-of-....parquet'
+        f'{root} has no split {split!r}: expected {names[0]}/<class>/<image>.jpg, {names[0]}.tar or '
+        f'{names[0]}-00000-of-....parquet'
     )
 
 # %% ../nbs/21_imagenet.ipynb #3f9cf10e
@@ -300,13 +301,8 @@ class Stream:
         workers: int = None,  # decoding processes of each process; None: one a core; 0: none, for debugging
         name: str = 'imagenet',
     ):
-        self.source, self.size, self.workers, self.name, self.classes = (
-            source,
-            size,
-            default_workers() if workers is None else workers,
-            name,
-            source.classes,
-        )
+        self.source, self.size, self.name, self.classes = source, size, name, source.classes
+        self.workers = default_workers() if workers is None else workers
         self.fingerprint = config_key([size, fingerprint(source)])
 
     def __len__(self):
@@ -320,36 +316,20 @@ class Stream:
 
     def stream(self, run, first):
         "This process's share of the batches of `run.epoch`, from batch `first` on: images in [0,1], labels."
-        c, w, key = run.config, run.world, (run.config.seed, run.epoch)
-        order = windowed(
-            getattr(self.source, 'groups', None),
-            len(self),
-            torch.Generator().manual_seed(int(config_key(key), 16) % 2**63),
-        )
-        rows = [
-            np.array_split(order[i * c.batch_size : (i + 1) * c.batch_size], w.num_processes)[w.process_index].tolist()
-            for i in range(first, run.steps_an_epoch)
-        ]
+        size, world, key = run.config.batch_size, run.world, (run.config.seed, run.epoch)
+        generator = torch.Generator().manual_seed(int(config_key(key), 16) % 2**63)
+        order = windowed(getattr(self.source, 'groups', None), len(self), generator)
+        batches = [order[i * size : (i + 1) * size] for i in range(first, run.steps_an_epoch)]
+        rows = [np.array_split(batch, world.num_processes)[world.process_index].tolist() for batch in batches]
         for x, y in loaded(self.pictures(*key), rows, self.workers, run.device):
             yield x.float() / 255, y
 
     def some(self, n: int, seed: int = 0):
         "`n` training images, (n, 3, h, w) in [0,1]: for calibration."
         rows = np.random.default_rng(seed).permutation(len(self))[:n]
-        return (
-            torch.cat(
-                [
-                    x
-                    for x, _ in loaded(
-                        self.pictures(seed),
-                        [part.tolist() for part in np.array_split(rows, -(-n // 50))],
-                        self.workers,
-                        torch.device('cpu'),
-                    )
-                ]
-            ).float()
-            / 255
-        )
+        batches = [part.tolist() for part in np.array_split(rows, -(-n // 50))]
+        images = [x for x, _ in loaded(self.pictures(seed), batches, self.workers, torch.device('cpu'))]
+        return torch.cat(images).float() / 255
 
 # %% ../nbs/21_imagenet.ipynb #6feb5d7e
 BAR = 37_500, 50_000  # right answers, of validation images: the challenge's bar for ImageNet
@@ -360,23 +340,19 @@ def validate(
     model: nn.Module,  # in any mode; left in it
     source,  # see `open_images`
     stats,  # (mean, std) that the model wants
-    size: int = 224,
-    resize: int = 256,  # pixels
-    batch_size: int = 256,
-    workers: int = None,
-    n: int = None,  # images at a time; decoding processes; the first n only, evenly spread
+    size: int = 224,  # pixels a side
+    resize: int = 256,  # shorter side before the centre crop
+    batch_size: int = 256,  # images at a time
+    workers: int = None,  # decoding processes; None: one a core
+    n: int = None,  # so many images, evenly spread; None: all
 ) -> dict:  # top1, top5 in %, right, n, seconds, waiting (share of the time spent waiting for images)
     "Top-1 and top-5 on images from disk; the same in all processes."
     world, modes, device = _world(), {m: m.training for m in model.modules()}, _device(model)
-    rows = np.linspace(0, len(source.labels) - 1, min(n or len(source.labels), len(source.labels))).astype(int)[
-        world.process_index :: world.num_processes
-    ]
-    batches = loaded(
-        Pictures(source, transforms(False, size, resize)),
-        [b.tolist() for b in np.array_split(rows, -(-len(rows) // batch_size))],
-        default_workers() if workers is None else workers,
-        device,
-    )
+    there = len(source.labels)
+    rows = np.linspace(0, there - 1, min(n or there, there)).astype(int)[world.process_index :: world.num_processes]
+    rows = [b.tolist() for b in np.array_split(rows, -(-len(rows) // batch_size))]
+    workers = default_workers() if workers is None else workers
+    batches = loaded(Pictures(source, transforms(False, size, resize)), rows, workers, device)
     model.eval()
     hits, start, waited = torch.zeros(3, device=device, dtype=torch.float64), time.perf_counter(), 0.0
     while True:
@@ -433,7 +409,8 @@ def pretrained(
         what = f'{found[0]} does not fit {name}' if found else f'no weights for {name}'
         source = config.get('hf_hub_id') or config.get('url')
         raise MicronetError(
-            f"{what}: {(str(e).splitlines() or [type(e).__name__])[0]}. Put {name}.safetensors (from {source}) into a folder and give that as --weights"
+            f"{what}: {(str(e).splitlines() or [type(e).__name__])[0]}. Put {name}.safetensors (from {source}) "
+            "into a folder and give that as --weights"
         ) from None
     return model
 
@@ -466,37 +443,36 @@ class Row:
 
 
 ROLES = ('MixNet-S', 'MixNet-M', 'MixNet-L', 'a much larger net')
-SWEEP = {'taught by labels': Row(plan=CHOSEN, teacher=None)} | {
-    f'taught by {r}': Row(plan=CHOSEN, teacher=r) for r in ROLES
+SWEEP = {
+    'taught by labels': Row(plan=CHOSEN, teacher=None),
+    **{f'taught by {role}': Row(plan=CHOSEN, teacher=role) for role in ROLES},
 }
-PRUNING = {'Original, tuned as long': Row()} | {
-    n: Row(plan=n) for n in ('Sparse', CHOSEN, 'Sparse, large layer >= 60 %')
+PRUNING = {
+    'Original, tuned as long': Row(),
+    **{plan: Row(plan=plan) for plan in ('Sparse', CHOSEN, 'Sparse, large layer >= 60 %')},
 }
-ACTIVATIONS = {'Sparse, tuned again': Row(CHOSEN)} | {f'Sparse_AQ{b}': Row(CHOSEN, activations=b) for b in (8, 7, 6)}
-WEIGHTS = {'Sparse_AQ7, tuned again': Row('Sparse_AQ7'), 'Sparse_AQ7_WQ': Row('Sparse_AQ7', weights=True)}
+ACTIVATIONS = {
+    'Sparse, tuned again': Row(CHOSEN),
+    **{f'Sparse_AQ{bits}': Row(CHOSEN, activations=bits) for bits in (8, 7, 6)},
+}
+WEIGHTS = {
+    'Sparse_AQ7, tuned again': Row('Sparse_AQ7'),
+    'Sparse_AQ7_WQ': Row('Sparse_AQ7', weights=True),
+}
 ROWS = {'Original': None} | SWEEP | PRUNING | ACTIVATIONS | WEIGHTS
 
 # %% ../nbs/21_imagenet.ipynb #809b3e79
 def slide_rows() -> list:  # of dicts with row, top1 and, where told, sparsities
     "The published rows, under the names of `ROWS`."
-    taught = [
-        dict(row=name, top1=r['top1'], teacher_top1=r['teacher_top1'])
-        for name, r in zip(SWEEP, published()['teachers'])
+    slides = published()
+    rows = [
+        {'row': r['model']} | {k: r[k] for k in ('top1', 'param_sparsity', 'op_sparsity')} for r in slides['pruning']
     ]
-    pruning = [
-        dict(row=r['model'], **{k: r[k] for k in ('top1', 'param_sparsity', 'op_sparsity')})
-        for r in published()['pruning']
-    ]
-    return (
-        pruning
-        + taught
-        + [
-            dict(row=r['model'], top1=r['top1'], param_sparsity=r['sparsity'])
-            for t in ('activation_quantization', 'weight_quantization')
-            for r in published()[t][1:]
-            if t[0] == 'a' or 'WQ' in r['model']
-        ]
-    )
+    for name, r in zip(SWEEP, slides['teachers']):
+        rows.append(dict(row=name, top1=r['top1'], teacher_top1=r['teacher_top1']))
+    quantised = slides['activation_quantization'][1:]
+    quantised += [r for r in slides['weight_quantization'][1:] if 'WQ' in r['model']]
+    return rows + [dict(row=r['model'], top1=r['top1'], param_sparsity=r['sparsity']) for r in quantised]
 
 # %% ../nbs/21_imagenet.ipynb #7139af9e
 @dataclass
@@ -556,22 +532,12 @@ def _make(self, row):
         images=len(self.images),
         loss=kd_loss().keywords if taught else 'labels',
     )
-    how = dict(teacher=taught[0], loss=kd_loss()) if taught else {}
-    result = fit_stage(
-        'mixnet-row',
-        model,
-        (self.train, None),
-        self.tune,
-        what,
-        [self.key_of(row.after), *([taught[1]] if taught else [])],
-        self.root,
-        callbacks=[pruner],
-        stats=self.stats,
-        stop=self.stop and self.stop(),
-        quiet=self.quiet,
-        **how,
-    )
-    return model, result
+    upstream = [self.key_of(row.after)]
+    how = dict(callbacks=[pruner], stats=self.stats, stop=self.stop and self.stop(), quiet=self.quiet)
+    if taught:
+        upstream.append(taught[1])
+        how |= dict(teacher=taught[0], loss=kd_loss())
+    return model, fit_stage('mixnet-row', model, (self.train, None), self.tune, what, upstream, self.root, **how)
 
 
 Track.compress, Track._make = compress, _make
@@ -596,7 +562,10 @@ def _parser():
         'python -m micronet_nb.imagenet',
         description="The slides' ImageNet tables: MixNet-S pruned, distilled and quantised.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='examples:\n  python -m micronet_nb.imagenet --data /data/imagenet\n  accelerate launch -m micronet_nb.imagenet --data /data/imagenet --stage prune --minutes 55\n  python -m micronet_nb.imagenet --data /data/imagenet --stage check\n\n'
+        epilog='examples:\n'
+        '  python -m micronet_nb.imagenet --data /data/imagenet\n'
+        '  accelerate launch -m micronet_nb.imagenet --data /data/imagenet --stage prune --minutes 55\n'
+        '  python -m micronet_nb.imagenet --data /data/imagenet --stage check\n\n'
         f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on',
     )
     p.add_argument(
@@ -661,7 +630,8 @@ def _nets(args, classes, say):
         nets[role] = model.to(device).eval(), config_key([name, weights_key(model)])
     if 'MixNet-S' not in nets:
         raise MicronetError(
-            'without the weights of mixnet_s there is no student: see the message above, or try the machinery with --untrained'
+            'without the weights of mixnet_s there is no student: see the message above, or try the machinery '
+            'with --untrained'
         )
     return nets
 
@@ -678,25 +648,24 @@ def _stage_teacher(args, nets, say):
 # %% ../nbs/21_imagenet.ipynb #bae0c705
 def _measured(track, name, val, args):
     "A row's figures: validated once, and kept."
-    net = track.net(name)
-    how = dict(size=args.size, resize=args.resize)
-    found = stage(
-        'mixnet-validated',
-        how | dict(n=len(val.labels), images=fingerprint(val)),
-        lambda folder: validate(net, val, track.stats, args.size, args.resize, workers=args.workers),
-        [track.key_of(name)],
-        track.root,
-    )
+    net, size = track.net(name), (3, args.size, args.size)
+    config = dict(size=args.size, resize=args.resize, n=len(val.labels), images=fingerprint(val))
+
+    def work(folder):
+        return validate(net, val, track.stats, args.size, args.resize, workers=args.workers)
+
+    found = stage('mixnet-validated', config, work, [track.key_of(name)], track.root)
     run = track.made[name][1] if name in track.made else {}
-    s = score(copy.deepcopy(net).cpu(), (3, args.size, args.size), 'imagenet', 'riair-reviewed')
+    net = copy.deepcopy(net).cpu()
+    costs = score(net, size, 'imagenet', 'riair-reviewed')
     return dict(
         row=name,
         **found,
         passes=passes(found),
         param_sparsity=param_sparsity(net),
-        op_sparsity=op_sparsity(copy.deepcopy(net).cpu(), (3, args.size, args.size)),
-        score=s.score,
-        storage=s.storage,
+        op_sparsity=op_sparsity(net, size),
+        score=costs.score,
+        storage=costs.storage,
         train_seconds=run.get('seconds'),
         data_share=run['data_seconds'] / run['seconds'] if run else None,
     )
@@ -719,17 +688,52 @@ def _config(args):
     )
 
 
+def _track(args, train, say, left):
+    "The slides' track on these images."
+    nets, stream = _nets(args, len(train.classes), say), Stream(train, args.size, args.workers)
+    calibration = stream.some(min(args.calibration, len(stream)), args.seed)
+    model, key = nets['MixNet-S']
+    return Track(
+        model=model,
+        key=key,
+        train=stream,
+        stats=IMAGENET_STATS,
+        tune=_config(args),
+        teachers=nets,
+        images=normalised(calibration, IMAGENET_STATS),
+        stage=_stage_teacher(args, nets, say),
+        stop=(lambda: max(0.05, left())) if args.minutes else None,
+    )
+
+# %% ../nbs/21_imagenet.ipynb #11deaa1d
+def _check(sources, say):
+    "Names every image that cannot be read; the exit code."
+    bad = pd.concat([check_images(s) for s in sources])
+    say('\n'.join(bad.problem) or 'every image can be read')
+    return int(len(bad) > 0)
+
+
+def _told(name, row):
+    "A row on a line."
+    return (
+        f"{name}: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} % ({row['right']:,} of {row['n']:,}), "
+        f"bar {'met' if row['passes'] else 'missed'}, waiting for images {row['waiting']:.0%} of the time"
+    )
+
+
+def _is_fresh(track, name, began):
+    "Was this row made since then?"
+    done = runs_dir() / 'stages' / track.made[name][1]['folder'] / 'done.json'
+    return done.stat().st_mtime >= began
+
+
 def _run(args):
     "All rows of a stage, one after the other; the record grows with each."
-    began, world = time.time(), _world()
-    left = lambda: began + 60 * args.minutes - time.time() if args.minutes else float('inf')
-
-    def fresh(name):
-        return (runs_dir() / 'stages' / track.made[name][1]['folder'] / 'done.json').stat().st_mtime >= began
-
-    say = lambda text: world.is_main_process and print(text, flush=True)
     if args.minutes is not None and not args.minutes > 0:
         raise MicronetError(f'--minutes {args.minutes:g}: more than 0')
+    began, leads = time.time(), _world().is_main_process
+    left = lambda: began + 60 * args.minutes - time.time() if args.minutes else float('inf')
+    say = lambda text: leads and print(text, flush=True)
     train, val = (open_images(args.data, split) for split in ('train', 'val'))
     if differ := sorted({*train.classes} ^ {*val.classes}):
         raise MicronetError(
@@ -737,29 +741,14 @@ def _run(args):
         )
     say(f'{len(train.labels):,} training images, {len(val.labels):,} validation images, {len(train.classes):,} classes')
     if args.stage == 'check':
-        bad = pd.concat([check_images(s) for s in (train, val)])
-        say('\n'.join(bad.problem) or 'every image can be read')
-        return int(len(bad) > 0)
-    nets, stream = _nets(args, len(train.classes), say), Stream(train, args.size, args.workers)
-    images = normalised(stream.some(min(args.calibration, len(stream)), args.seed), IMAGENET_STATS)
-    track = Track(
-        nets['MixNet-S'][0],
-        nets['MixNet-S'][1],
-        stream,
-        IMAGENET_STATS,
-        _config(args),
-        nets,
-        images,
-        _stage_teacher(args, nets, say),
-        stop=(lambda: max(0.05, left())) if args.minutes else None,
-    )
-    rows = {}
+        return _check((train, val), say)
+    track, rows = _track(args, train, say, left), {}
     for name in STAGES[args.stage]:
         row = ROWS[name]
-        if row and row.teacher not in (None, 'stage') and row.teacher not in nets:
+        if row and row.teacher not in (None, 'stage') and row.teacher not in track.teachers:
             say(f'{name}: left out, there is no such teacher here')
             continue
-        if left() <= 0 and any(map(fresh, track.made)):
+        if left() <= 0 and any(_is_fresh(track, made, began) for made in track.made):
             say(f'stopped after {args.minutes:g} minutes, before {name!r}')
             return STOPPED  # each call does some work, however short its time
         try:
@@ -767,12 +756,10 @@ def _run(args):
         except Stopped as e:
             say(f'stopped after {args.minutes:g} minutes: {e}')
             return STOPPED
-        say(
-            f"{name}: top-1 {rows[name]['top1']:.2f} %, top-5 {rows[name]['top5']:.2f} % ({rows[name]['right']:,} of {rows[name]['n']:,}), bar {'met' if rows[name]['passes'] else 'missed'}, waiting for images {rows[name]['waiting']:.0%} of the time"
-        )
-        if world.is_main_process:
+        say(_told(name, rows[name]))
+        if leads:
             _record(rows, track, args, val)
-    if world.is_main_process and rows and not args.untrained:
+    if leads and rows and not args.untrained:
         print(tables().to_string(na_rep='', float_format='%.2f'))
     return 0
 

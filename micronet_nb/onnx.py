@@ -44,25 +44,17 @@ def integers(
     kind: str,  # such as 'INT4'
     name: str = '',  # of the tensor
 ):  # onnx.TensorProto
-    "A tensor of an ONNX integer type. MicronetError where this onnx does not know the type."
-    from onnx import TensorProto
+    "A tensor of an ONNX integer type."
+    from onnx import TensorProto, helper, numpy_helper
 
     if not hasattr(TensorProto, kind):
         raise MicronetError(f'this version of onnx has no {kind}: install onnx>=1.20')
-    width, signed = int(kind.removeprefix('U').removeprefix('INT')), kind[0] == 'I'
-    codes, low = np.asarray(values).astype(np.int64).ravel(), -(2 ** (width - 1)) if signed else 0
-    if (
-        not np.array_equal(codes, np.ravel(values))
-        or len(codes)
-        and not low <= codes.min() <= codes.max() < low + 2**width
-    ):
+    values = np.asarray(values)
+    with np.errstate(invalid='ignore'):  # what does not fit is found by its not coming back
+        codes = values.astype(helper.tensor_dtype_to_np_dtype(getattr(TensorProto, kind)))
+    if not np.array_equal(codes.astype(np.float64), values):
         raise MicronetError(f'{name or "the tensor"} has values that are no {kind}: quantise it first')
-    if width >= 8:
-        raw = codes.astype(f'<i{width // 8}' if kind[0] == 'I' else f'<u{width // 8}').tobytes()
-    else:
-        codes = np.pad(codes & 2**width - 1, (0, -len(codes) % (8 // width))).reshape(-1, 8 // width)
-        raw = (codes << width * np.arange(8 // width)).sum(1).astype(np.uint8).tobytes()
-    return TensorProto(name=name, dims=np.shape(values), data_type=getattr(TensorProto, kind), raw_data=raw)
+    return numpy_helper.from_array(codes, name)
 
 # %% ../nbs/18_onnx.ipynb #be397b0e
 RULES = {}  # function, name of a tensor's method, or class of a module: function of (Export, arguments) that returns the name of a value
@@ -295,13 +287,15 @@ def _model(graph, form, size):
             break
         if n.op == 'placeholder' and n.args:
             raise MicronetError(
-                f'the input {n.target} has a default value, which an ONNX file does not hold: wrap the net in a module of one input'
+                f'the input {n.target} has a default value, which an ONNX file does not hold: wrap the net in a '
+                'module of one input'
             )
         names[n] = 'x' if n.op == 'placeholder' else _written(e, graph, n, names)
         e.shapes[names[n]] = shapes.get(n)
     if not isinstance(n.args[0], fx.Node) or not isinstance(shapes.get(n.args[0]), (tuple, list)):
         raise MicronetError(
-            f'the net returns {n.args[0]} ({type(n.args[0]).__name__}), not one tensor: wrap it in a module that returns one'
+            f'the net returns {n.args[0]} ({type(n.args[0]).__name__}), not one tensor: wrap it in a module that '
+            'returns one'
         )
     e('Identity', names[n.args[0]])
     e.nodes[-1].output[0] = 'y'
@@ -365,7 +359,8 @@ def onnx_session(
     def run(x):
         if bad := int((~torch.isfinite(x)).sum()):
             raise MicronetError(
-                f'the input holds {bad:,} numbers that are NaN or infinite, for which {path} has no integers: repair the data, or leave out what holds them'
+                f'the input holds {bad:,} numbers that are NaN or infinite, for which {path} has no integers: '
+                'repair the data, or leave out what holds them'
             )
         try:
             return torch.from_numpy(session.run(None, {name: x.detach().contiguous().numpy()})[0])

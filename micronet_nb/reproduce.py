@@ -9,7 +9,8 @@ __all__ = ['Notebook', 'find_notebooks', 'parameters_of', 'imports_of', 'needs',
            'keep_outputs', 'to_markdown', 'readme', 'out_of_sync', 'main']
 
 # %% ../nbs/95_reproduce.ipynb #c0cff1d9
-import argparse, ast, contextlib, difflib, hashlib, importlib.util, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, textwrap, threading, time
+import argparse, ast, contextlib, difflib, hashlib, importlib.util, json, os, platform, re, shutil
+import signal, subprocess, sys, tempfile, textwrap, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -68,25 +69,16 @@ class Notebook:
 
     @property
     def title(self):
-        return next(
-            (
-                m[1]
-                for c in self.cells
-                if c['cell_type'] == 'markdown' and (m := re.search(r'^# +(.+)', _source(c), re.M))
-            ),
-            self.stem,
-        )
+        return self._text(r'^# +(.+)') or self.stem
 
     @property
     def subtitle(self):
-        return next(
-            (
-                m[1]
-                for c in self.cells
-                if c['cell_type'] == 'markdown' and (m := re.search(r'^> +(.+)', _source(c), re.M))
-            ),
-            '',
-        )
+        return self._text(r'^> +(.+)') or ''
+
+    def _text(self, pattern):
+        "What the first cell of text that has the pattern says there."
+        texts = [_source(c) for c in self.cells if c['cell_type'] == 'markdown']
+        return next((m[1] for t in texts if (m := re.search(pattern, t, re.M))), None)
 
     @property
     def module(self):
@@ -198,9 +190,9 @@ def assign(
         if name in known:
             continue
         near = difflib.get_close_matches(name, known, 1)
-        raise MicronetError(
-            f"no notebook of this run has a parameter {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}: they have {', '.join(known) or 'none but the profile'}"
-        )
+        guess = f' (did you mean {near[0]!r}?)' if near else ''
+        there = ', '.join(known) or 'none but the profile'
+        raise MicronetError(f'no notebook of this run has a parameter {name!r}{guess}: they have {there}')
     for stem, ps in own.items():
         for name in settings.keys() & ps.keys():
             _check_kind(stem, name, ps[name], settings[name])
@@ -316,8 +308,11 @@ def _papermill(job, tell):
     return _fault(nbformat.read(job['part'], 4).cells, at[-1], raised)
 
 # %% ../nbs/95_reproduce.ipynb #99dc2ede
-_PAGE = """{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}
-{% block html_head_js_mathjax %}{% if resources.has_math %}{{ super() | replace('<script src=', '<script async src=') }}{% endif %}{% endblock %}"""
+def _templates():
+    "Loads the pages' templates, which lie beside the library."
+    from jinja2 import PackageLoader
+
+    return PackageLoader('micronet_nb', 'templates')
 
 
 def to_html(
@@ -325,13 +320,10 @@ def to_html(
     title: str,  # of the page
 ) -> str:
     "The notebook as one page that needs no other file."
-    from jinja2 import DictLoader
     from nbconvert import HTMLExporter
 
     math = any('$' in c.source or '\\begin{' in c.source for c in nb.cells if c.cell_type == 'markdown')
-    exporter = HTMLExporter(
-        extra_loaders=[DictLoader({'page.html.j2': _PAGE})], template_file='page.html.j2', embed_images=True
-    )
+    exporter = HTMLExporter(extra_loaders=[_templates()], template_file='notebook.html.j2', embed_images=True)
     return exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=title), has_math=math))[0]
 
 # %% ../nbs/95_reproduce.ipynb #988a9ea9
@@ -366,9 +358,8 @@ def _child():
     pipe = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # whatever else is printed goes to the log
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.modules.setdefault(
-        'rfc3987_syntax', None
-    )  # jsonschema takes a second to build a grammar of addresses, which no notebook's schema asks for
+    # jsonschema takes a second to build a grammar of addresses, which no notebook's schema asks for
+    sys.modules.setdefault('rfc3987_syntax', None)
     tell = lambda **what: print(json.dumps(what), file=pipe, flush=True)
     fault = _papermill(job, tell)
     if Path(job['part']).exists():
@@ -452,7 +443,7 @@ def run_notebook(
     begun=lambda child: None,  # is told the process that runs it
     threads=None,  # of its kernel; None: as many as torch likes
 ) -> dict:
-    "Runs a notebook in a process of its own; returns status ('done' or 'failed'), seconds, the files that it asked for, and what went wrong."
+    "Runs a notebook in a process of its own: status ('done' or 'failed'), seconds, the files it asked for, the error."
     out, start = Path(out).resolve(), time.perf_counter()
     (out / 'results').mkdir(parents=True, exist_ok=True)
     for old in (out / 'results').glob(f'{nb.stem}.*'):
@@ -533,39 +524,6 @@ def _machine():
         [f'{platform.system()} {platform.machine()}', f'{os.cpu_count()} cores', *filter(None, map(str.strip, gpus))]
     )
 
-# %% ../nbs/95_reproduce.ipynb #d283c474
-_INDEX = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-{% if busy %}<meta http-equiv="refresh" content="10">{% endif %}<title>micronet_nb: {{ profile }}</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #1a7f37; --bad: #cf222e; --dim: #808890; }
-@media (prefers-color-scheme: dark) { :root { --good: #4ac26b; --bad: #ff7b72; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { margin: 0; } h2 { font-size: 1.15rem; margin: 0; } p { margin: .5rem 0; }
-section { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin: 1rem 0; }
-header.nb { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: baseline; }
-.status { font-size: .85rem; font-weight: 600; color: var(--dim); } .done { color: var(--good); } .failed { color: var(--bad); }
-.dim { color: var(--dim); font-size: .9rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; } th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-pre { background: var(--soft); padding: .7rem; overflow-x: auto; border-left: 3px solid var(--bad); white-space: pre-wrap; }
-</style></head><body>
-<h1>micronet_nb: {{ profile }}</h1>
-<p>{{ count.done }} of {{ notebooks | length }} notebooks done{% if count.failed %}, <b class="failed">{{ count.failed }} failed</b>{% endif %}, in {{ total }}.</p>
-<p class="dim">Profile {{ profile }}: {{ purpose }}.<br>{{ date }}; commit {{ commit }}; {{ machine }}; Python {{ python }}{% for p, v in versions.items() %}, {{ p }} {{ v }}{% endfor %}.</p>
-{% for n in notebooks %}<section id="{{ n.stem }}">
-<header class="nb"><h2>{{ n.stem }}{% if n.title != n.name %}: {{ n.title }}{% endif %}</h2><span class="status {{ n.status }}">{{ n.label }}</span>
-{% if n.html %}<span class="dim"><a href="{{ n.stem }}.html{% if n.id %}#cell-id={{ n.id }}{% endif %}">read</a> &middot; <a href="{{ n.stem }}.ipynb">notebook</a></span>{% endif %}</header>
-<p class="dim">{{ n.subtitle }}</p>
-{% if n.status == 'failed' %}<p class="failed">{% if n.cell %}Cell {{ n.cell }}: {% endif %}{{ n.error }}</p>{% if n.source %}<pre>{{ n.source }}</pre>{% endif %}{% endif %}
-{% if n.says %}<p>{{ n.says }}</p>{% endif %}
-{% if n.table %}<div class="wide">{{ n.table | safe }}</div>{% endif %}
-{% if n.picture %}<p><img src="results/{{ n.picture }}" alt="{{ n.says or n.title }}" loading="lazy"></p>{% endif %}
-</section>
-{% endfor %}<p class="dim">Made by <code>micronet-reproduce --profile {{ profile }}</code>. The measured records are in <a href="results/">results/</a>.</p>
-</body></html>
-"""
-
 # %% ../nbs/95_reproduce.ipynb #34589433
 def took(seconds: float) -> str:
     "A duration for people."
@@ -618,23 +576,19 @@ def write_index(
     from jinja2 import Environment
 
     entries = [_entry(n, state, Path(out), stale) for n in notebooks]
-    count = {s: sum(e['status'] == s for e in entries) for s in ('done', 'failed')}
-    html = (
-        Environment(autoescape=True, trim_blocks=True)
-        .from_string(_INDEX)
-        .render(
-            notebooks=entries,
-            profile=profile,
-            purpose=PROFILES[profile].purpose,
-            count=count,
-            busy=busy,
-            machine=machine or _machine(),
-            total=took(sum(state.get(n.stem, {}).get('seconds', 0) for n in notebooks)),
-            date=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
-            commit=commit(),
-            python=platform.python_version(),
-            versions={p: v for p in _PACKAGES if (v := _version(p))},
-        )
+    pages = Environment(loader=_templates(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = pages.get_template('report.html.j2').render(
+        notebooks=entries,
+        profile=profile,
+        purpose=PROFILES[profile].purpose,
+        count={s: sum(e['status'] == s for e in entries) for s in ('done', 'failed')},
+        busy=busy,
+        machine=machine or _machine(),
+        total=took(sum(state.get(n.stem, {}).get('seconds', 0) for n in notebooks)),
+        date=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
+        commit=commit(),
+        python=platform.python_version(),
+        versions={p: v for p in _PACKAGES if (v := _version(p))},
     )
     with atomic_path(Path(out) / 'index.html') as tmp:
         tmp.write_text(html, encoding='utf-8')
@@ -673,7 +627,7 @@ def _alone(folder):
 
 # %% ../nbs/95_reproduce.ipynb #e62a7a6a
 def _is_done(out, stem, key, outcome):
-    "Whether this notebook has its proof, its page and its executed copy under this key, and this machine still has the files that it found."
+    "Whether it has proof, page and executed copy under this key, and this machine still has the files that it found."
     whole = proof(out / 'results', stem, key) is not None and all(
         (out / f'{stem}{s}').exists() for s in ('.ipynb', '.html')
     )
@@ -691,8 +645,9 @@ def _line(outcome):
     "One line for people on what became of a notebook."
     o, short = outcome, lambda text: textwrap.shorten(text, 160, placeholder=' ...')
     where = f"cell {o['cell']} `{short(first_line(o['source']))}`: " if o.get('cell') else ''
+    when, without = 'before,' if o.get('before') else 'in', _without(o)
     return dict(
-        done=f"done {'before, ' if o.get('before') else 'in '}{took(o.get('seconds', 0))}{', ' + w if (w := _without(o)) else ''}",
+        done=f"done {when} {took(o.get('seconds', 0))}{without and ', ' + without}",
         blocked=f"not run: needs {o.get('needs')}",
         failed=f"FAILED, {where}{short(str(o.get('error')))}",
     ).get(o['status'], o['status'])
@@ -722,7 +677,7 @@ def jobs_for(
     profile: str,  # embedded, laptop or paper
     jobs=None,  # notebooks at a time; None: two at `embedded` where there are two cores, else one
 ) -> tuple:
-    "How many notebooks run at a time, and the threads of each (None: as many as torch likes); MicronetError for a number that cannot be."
+    "How many notebooks run at a time, and the threads of each (None: as many as torch likes)."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     if jobs is None:
         jobs = min(2, cores) if profile == 'embedded' else 1
@@ -741,8 +696,8 @@ def reproduce(
     record=False,  # write outputs and records back into the checkout, for maintainers; one notebook at a time
     show=print,  # takes the lines for people
     jobs=None,  # notebooks at a time, see `jobs_for`
-) -> dict:
-    "Runs the notebooks in order; returns for each chosen stem its outcome, with status 'done', 'failed' or 'blocked'. MicronetError for wrong arguments."
+) -> dict:  # for each chosen stem its outcome, with status 'done', 'failed' or 'blocked'
+    "Runs the notebooks in order."
     get_profile(profile)
     nbs = Path(nbs or project_root() / 'nbs')
     notebooks = find_notebooks(nbs)
@@ -892,8 +847,8 @@ def keep_outputs(
     nb: Notebook,  # the source, which is rewritten
     folder,  # reports/<profile>, with the executed notebook and its results
     profile: str,  # embedded, laptop or paper
-) -> list:
-    "Copies executed outputs into the source notebook and its records to data/results of the same checkout; returns the names of the files written."
+) -> list:  # names of the files written
+    "Copies executed outputs into the source notebook, and its records to data/results of the same checkout."
     from nbdev.clean import clean_nb
 
     folder, results = Path(folder), nb.path.resolve().parent.parent / 'data' / 'results' / profile
@@ -945,7 +900,7 @@ def to_markdown(
 def readme(
     index=None,  # the notebook; default nbs/index.ipynb of the checkout
 ) -> str:
-    "The README's text, from a fresh run of the index notebook that sees committed results only; MicronetError where it fails."
+    "The README's text, from a fresh run of the index notebook that sees committed results only."
     path = Path(index or project_root() / 'nbs' / 'index.ipynb')
     nb = Notebook(path, read_json(path)['cells'])
     with tempfile.TemporaryDirectory() as tmp:
@@ -1044,7 +999,7 @@ def _parser():
         '--jobs',
         type=int,
         metavar='N',
-        help='notebooks at a time (default: 2 at embedded, which then share the cores; else 1, since they measure speeds)',
+        help='notebooks at a time (default: 2 at embedded, on half of the cores each; else 1, since they measure speeds)',
     )
     p.add_argument('--fresh', action='store_true', help='run again what is done already')
     p.add_argument(
@@ -1073,9 +1028,8 @@ def _run_command(args):
     )
     count = {s: sum(o['status'] == s for o in outcomes.values()) for s in ('done', 'failed', 'blocked')}
     print(', '.join(f'{n} {s}' for s, n in zip(('done', 'failed', 'not run'), count.values()) if n))
-    print(
-        f"{report_folder(args.out or project_root() / 'reports', args.profile, args.nbs or project_root() / 'nbs') / 'index.html'}"
-    )
+    out, nbs = args.out or project_root() / 'reports', args.nbs or project_root() / 'nbs'
+    print(report_folder(out, args.profile, nbs) / 'index.html')
     return 0 if count['done'] == len(outcomes) else 1
 
 # %% ../nbs/95_reproduce.ipynb #0d2874dd

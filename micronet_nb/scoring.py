@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .core import MicronetError, atomic_path, released_schedule
 from .models import create_model
@@ -190,15 +191,9 @@ class Node:
         return math.prod(self.in_shape)
 
 # %% ../nbs/05_scoring.ipynb #47363c02
-def _tensors(args):
+def _tensors(nested):
     "All tensors in nested arguments."
-    for a in args:
-        if isinstance(a, torch.Tensor):
-            yield a
-        elif isinstance(a, (list, tuple)):
-            yield from _tensors(a)
-        elif isinstance(a, dict):
-            yield from _tensors(a.values())
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor)]
 
 # %% ../nbs/05_scoring.ipynb #f36a0bf8
 class Elements:
@@ -268,10 +263,10 @@ def _places(tensor):
 # %% ../nbs/05_scoring.ipynb #cd89bcdf
 def _make(self, op, func, args, kwargs, out):
     "Notes what an operation on constants made."
-    roots = {r for t in _tensors([*args, *kwargs.values()]) if t in self for r in self.roots[_memory(t)]}
+    roots = {r for t in _tensors([args, kwargs]) if t in self for r in self.roots[_memory(t)]}
     if op == 'copy' and isinstance(args[0], torch.Tensor):
         return self.write(args[0], args[1], roots)
-    for t in _tensors([out]):
+    for t in _tensors(out):
         if t not in self:
             self.note(t, self.moved(op, func, args, kwargs, t) if t.is_floating_point() else None, roots)
         elif func._schema.is_mutable and self.roots[_memory(t)] != {_memory(t)}:
@@ -318,7 +313,7 @@ def _moved(self, op, func, args, kwargs, out):
     if op in ('to_copy', 'clone', 'contiguous'):
         return self.ids(args[0])
     if op in ELEMENTWISE and op not in WHOLE:
-        return self.combined([t for t in _tensors([*args, *kwargs.values()]) if t in self], out)
+        return self.combined([t for t in _tensors([args, kwargs]) if t in self], out)
     if op not in FREE:
         return None
     if op == 'constant_pad_nd':
@@ -389,7 +384,7 @@ class Tracer(TorchDispatchMode):
 
     def see(self, func, args, kwargs, out):
         op = func.overloadpacket.__name__.rstrip('_').lstrip('_')
-        tensors = list(_tensors([*args, *kwargs.values()]))
+        tensors = _tensors([args, kwargs])
         if op in SHAPES or op == 'lift_fresh':
             return self.by_code(op, out)
         for t in tensors:  # what nobody registered and nobody computed here is stored all the same
@@ -403,7 +398,7 @@ class Tracer(TorchDispatchMode):
             self.by_code(op, out)
 
     def by_code(self, op, out):
-        for t in _tensors([out]):
+        for t in _tensors(out):
             self.alive.append(t)
             self.literal[_memory(t)] = op in BLANK or (op in FREE and self.literal.get(_memory(t), False))
 
@@ -411,7 +406,7 @@ class Tracer(TorchDispatchMode):
 def _add(self, op, args, out, tensors, func=None, kwargs=None):
     "Writes an operation down."
     name, module = self.stack[-1]
-    outs, makers = list(_tensors([out])), {id(t): s for t in tensors if (s := self.source(t)) is not None}
+    outs, makers = _tensors(out), {id(t): s for t in tensors if (s := self.source(t)) is not None}
     sources = [makers[id(t)] for t in tensors if id(t) in makers]
     others = [t for t in tensors if id(t) not in makers]
     big = max((t for t in tensors if id(t) in makers), key=lambda t: t.numel()).shape
@@ -472,7 +467,7 @@ def _leave(tracer):
         if hasattr(module, 'counts_as'):
             tracer.muted -= 1
             if not tracer.muted:
-                tracer.leaf(module, list(_tensors([*args, *kwargs.values()])), out)
+                tracer.leaf(module, _tensors([args, kwargs]), out)
         tracer.stack.pop()
 
     return hook
@@ -485,7 +480,7 @@ def _leaf(self, module, inputs, out):
     if any(self.source(t) is not None for t in inputs):
         self.add(module.counts_as, inputs, out, inputs)
     else:
-        for t in _tensors([out]):
+        for t in _tensors(out):
             self.stored.note(t, None, {_memory(i) for i in inputs})
 
 
@@ -615,7 +610,7 @@ def trace(
             h.remove()
         for m, training in modes.items():
             m.training = training
-    results = [s for t in _tensors([_plain(out)]) if (s := tracer.source(t)) is not None and s is not tracer.input]
+    results = [s for t in _tensors(_plain(out)) if (s := tracer.source(t)) is not None and s is not tracer.input]
     if not results:
         raise MicronetError(f'the output of {type(model).__name__} does not depend on its input: nothing to count')
     for s in results:

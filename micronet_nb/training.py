@@ -24,7 +24,7 @@ from micronet_nb.core import (
 )  # before timm: it silences a warning of tqdm's
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_choices
@@ -602,13 +602,10 @@ def _synchronise(model):
     return put_back
 
 # %% ../nbs/04_training.ipynb #5ce8c5bb
-def _from_main(run, value):
+def _from_main(value):
     "The main process's value, in all processes."
-    if run.world.num_processes == 1:
-        return value
-    told = [value]
-    torch.distributed.broadcast_object_list(told, src=0)
-    return told[0]
+    (told,) = broadcast_object_list([value])
+    return told
 
 
 def _least(run, value):
@@ -812,9 +809,7 @@ def _due(run, folder, every, stop):
     if run.world.num_processes > 1 and run.step % 10 and run.step % run.steps_an_epoch:
         return False
     now = time.perf_counter()
-    save, leave = _from_main(
-        run, (bool(folder) and now - run.saved > every, stop is not None and now - run.started > stop)
-    )
+    save, leave = _from_main((bool(folder) and now - run.saved > every, stop is not None and now - run.started > stop))
     if save:
         save_checkpoint(run, folder)
     return leave
@@ -858,7 +853,7 @@ def _add_row(run, valid):
             for k, v in evaluate(run.ema.module if run.ema else run.model, valid, run.stats).items()
             if k != 'n'
         }
-    run.history.append(_from_main(run, row))
+    run.history.append(_from_main(row))
     run.mark = time.perf_counter()
 
 # %% ../nbs/04_training.ipynb #24a20b0c
@@ -930,7 +925,6 @@ def _work(folder, model, data, config, half, kwargs):
     run.world.wait_for_everyone()
     history = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in run.history]
     return _from_main(
-        run,
         dict(
             history=history,
             seconds=run.seconds,
@@ -938,7 +932,7 @@ def _work(folder, model, data, config, half, kwargs):
             steps=run.step,
             folder=folder.name,
             valid=data[1] and data[1].describe(),
-        ),
+        )
     )
 
 # %% ../nbs/04_training.ipynb #f2267b21

@@ -142,6 +142,8 @@ def test_wheel_is_whole_and_alone(installed, tmp_path):
     assert {f.name: f.read_bytes() for f in (installed / "micronet_nb" / "published").iterdir()} == {
         f.name: f.read_bytes() for f in (ROOT / "data" / "published").iterdir()
     }
+    templates = {f.name: f.read_bytes() for f in (ROOT / "micronet_nb" / "templates").iterdir()}
+    assert {f.name: f.read_bytes() for f in (installed / "micronet_nb" / "templates").iterdir()} == templates
     done = subprocess.run(
         [
             sys.executable,

@@ -1,6 +1,5 @@
 "The CIFAR-100 track: killed and stopped anywhere it ends as if it had not been; it needs no notebook tools; its mistakes are one line."
 
-import hashlib
 import json
 import os
 import shutil
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import replace
 
 import pytest
@@ -100,12 +98,12 @@ def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch,
     monkeypatch.setenv("MICRONET_RUNS", str(elsewhere))  # never killed
     assert again(other)[0] == 0
     assert recorded(out / "results", "20_cifar100.study") == recorded(other / "results", "20_cifar100.study")
-    assert max(f.stat().st_size for f in out.rglob("*") if f.is_file()) < 16 * 2**20
     told = json.loads((out / "results" / "20_cifar100.study.json").read_text())["rows"]
-    shutil.rmtree(runs)  # a machine that has only what travelled
-    monkeypatch.setenv("MICRONET_RUNS", str(runs))
-    code, said = again(out)
-    assert code == 0 and "taken in from" in said
+    third = tmp_path / "third"  # a machine that has only the stages of the first
+    shutil.copytree(runs / "stages", third / "stages")
+    shutil.rmtree(runs)
+    monkeypatch.setenv("MICRONET_RUNS", str(third))
+    assert again(out)[0] == 0
     assert (
         json.loads((out / "results" / "20_cifar100.study.json").read_text())["rows"] == told
     )  # seconds of training, too: nothing was trained anew
@@ -113,7 +111,7 @@ def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("recipe", ["study", "ours"])
 def test_what_is_under_way_goes_on_elsewhere(recipe, short, tmp_path, monkeypatch, capsys):
-    "A machine a piece: each has only what the one before has sent, and the end is as if one had done it all."
+    "A machine a piece: each has only the stages of the one before, and the end is as if one had done it all."
     whole = run_recipe("embedded", recipe, root=tmp_path / "whole", folder=tmp_path / "rw", quiet=True)
     fit_stage = cifar100.fit_stage
     monkeypatch.setattr(
@@ -122,10 +120,12 @@ def test_what_is_under_way_goes_on_elsewhere(recipe, short, tmp_path, monkeypatc
     out, code, machines = tmp_path / "out", STOPPED, 0
     while code == STOPPED and machines < 60:
         machines += 1
-        monkeypatch.setenv("MICRONET_RUNS", str(tmp_path / f"machine{machines}"))
+        machine = tmp_path / f"machine{machines}"
+        if machines > 1:
+            shutil.copytree(tmp_path / f"machine{machines - 1}" / "stages", machine / "stages")
+            shutil.rmtree(tmp_path / f"machine{machines - 1}")
+        monkeypatch.setenv("MICRONET_RUNS", str(machine))
         code = main(["--recipe", recipe, "--out", str(out), "--minutes", "1e-6"])
-        pieces = [*(out / "stages").iterdir()]
-        assert len(pieces) == 1 and pieces[0].stat().st_size < 16 * 2**20
     assert code == 0 and machines >= 2 * len(whole), capsys.readouterr().err
     there = run_recipe(
         "embedded", recipe, root=tmp_path / f"machine{machines}" / "stages", folder=tmp_path / "rt", quiet=True
@@ -134,18 +134,6 @@ def test_what_is_under_way_goes_on_elsewhere(recipe, short, tmp_path, monkeypatc
     for a, b in zip(whole, there):
         for k, v in a.net.state_dict().items():
             assert torch.equal(v, b.net.state_dict()[k]), (a.step.row, k)
-
-
-def test_archives_of_others_are_refused(tmp_path):
-    "Nothing is written outside the stages' folder."
-    with zipfile.ZipFile(tmp_path / "made.zip", "w") as z:
-        z.writestr("../../teacher-0/done.json", "{}")
-    packed = (tmp_path / "made.zip").read_bytes()
-    (tmp_path / "bag").mkdir()
-    (tmp_path / "bag" / f"stages-{hashlib.sha256(packed).hexdigest()[:16]}.01of01").write_bytes(packed)
-    with pytest.raises(MicronetError, match="no file of a stage"):
-        cifar100.take_in(tmp_path / "bag", tmp_path / "a" / "b" / "stages")
-    assert not [*tmp_path.rglob("done.json")]
 
 
 BLOCKED = """
@@ -184,7 +172,7 @@ def test_mistakes_are_one_line(capsys):
     for args, told in (
         (["--recipe", "theirs"], "choose study or ours"),
         (["--profile", "huge"], "unknown profile 'huge'"),
-        (["--minutes", "0"], "more than 0"),
+        (["run", "--minutes", "0"], "more than 0"),
     ):
         assert main(args) == 1
         said = capsys.readouterr().err.strip()
@@ -198,11 +186,3 @@ def test_a_step_that_cannot_be_is_named(short):
         cifar100.run_step(steps[2], [], data, stats)
     with pytest.raises(MicronetError, match="no row before it"):
         cifar100.run_step(replace(steps[1], teacher="nobody"), [], data, stats)
-
-
-def test_the_speed_command_measures(tmp_path, capsys):
-    assert main(["speed", "--out", str(tmp_path), "--minutes", "1e-6"]) == 0 and "images_s" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "results" / "20_cifar100.speed.json").read_text())["rows"]
-    assert len(rows) == 1 and all(
-        r["images_s"] > 0 and r["epoch_seconds"] > 0 and r["bandwidth_share"] is None for r in rows
-    )

@@ -85,7 +85,7 @@ NEEDED = {  # what the numbers depend on, by record
     "20_cifar100.seeds": CHAIN | {"last_seeds"},
     "20_cifar100.files": {"chains", "example"},
     "20_cifar100.losses": {"joint", "before"},
-    "20_cifar100.speed": {"seconds", "bandwidth", "n_train", "batch_sizes", "images"},
+    "90_benchmarks.speed": {"seconds", "bandwidth", "n_train", "batch_sizes", "images"},
     "21_imagenet.adders": {"model", "weights", "schedule", "input_size"},
     "21_imagenet.speed": {"size", "teacher", "batch"},
     **dict.fromkeys(
