@@ -597,6 +597,44 @@ def compare(
     order = dict.fromkeys(r[key] for rows in sources.values() for r in rows)
     return pd.DataFrame(columns).reindex(order).dropna(axis=1, how='all').rename_axis(key)
 
+# %% ../nbs/00_core.ipynb #00f0c002
+def newest_record(
+    name: str,  # as given to `record`
+) -> dict | None:
+    "The committed record of the largest profile that has one, None where none has."
+    return next((r for p in ('paper', 'laptop') if (r := load_record(name, p))), None)
+
+
+def _trainings(r):
+    "Under which commits a record's stages were made, where they are not the writer's, or that nobody knows."
+    if r.get('stages', {}) is None:
+        return '; the commits that its nets were trained at were not kept'
+    older = sorted({s['commit'] for s in r.get('stages', {}).values()} - {r['commit']})
+    return f"; stages made at {', '.join(older)}" if older else ''
+
+
+def origin(
+    r: dict,  # a record
+) -> str:
+    "Where a record comes from, on a line."
+    made = f"commit {r['commit']}, {r['measured'][:10]}, {r['device']}, torch {r['versions']['torch']}"
+    return f"profile `{r['profile']}`, {made}{_trainings(r)}"
+
+# %% ../nbs/00_core.ipynb #00f0c004
+def page_table(
+    table: 'pd.DataFrame',  # text and numbers
+    r,  # its record, None where there is none
+    form: str = '',  # format of the floating-point numbers
+):
+    "The table as Markdown, with what it was read from below."
+    from IPython.display import Markdown
+
+    def written(v):
+        return '' if v != v else format(v, form) if isinstance(v, float) else v
+
+    text = table.map(written).to_markdown(disable_numparse=True)
+    return Markdown(f'{text}\n\n*Ours: {origin(r)}.*' if r else f'{text}\n\n*Not measured yet.*')
+
 # %% ../nbs/00_core.ipynb #9ff740fc
 def finish(
     notebook: str,  # the notebook's stem, such as '16_released'

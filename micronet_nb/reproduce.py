@@ -9,7 +9,7 @@ __all__ = ['Notebook', 'find_notebooks', 'parameters_of', 'imports_of', 'needs',
            'keep_outputs', 'to_markdown', 'readme', 'out_of_sync', 'main']
 
 # %% ../nbs/95_reproduce.ipynb #c0cff1d9
-import argparse, ast, contextlib, difflib, hashlib, importlib.util, json, os, platform, re, shutil
+import argparse, ast, base64, contextlib, difflib, hashlib, importlib.util, json, os, platform, re, shutil
 import signal, subprocess, sys, tempfile, textwrap, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -869,8 +869,15 @@ def keep_outputs(
     return [nb.path.name, *(r.name for r in records)]
 
 # %% ../nbs/95_reproduce.ipynb #0c7b21fd
+def _picture(cell):
+    "Of a cell with `#| image: file what it shows`: the file's name below nbs/, and what it shows."
+    return re.search(r'^#\| *image: *(\S+) +(.+)$', cell.source, re.M)
+
+
 def _for_readme(nb):
-    "An executed notebook without what a README does not show."
+    "An executed notebook without what a README does not show; pictures are links to files."
+    import nbformat
+
     hidden = lambda c: (
         c.cell_type == 'code' and re.match(r'#\| *(hide|default_exp)\b', c.source) or _tagged(c, 'parameters', *_ADDED)
     )
@@ -878,8 +885,12 @@ def _for_readme(nb):
     for c in nb.cells:
         if c.cell_type != 'code':
             continue
+        picture = _picture(c)
         quiet = re.search(r'^#\| *echo: *false', c.source, re.M)
         c.source, c.outputs = '' if quiet else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M).strip(), _kept(c.outputs)
+        if picture:
+            text = {'text/markdown': f'![{picture[2]}](nbs/{picture[1]})'}
+            c.outputs = [nbformat.v4.new_output('display_data', data=text)]
     return nb
 
 # %% ../nbs/95_reproduce.ipynb #3872d0d0
@@ -899,6 +910,7 @@ def to_markdown(
 # %% ../nbs/95_reproduce.ipynb #9d7276bb
 def readme(
     index=None,  # the notebook; default nbs/index.ipynb of the checkout
+    keep: bool = False,  # write its pictures, beside the notebook
 ) -> str:
     "The README's text, from a fresh run of the index notebook that sees committed results only."
     path = Path(index or project_root() / 'nbs' / 'index.ipynb')
@@ -909,7 +921,20 @@ def readme(
             raise MicronetError(f'{path.name} {_line(outcome)}')
         import nbformat
 
-        return to_markdown(nbformat.read(Path(tmp) / path.name, 4))
+        executed = nbformat.read(Path(tmp) / path.name, 4)
+    for c in executed.cells if keep else []:
+        if c.cell_type == 'code' and _picture(c):
+            _keep_picture(c, path.parent)
+    return to_markdown(executed)
+
+
+def _keep_picture(cell, folder):
+    "Writes a cell's PNG to the file that its directive names."
+    data = next(o['data']['image/png'] for o in cell.outputs if 'image/png' in o.get('data', {}))
+    path = folder / _picture(cell)[1]
+    path.parent.mkdir(exist_ok=True)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(base64.b64decode(data))
 
 # %% ../nbs/95_reproduce.ipynb #1e5c8a06
 def _generate(root):
@@ -1036,7 +1061,7 @@ def _run_command(args):
 def _upkeep(args):
     "The maintainers' jobs; returns the exit code."
     wrong, path = out_of_sync() if args.check_sync else [], project_root() / 'README.md'
-    text = readme() if args.readme else None
+    text = readme(keep=args.readme == 'write') if args.readme else None
     if args.readme == 'check' and (not path.exists() or path.read_text(encoding='utf-8') != text):
         wrong.append('README.md differs from what nbs/index.ipynb makes: run `make readme`')
     if args.readme == 'write':
