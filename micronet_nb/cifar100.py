@@ -44,11 +44,12 @@ from .activations import quantise_activations, remove_activation_quantisers
 from .data import load_dataset
 from .deployment import lower
 from .distillation import Ensemble, kd_loss
+from .layers import compressible
 from .models import create_model, num_params
 from .packing import pack, top1, unpack
 from .pruning import Pruner, global_rates, mask_of, op_sparsity, param_sparsity, prune, remove_pruning
 from .released import load_published, published_nets
-from .scoring import ADDERS, LayerSpec, TRACKS, compressible, score, trace
+from .scoring import ADDERS, LayerSpec, TRACKS, score, trace
 from .sensitivity import plan_from_sensitivity, sensitivity
 from .training import FitConfig, STUDIES, Stopped, checkpoints, evaluate, fit_stage, normalised, study_data
 from micronet_nb.weights import (
