@@ -743,7 +743,7 @@ def schedule_specs(
 ) -> dict:
     "Specs for `score` from a released schedule; MicronetError where the layers do not match."
     layers = compressible(model)
-    bits = per_layer(layers, schedule['weight_bits'], what='widths of the schedule')
+    bits = per_layer(layers, schedule['weight_bits'], what='layers of the schedule')
     signed = per_layer(layers, schedule['activation_signed'], what='signs of the schedule')
     scales = schedule.get('activation_scale') if scales is None else scales
     step = per_layer(layers, None if scales is None else [1.0, *map(float, scales[1:])], what='scales')
