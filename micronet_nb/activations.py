@@ -9,7 +9,6 @@ __all__ = ['ActivationQuantiser', 'input_of', 'attach_quantiser', 'activation_qu
 # %% ../nbs/10_activations.ipynb #829caa1e
 import warnings
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 
 from .core import MicronetError
@@ -18,10 +17,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .models import require_shapes
-from .pruning import Reach, tell_untouched, untouched
+from micronet_nb.layers import (
+    Reach,
+    compressible,
+    evaluation_mode,
+    matching,
+    per_layer,
+    require_shapes,
+    tell_untouched,
+    untouched,
+)
 from .quantizers import fake_quantise, grid, solve_scale
-from .scoring import compressible
 
 # %% ../nbs/10_activations.ipynb #d633513b
 class _FakeQuantise(torch.autograd.Function):
@@ -142,19 +148,6 @@ def attach_quantiser(
     if _hook_of(module) is None:
         module.register_forward_pre_hook(_quantise_input, with_kwargs=True)
 
-# %% ../nbs/10_activations.ipynb #d7df6086
-def _matching(names, patterns):
-    "Those of the names that match one of the patterns (None: all); MicronetError for a pattern that matches nothing."
-    if patterns is None:
-        return list(names)
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for p in patterns:
-        if not any(fnmatchcase(n, p) for n in names):
-            raise MicronetError(
-                f"no layer matches {p!r}; layers are called {', '.join(list(names)[:3]) or '(there are none)'}, ..."
-            )
-    return [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
-
 # %% ../nbs/10_activations.ipynb #69929345
 def activation_quantisers(
     model: nn.Module,  # any model
@@ -168,7 +161,7 @@ def remove_activation_quantisers(
     layers=None,  # names or patterns; None: all
 ):
     "Takes quantisers out: the layers see again what they saw before."
-    for n in _matching(list(activation_quantisers(model)), layers):
+    for n in matching(activation_quantisers(model), layers):
         m = model.get_submodule(n)
         key = _hook_of(m)
         m._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -264,23 +257,20 @@ def calibrate(
     "Samples the inputs of every Conv2d and Linear. Slide 'Activation Quantization'; MicronetError for NaN, naming the layer, and where no layer ran."
     require_shapes(model, 'calibration')
     samples, layers, there = {}, _places(model, before), activation_quantisers(model)
-    modes, device = {m: m.training for m in model.modules()}, next(model.parameters()).device
-    remove_activation_quantisers(model)
-    hooks = [
-        m.register_forward_pre_hook(_watch(samples, n, limit, np.random.default_rng([seed, i])), with_kwargs=True)
-        for i, (n, m) in enumerate(layers.items())
-    ]
-    try:
-        model.eval()
-        for x in _images(batches):
-            model(x.to(device))
-    finally:
-        for h in hooks:
-            h.remove()
-        for n, q in there.items():
-            attach_quantiser(model.get_submodule(n), q)
-        for m, training in modes.items():
-            m.training = training
+    hooks, device = [], next(model.parameters()).device
+    with evaluation_mode(model):
+        remove_activation_quantisers(model)
+        try:
+            for i, (n, m) in enumerate(layers.items()):
+                watch = _watch(samples, n, limit, np.random.default_rng([seed, i]))
+                hooks.append(m.register_forward_pre_hook(watch, with_kwargs=True))
+            for x in _images(batches):
+                model(x.to(device))
+        finally:
+            for h in hooks:
+                h.remove()
+            for n, q in there.items():
+                attach_quantiser(model.get_submodule(n), q)
     if not samples:
         raise MicronetError(
             'calibration saw no layer at work: it needs at least one image, and a model with Conv2d or Linear layers'
@@ -341,17 +331,6 @@ def solve_window(
         step = float((count * q * mean).sum()) / energy
     return step, int(low)
 
-# %% ../nbs/10_activations.ipynb #fe9298c9
-def _widths(names, bits):
-    "Layer name to bits; layers that a dict does not name are left out."
-    if isinstance(bits, dict):
-        return {n: b for p, b in bits.items() for n in _matching(names, p)}
-    if isinstance(bits, (list, tuple)):
-        if len(bits) != len(names):
-            raise MicronetError(f'{len(bits)} widths for {len(names)} layers: they do not belong together')
-        return dict(zip(names, bits))
-    return dict.fromkeys(names, bits)
-
 # %% ../nbs/10_activations.ipynb #fa104905
 def _that_ran(names, samples):
     "Those of the names that were calibrated; the others are named in a warning, or an error where none is left."
@@ -386,8 +365,8 @@ def quantise_activations(
 ) -> dict:  # layer name to ActivationQuantiser: all that are there now; `untouched` is a table of the weights whose inputs are not quantised
     "Puts a quantiser before each layer, step and sign found on the images; replaces those that are there. Slide 'Activation Quantization'."
     samples = batches if isinstance(batches, dict) else calibrate(model, batches, seed=seed, before=before)
-    places = list(_places(model, before))
-    chosen, widths = _matching(places, layers), _widths(places, bits)
+    places = _places(model, before)
+    chosen, widths = matching(places, layers), per_layer(places, bits, what='widths')
     names = _that_ran([n for n in chosen if n in widths], samples)
     plan = {
         n: first_bits if samples[n].first and first_bits is not None and before is None else widths[n] for n in names

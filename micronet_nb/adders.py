@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .core import MicronetError
 from .deployment import IntConv2d, IntLinear, padded
+from .layers import evaluation_mode
 
 # %% ../nbs/15_adders.ipynb #4fe470fe
 WAYS = ('exact', 'wrap', 'saturate', 'fp16', 'fp16 tree')
@@ -98,14 +99,12 @@ def _watched(net, hook):
     handles = [
         m.register_forward_hook(lambda m, args, y, n=n: hook(n, m, args[0], y)) for n, m in int_layers(net).items()
     ]
-    modes = {m: m.training for m in net.modules()}
     try:
-        yield net.eval()
+        with evaluation_mode(net):
+            yield net
     finally:
         for h in handles:
             h.remove()
-        for m, training in modes.items():
-            m.training = training
 
 # %% ../nbs/15_adders.ipynb #9fcece05
 def bits_for(

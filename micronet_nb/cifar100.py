@@ -41,11 +41,12 @@ from .activations import quantise_activations, remove_activation_quantisers
 from .data import load_dataset
 from .deployment import lower
 from .distillation import Ensemble, kd_loss
+from .layers import compressible
 from .models import create_model, num_params
-from .packing import pack, top1, unpack
+from .packing import pack, unpack
 from .pruning import Pruner, global_rates, mask_of, op_sparsity, param_sparsity, prune, remove_pruning
 from .released import load_published, published_nets
-from .scoring import ADDERS, LayerSpec, TRACKS, compressible, score, trace
+from .scoring import ADDERS, LayerSpec, TRACKS, score, trace
 from .sensitivity import plan_from_sensitivity, sensitivity
 from .training import FitConfig, STUDIES, Stopped, evaluate, fit_stage, normalised, study_data
 from micronet_nb.weights import (
@@ -673,13 +674,13 @@ def fold(
                 f'{path} scores {b.score:.8f}, the net it was made of {a.score:.8f}, and not only scales differ: '
                 'they are not the same net'
             )
-    right, n = top1(back, test, stats, n, batch)
+    judged = evaluate(back, test, stats, batch, n)
     return dict(
         bytes=Path(path).stat().st_size,
         score_tree=stored[0].score,
         corrected_tree=stored[1].score,
-        top1=100 * right / n,
-        n=n,
+        top1=judged['top1'],
+        n=judged['n'],
     )
 
 

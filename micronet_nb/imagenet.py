@@ -45,6 +45,7 @@ from torch.utils.data import DataLoader
 from .activations import quantise_activations
 from .data import list_images
 from .distillation import kd_loss
+from .layers import evaluation_mode
 from .models import create_model
 from .pruning import Pruner, at_least, large_layers, op_sparsity, param_sparsity, plan_rates, prune
 from .scoring import score
@@ -347,27 +348,25 @@ def validate(
     n: int = None,  # so many images, evenly spread; None: all
 ) -> dict:  # top1, top5 in %, right, n, seconds, waiting (share of the time spent waiting for images)
     "Top-1 and top-5 on images from disk; the same in all processes."
-    world, modes, device = _world(), {m: m.training for m in model.modules()}, _device(model)
+    world, device = _world(), _device(model)
     there = len(source.labels)
     rows = np.linspace(0, there - 1, min(n or there, there)).astype(int)[world.process_index :: world.num_processes]
     rows = [b.tolist() for b in np.array_split(rows, -(-len(rows) // batch_size))]
     workers = default_workers() if workers is None else workers
     batches = loaded(Pictures(source, transforms(False, size, resize)), rows, workers, device)
-    model.eval()
     hits, start, waited = torch.zeros(3, device=device, dtype=torch.float64), time.perf_counter(), 0.0
-    while True:
-        asked = time.perf_counter()
-        x, y = next(batches, (None, None))
-        waited += time.perf_counter() - asked
-        if x is None:
-            break
-        out = model(normalised(x.float() / 255, stats)).float()
-        found = out.topk(min(5, out.shape[1]), 1).indices == y[:, None]
-        hits += torch.stack([found[:, 0].sum(), found.any(1).sum(), torch.tensor(len(y), device=device)])
+    with evaluation_mode(model):
+        while True:
+            asked = time.perf_counter()
+            x, y = next(batches, (None, None))
+            waited += time.perf_counter() - asked
+            if x is None:
+                break
+            out = model(normalised(x.float() / 255, stats)).float()
+            found = out.topk(min(5, out.shape[1]), 1).indices == y[:, None]
+            hits += torch.stack([found[:, 0].sum(), found.any(1).sum(), torch.tensor(len(y), device=device)])
     if world.num_processes > 1:
         torch.distributed.all_reduce(hits)
-    for m, mode in modes.items():
-        m.training = mode
     right, five, n = (int(v) for v in hits)
     seconds = time.perf_counter() - start
     return dict(top1=100 * right / n, top5=100 * five / n, right=right, n=n, seconds=seconds, waiting=waited / seconds)

@@ -35,6 +35,7 @@ from micronet_nb.deployment import (
     in_evaluation,
     lower,
 )
+from .layers import evaluation_mode, require_shapes
 from .scoring import ACCOUNTINGS, score
 
 # %% ../nbs/17_packing.ipynb #b93f382e
@@ -303,17 +304,15 @@ def as_graph(
     model: nn.Module,  # of deployment and plain modules; left as it was, whatever mode each of its modules is in
 ) -> fx.GraphModule:
     "A model as a graph of modules and functions, in evaluation mode. MicronetError where it cannot be traced, or has hooks."
-    modes = {m: m.training for m in model.modules()}
+    require_shapes(model, 'tracing')
     _check_hooks(model, type(model).__name__)
     try:
-        graph = model if isinstance(model, fx.GraphModule) else _traced(model.eval())
+        with evaluation_mode(model):
+            graph = model if isinstance(model, fx.GraphModule) else _traced(model)
     except Exception as e:  # a forward can fail in any way
         raise MicronetError(
             f'{type(model).__name__} cannot be traced by torch.fx: {(str(e).splitlines() or ["?"])[0]}'
         ) from e
-    finally:
-        for m, training in modes.items():
-            m.training = training
     held = dict(graph.named_modules(remove_duplicate=False))
     for n in graph.graph.nodes:
         if n.op == 'call_module':
@@ -329,11 +328,7 @@ def _traced(model):
 
 
 def _check_hooks(module, name):
-    "A hook is code: no file and no graph holds it. Lazy modules have hooks, too."
-    if any(nn.parameter.is_lazy(t) for t in [*module._parameters.values(), *module._buffers.values()]):
-        raise MicronetError(
-            f'{name} is a {type(module).__name__}, which has no weights yet: run the net on one batch first'
-        )
+    "A hook is code: no file and no graph holds it."
     if hook := next(iter([*module._forward_pre_hooks.values(), *module._forward_hooks.values()]), None):
         raise MicronetError(
             f"{name} has a forward hook ({getattr(hook, '__name__', type(hook).__name__)}), which no graph holds: remove it first; where it makes the weight, with remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
@@ -908,14 +903,9 @@ def _example(graph, about):
 @torch.no_grad()
 def _answers(model, x):
     "A model's outputs in evaluation mode; it is left as it was, and so are torch's random numbers."
-    modes = {m: m.training for m in model.modules()}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return tree_leaves(model.eval()(x))
-    finally:
-        for m, training in modes.items():
-            m.training = training
+    with evaluation_mode(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tree_leaves(model(x))
 
 
 def _equal(a, b):

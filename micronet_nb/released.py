@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .deployment import IntConv2d, IntLinear, Quantise, ScaleBias, check_integers
+from .layers import compressible
 from .pruning import put_masks
-from .scoring import compressible
 
 # %% ../nbs/16_released.ipynb #f5a11e7e
 class Bottleneck(nn.Module):

@@ -6,11 +6,11 @@
 __all__ = ['ELEMENTWISE', 'WHOLE', 'FREE', 'PADS', 'SHAPES', 'BLANK', 'GATES', 'LAYERS', 'AVERAGES', 'MAXIMA', 'POOLS',
            'ATTENTION', 'PRODUCTS', 'NORMS', 'STATISTICS', 'LEAVES', 'ADDERS', 'ACCOUNTINGS', 'TRACKS', 'ON_GRID',
            'Node', 'Elements', 'Tracer', 'Trace', 'trace', 'kind_of', 'as_layer', 'positions', 'tree_adds', 'root_bits',
-           'kernel_adds', 'LayerSpec', 'compressible', 'schedule_specs', 'Accounting', 'Counting', 'weight_storage',
-           'average_adds', 'cifar_root_bits', 'count_layer', 'count_beta', 'count_layer_scale', 'count_scale', 'folds',
-           'pool_size', 'windows', 'count_pool', 'count_statistics', 'count_elementwise', 'count_product',
-           'count_constants', 'Value', 'value_bits', 'operand_bits', 'weight_width', 'on_steps', 'layer_bits',
-           'quantiser_step', 'absorbed', 'count', 'Score', 'summary', 'score', 'apply_schedule', 'main']
+           'kernel_adds', 'LayerSpec', 'schedule_specs', 'Accounting', 'Counting', 'weight_storage', 'average_adds',
+           'cifar_root_bits', 'count_layer', 'count_beta', 'count_layer_scale', 'count_scale', 'folds', 'pool_size',
+           'windows', 'count_pool', 'count_statistics', 'count_elementwise', 'count_product', 'count_constants',
+           'Value', 'value_bits', 'operand_bits', 'weight_width', 'on_steps', 'layer_bits', 'quantiser_step',
+           'absorbed', 'count', 'Score', 'summary', 'score', 'apply_schedule', 'main']
 
 # %% ../nbs/05_scoring.ipynb #0eb7af73
 import argparse, math, sys
@@ -21,12 +21,12 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .core import MicronetError, atomic_path, released_schedule
+from .layers import compressible, evaluation_mode, per_layer, require_shapes
 from .models import create_model
 
 # %% ../nbs/05_scoring.ipynb #844dabf7
@@ -558,12 +558,8 @@ def _image(model, input_size):
         raise MicronetError(
             f"an image of {'x'.join(map(str, size))} has {math.prod(size):,} numbers, more than the 100,000,000 that are tried: give a smaller size"
         )
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    if lazy := next((n for n, t in tensors if is_lazy(t)), None):
-        raise MicronetError(
-            f'{lazy!r} of {type(model).__name__} has no shape yet (a lazy module): run the model once on an image, then count'
-        )
-    like = next((t for _, t in tensors if t.is_floating_point()), torch.zeros(()))
+    require_shapes(model, 'scoring')
+    like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
     return torch.full((1, *size), 0.5, dtype=like.dtype, device=like.device)
 
 
@@ -579,7 +575,6 @@ def trace(
 ) -> Trace:
     "Runs `model` once in evaluation mode and writes down every operation. MicronetError where it does not run, or the output ignores the input."
     image = _image(model, input_size)
-    modes = {m: m.training for m in model.modules()}
     tracer = Tracer(model, image)
     fast = torch.backends.mha.get_fastpath_enabled()  # its fused attention would hide what it does
     hooks = [
@@ -591,9 +586,9 @@ def trace(
         )
     ]
     try:
-        model.train().eval()  # some nets keep what they computed from their parameters until they train again
         torch.backends.mha.set_fastpath_enabled(False)
-        with parametrize.cached():  # a masked weight is made once, however often it is used
+        with evaluation_mode(model), parametrize.cached():  # a masked weight is made once, however often it is used
+            model.train().eval()  # some nets keep what they computed from their parameters until they train again
             with tracer:
                 out = model(image)
             _own(tracer, model)
@@ -608,8 +603,6 @@ def trace(
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in hooks:
             h.remove()
-        for m, training in modes.items():
-            m.training = training
     results = [s for t in _tensors(_plain(out)) if (s := tracer.source(t)) is not None and s is not tracer.input]
     if not results:
         raise MicronetError(f'the output of {type(model).__name__} does not depend on its input: nothing to count')
@@ -737,13 +730,6 @@ class LayerSpec:
             if not (isinstance(v := getattr(self, b), int) and 1 <= v <= 32):
                 raise MicronetError(f'{b} must be a whole number from 1 to 32, not {v!r}')
 
-# %% ../nbs/05_scoring.ipynb #4ec1054c
-def compressible(
-    model: nn.Module,  # any model
-) -> dict:
-    "Name to module of every Conv2d and Linear, in module order: the order of the released schedule."
-    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-
 # %% ../nbs/05_scoring.ipynb #979966dc
 def schedule_specs(
     model: nn.Module,  # as many Conv2d and Linear layers as the schedule has entries
@@ -751,19 +737,13 @@ def schedule_specs(
     scales=None,  # (layers,) activation scales, the first one (the image's) taken as 1; None: the schedule's own
 ) -> dict:
     "Specs for `score` from a released schedule; MicronetError where the layers do not match."
-    names, bits = list(compressible(model)), schedule['weight_bits']
-    if len(names) != len(bits):
-        raise MicronetError(f'the schedule has {len(bits)} layers, the model {len(names)}: they do not belong together')
+    layers = compressible(model)
+    bits = per_layer(layers, schedule['weight_bits'], what='layers of the schedule')
+    signed = per_layer(layers, schedule['activation_signed'], what='signs of the schedule')
     scales = schedule.get('activation_scale') if scales is None else scales
-    if scales is not None and len(scales) != len(bits):
-        raise MicronetError(f'{len(scales)} scales for {len(bits)} layers')
-    step = [1.0, *map(float, scales[1:])] if scales is not None else [None] * len(bits)
-    return {
-        n: LayerSpec(
-            w, schedule['activation_bits'] if s is not None else schedule['first_layer_activation_bits'], bool(s), a
-        )
-        for n, w, s, a in zip(names, bits, schedule['activation_signed'], step)
-    }
+    step = per_layer(layers, None if scales is None else [1.0, *map(float, scales[1:])], what='scales')
+    few, first = schedule['activation_bits'], schedule['first_layer_activation_bits']
+    return {n: LayerSpec(bits[n], first if s is None else few, bool(s), step[n]) for n, s in signed.items()}
 
 # %% ../nbs/05_scoring.ipynb #c856de44
 @dataclass(frozen=True)

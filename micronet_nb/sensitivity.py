@@ -7,7 +7,6 @@ __all__ = ['degrade', 'Replay', 'sensitivity', 'show_sensitivity', 'plan_from_se
 
 # %% ../nbs/06_sensitivity.ipynb #3eb760dd
 import contextlib, copy, hashlib
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +27,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .activations import calibrate, solve_step
 from .data import dataset_stats
-from .models import require_shapes
-from .pruning import computes_otherwise, dense_weight, layer_positions, magnitude_mask
+from .layers import compressible, computes_otherwise, dense_weight, matching, require_shapes
+from .pruning import layer_positions, magnitude_mask
 from .quantizers import fake_quantise, grid, solve_scales
-from .scoring import TRACKS, compressible, score, trace
+from .scoring import TRACKS, score, trace
 from .training import as_logits, normalised
 
 # %% ../nbs/06_sensitivity.ipynb #8304d03a
@@ -335,15 +334,6 @@ def _levels(sparsities, weight_bits, activation_bits):
         raise MicronetError('nothing to measure: give sparsities, weight_bits or activation_bits')
     return levels
 
-
-def _chosen(names, patterns):
-    "The names that fit a pattern. MicronetError for one that fits none."
-    patterns = [patterns] if isinstance(patterns, str) else ['*'] if patterns is None else list(patterns)
-    for p in patterns:
-        if not any(fnmatchcase(n, p) for n in names):
-            raise MicronetError(f"no layer is called {p!r}; layers are called {', '.join(names[:3]) or '(none)'}, ...")
-    return [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
-
 # %% ../nbs/06_sensitivity.ipynb #7f5af63d
 def _some(dataset, n):
     return dataset if n is None or n >= len(dataset) else dataset.subset(n)
@@ -386,7 +376,7 @@ def sensitivity(
     )
     every = compressible(net)
     names, batch_size = (
-        _chosen(list(every), layers),
+        matching(every, layers),
         batch_size or _images_at_once(net, _batch(net, images, 0, 1, stats)[0]),
     )
     place = folder and Path(folder) / config_key(

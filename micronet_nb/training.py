@@ -36,7 +36,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .data import dataset_stats, load_dataset
-from .models import create_model, require_shapes
+from .layers import evaluation_mode, require_shapes
+from .models import create_model
 
 # %% ../nbs/04_training.ipynb #1a828e8c
 RIAIR_AUGMENT = (
@@ -358,22 +359,16 @@ def evaluate(
 ) -> dict:  # top1 in %, loss, n
     "Accuracy and cross-entropy on a data set, in float32. MicronetError where the statistics are not known, or the net gives no logits."
     stats = known_stats(model, stats)
-    was, device = {m: m.training for m in model.modules()}, _device(model)
-    hits = loss = 0.0
+    device, hits, loss = _device(model), 0.0, 0.0
     n = min(n or len(dataset), len(dataset))
-    try:
-        model.eval()
+    with evaluation_mode(model):
         for i in range(0, n, batch_size):
-            x, y = (
-                normalised(dataset.images[i : min(i + batch_size, n)].to(device).float() / 255, stats),
-                dataset.labels[i : min(i + batch_size, n)].to(device),
-            )
+            some = slice(i, min(i + batch_size, n))
+            x = normalised(dataset.images[some].to(device).float() / 255, stats)
+            y = dataset.labels[some].to(device)
             out = as_logits(model(x), x, model)
             hits += float((out.argmax(1) == y).sum())
             loss += float(F.cross_entropy(out, y, reduction='sum'))
-    finally:
-        for m, mode in was.items():
-            m.training = mode
     return dict(top1=100 * hits / n, loss=loss / n, n=n)
 
 # %% ../nbs/04_training.ipynb #bb1704fa

@@ -10,7 +10,6 @@ __all__ = ['COMPRESSION', 'WeightQuantiser', 'plan_bits', 'quantiser_of', 'unqua
 # %% ../nbs/11_weights.ipynb #02060869
 import copy, math
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 
 from .core import MicronetError, progress
 import numpy as np
@@ -21,10 +20,22 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .activations import quantise_activations
-from .models import require_shapes
-from .pruning import Reach, computes_otherwise, dense_weight, plain_weight, prune, tell_untouched, untouched
+from micronet_nb.layers import (
+    Reach,
+    compressible,
+    computes_otherwise,
+    dense_weight,
+    layer_class,
+    on_weight,
+    per_layer,
+    require_shapes,
+    take_off,
+    tell_untouched,
+    untouched,
+)
+from .pruning import prune
 from .quantizers import fake_quantise, grid, quantise, solve_scales
-from .scoring import LayerSpec, compressible, weight_storage
+from .scoring import LayerSpec, weight_storage
 from .training import STUDIES, as_logits, fit_stage, normalised, student, student_config, study_data
 
 # %% ../nbs/11_weights.ipynb #7da63cf9
@@ -77,20 +88,7 @@ def plan_bits(
     bits,  # a number; name pattern to number (the last one that fits counts; none: 32); or a list in module order
 ) -> dict:  # layer name to bits, 32: floating point
     "One width a layer. MicronetError for a width, a pattern or a length that does not fit."
-    plan = dict.fromkeys(compressible(model), 32)
-    if isinstance(bits, dict):
-        for pattern, b in bits.items():
-            if not (hit := [n for n in plan if fnmatchcase(n, pattern)]):
-                raise MicronetError(
-                    f"no layer is called {pattern!r}; layers are called {', '.join(list(plan)[:3])}, ..."
-                )
-            plan.update(dict.fromkeys(hit, b))
-    elif isinstance(bits, (list, tuple)):
-        if len(bits) != len(plan):
-            raise MicronetError(f'{len(bits)} widths for {len(plan)} layers: they do not belong together')
-        plan = dict(zip(plan, bits))
-    else:
-        plan = dict.fromkeys(plan, bits)
+    plan = per_layer(compressible(model), bits, 32, 'widths')
     return {n: _width(n, b) for n, b in plan.items()}
 
 
@@ -108,11 +106,7 @@ def quantiser_of(
     module: nn.Module,  # a Conv2d or Linear
 ):  # its WeightQuantiser, or None
     "The quantiser on a layer's weight."
-    return (
-        next((p for p in module.parametrizations.weight if isinstance(p, WeightQuantiser)), None)
-        if parametrize.is_parametrized(module, 'weight')
-        else None
-    )
+    return on_weight(module, WeightQuantiser)
 
 
 @torch.no_grad()
@@ -216,13 +210,8 @@ def _is_so(module, bits, per, learn):
 
 def _take_quantiser(module):
     "Takes a layer's quantiser away, if there is one."
-    if (q := quantiser_of(module)) is None:
-        return
-    stack = module.parametrizations.weight
-    if len(stack) == 1:
-        plain_weight(module)
-    else:
-        del stack[list(stack).index(q)]
+    if (q := quantiser_of(module)) is not None:
+        take_off(module, q)
 
 
 def _check_grid(module, name, bits):
@@ -232,7 +221,7 @@ def _check_grid(module, name, bits):
     dense_weight(module, name)
     if computes_otherwise(module, name):
         raise MicronetError(
-            f'{type(module).__name__.removeprefix("Parametrized")} {name!r} makes another weight of the one that is quantised, off its grid: '
+            f'{layer_class(module)} {name!r} makes another weight of the one that is quantised, off its grid: '
             'give it 32 bits, or replace it by a plain layer with the weight that it computes with'
         )
 
@@ -245,7 +234,7 @@ def remove_weight_quantisers(
     "Takes every weight quantiser away; masks stay, and what they hide."
     for m in compressible(model).values():
         if quantiser_of(m) and not restore:
-            (w := m.parametrizations.weight.original).copy_(torch.where(unquantised(m) != 0, m.weight, w))
+            (w := dense_weight(m)).copy_(torch.where(unquantised(m) != 0, m.weight, w))
         _take_quantiser(m)
 
 # %% ../nbs/11_weights.ipynb #08807ec4

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from micronet_nb.activations import ActivationQuantiser, quantise_activations
 from micronet_nb.data import Dataset
 from micronet_nb.distillation import AsTeacher, distil, kl, z_score
+from micronet_nb.layers import dense_weight
 from micronet_nb.models import densenet_bc, num_params, wrn
-from micronet_nb.pruning import Pruner, at_least, dense_weight, erk_rates, magnitude_mask, mask_of
+from micronet_nb.pruning import Pruner, at_least, erk_rates, magnitude_mask, mask_of
 from micronet_nb.pruning import op_sparsity, param_sparsity, prune, sparsity
 from micronet_nb.quantizers import fake_quantise, grid, quantise, solve_scale, solve_scales
 from micronet_nb.released import prepare, truncate

@@ -12,7 +12,8 @@ from torch import nn
 from micronet_nb import cifar100, imagenet
 from micronet_nb.cifar100 import data_of, steps_of
 from micronet_nb.data import Dataset, dataset_stats, load_dataset, normalise
-from micronet_nb.pruning import dense_weight, mask_of, prune
+from micronet_nb.layers import dense_weight
+from micronet_nb.pruning import mask_of, prune
 from micronet_nb.training import FitConfig, augment, crop_flip, cut, epoch_batches, evaluate, fit, fit_stage, hard_loss
 from micronet_nb.training import normalised, study_data
 

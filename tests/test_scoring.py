@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from micronet_nb.activations import ActivationQuantiser, quantise_activations
 from micronet_nb.core import MicronetError
+from micronet_nb.layers import compressible
 from micronet_nb.models import create_model
 from micronet_nb.pruning import prune
-from micronet_nb.scoring import ADDERS, ON_GRID, LayerSpec, compressible, kernel_adds, main, score, trace, tree_adds
+from micronet_nb.scoring import ADDERS, ON_GRID, LayerSpec, kernel_adds, main, score, trace, tree_adds
 from micronet_nb.weights import WeightQuantiser, quantise_weights
 
 FAMILIES = [
@@ -832,7 +833,7 @@ LAZY = nn.Sequential(nn.LazyConv2d(4, 3))
         (nn.Conv2d(3, 4, 1), '3x32x32', 'input_size is'),
         (nn.Conv2d(3, 4, 1), 32, 'input_size is'),
         (nn.Conv2d(3, 4, 1), (3, 32.0, 32.5), 'input_size is'),
-        (LAZY, (3, 8, 8), "'0.weight' of Sequential has no shape yet"),
+        (LAZY, (3, 8, 8), "scoring needs the shape of '0.weight', a parameter of a lazy module"),
         (Inside(), (3, 8, 8), 'Inside does not run on an image of 3x8x8: TypeError'),
         (Do(lambda m, x: x.nothing), (3, 8, 8), 'AttributeError'),
         (torch.relu, (3, 8, 8), 'must be an nn.Module'),

@@ -26,11 +26,10 @@ from micronet_nb.activations import (
 from micronet_nb.core import MicronetError
 from micronet_nb.data import load_dataset
 from micronet_nb.distillation import kd_loss
+from micronet_nb.layers import compressible, computing_weight, dense_weight, untouched
 from micronet_nb.models import create_model, densenet_bc
 from micronet_nb.pruning import (
     METHODS,
-    computing_weight,
-    dense_weight,
     erk_rates,
     global_rates,
     magnitude_mask,
@@ -40,9 +39,8 @@ from micronet_nb.pruning import (
     param_sparsity,
     prune,
     remove_pruning,
-    untouched,
 )
-from micronet_nb.scoring import compressible, score
+from micronet_nb.scoring import score
 from micronet_nb.sensitivity import sensitivity
 from micronet_nb.training import FitConfig, fit
 from micronet_nb.weights import quantise_weights, quantiser_of, remove_weight_quantisers, specs_of
