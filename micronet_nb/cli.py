@@ -110,8 +110,8 @@ def _score_parser():
     )
     p.add_argument(
         'model',
-        help="a timm name, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>, 'released' (RIAIR's CIFAR-100 checkpoint), "
-        'or a packed file, such as model.safetensors',
+        help="a timm name, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>, 'released' (RIAIR's CIFAR-100 "
+        'checkpoint), or a packed file, such as model.safetensors',
     )
     p.add_argument(
         '--size',
@@ -316,7 +316,8 @@ def _print_parts(path):
     payload = p['weights'] + p['numbers']
     print(
         f"{path}: {p['file']:,} bytes = masks and values {p['weights']:,} + scales {p['numbers']:,} "
-        f"+ structure {p['structure']:,} + header {p['header']:,} ({p['file'] / max(payload, 1) - 1:.1%} above its payload)"
+        f"+ structure {p['structure']:,} + header {p['header']:,} "
+        f"({p['file'] / max(payload, 1) - 1:.1%} above its payload)"
     )
     if unpack(path).meta['about'].get('input_size'):
         print(f"the corrected score charges {bill(path).charged.sum():,.0f} bytes, the payload has {payload:,}")

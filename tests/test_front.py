@@ -29,7 +29,10 @@ def test_a_verb_is_what_its_module_offers(verb):
 
 
 def test_the_front_door_opens_at_once():
-    code = "import sys, micronet_nb as mn; print(*(m in sys.modules for m in ('torch', 'pandas', 'micronet_nb.core')), *dir(mn))"
+    code = (
+        "import sys, micronet_nb as mn; "
+        "print(*(m in sys.modules for m in ('torch', 'pandas', 'micronet_nb.core')), *dir(mn))"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert said[:3] == ["False"] * 3
     assert {*mn.__all__, "__version__"} <= {*said}  # what a notebook completes

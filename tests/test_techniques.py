@@ -42,7 +42,7 @@ from micronet_nb.pruning import (
     remove_pruning,
     untouched,
 )
-from micronet_nb.scoring import compressible, score
+from micronet_nb.scoring import ACCOUNTINGS, compressible, score, trace
 from micronet_nb.sensitivity import measure_sensitivity
 from micronet_nb.training import FitConfig, fit
 from micronet_nb.weights import quantise_weights, quantiser_of, remove_weight_quantisers, specs_of
@@ -78,7 +78,9 @@ def activations(learn):
 
 
 def weights(learn):
-    return Technique(lambda m, x: quantise_weights(m, 4, learn=learn) and None, remove_weight_quantisers)
+    return Technique(
+        lambda m, x: quantise_weights(m, 4, learn=learn) and None, lambda m: remove_weight_quantisers(m, restore=True)
+    )
 
 
 def all_of(m, x):
@@ -129,7 +131,21 @@ def net(request):
 
 
 def cost(model, x):
-    return score(copy.deepcopy(model).eval(), tuple(x.shape[1:]), "cifar100", specs=specs_of(model))
+    return score(copy.deepcopy(model).eval(), tuple(x.shape[1:]), "cifar100")
+
+
+@each
+def test_the_scorer_needs_no_telling(net, name):
+    "What it reads off masks and quantisers is what `specs_of` writes down."
+    model, x = net
+    TECHNIQUES[name].apply(model, x)
+    size = tuple(x.shape[1:])
+    graph = trace(model, size)
+    for accounting in ACCOUNTINGS:
+        for adder in ("tree", "fp16"):
+            told = score(graph, size, "cifar100", accounting, adder, specs_of(model), corrected=True)
+            seen = score(graph, size, "cifar100", accounting, adder, corrected=True)
+            assert told.layers.equals(seen.layers) and told.score == seen.score, (accounting, adder)
 
 
 def state(model):
