@@ -55,7 +55,7 @@ def test_notebook_can_be_run_and_committed(path):
 @each_notebook
 def test_notebook_takes_a_profile_and_proves_its_end(path):
     nb = reproduce.Notebook(path, json.loads(path.read_text(encoding="utf-8"))["cells"])
-    assert re.search(rf"^finish\('{nb.stem}', profile\b", nb.code[-1], re.M)
+    assert re.search(rf"^finish\(\s*'{nb.stem}',\s*profile\b", nb.code[-1], re.M)
     assert reproduce.parameters_of(nb).get("profile") == "'embedded'"
     if nb.stem[0].isdigit():
         assert nb.module == nb.stem.split("_", 1)[1] or nb.module is None
