@@ -1,1 +1,59 @@
+"""Compressing image classifiers: pruning, distillation, quantisation, and what the result costs as integers.
+
+`import micronet_nb as mn` gives the verbs; each loads its module when it is first used."""
+
 __version__ = "0.1.0"
+
+_MODULE_OF = {
+    # nets and data
+    'create_model': 'models',
+    'load_published': 'released',
+    'load_released': 'released',
+    'load_dataset': 'data',
+    # training
+    'FitConfig': 'training',
+    'fit': 'training',
+    'evaluate': 'training',
+    'kd_loss': 'distillation',
+    'Ensemble': 'distillation',
+    # pruning
+    'measure_sensitivity': 'sensitivity',
+    'plan_from_sensitivity': 'sensitivity',
+    'uniform_rates': 'pruning',
+    'global_rates': 'pruning',
+    'erk_rates': 'pruning',
+    'prune': 'pruning',
+    'remove_pruning': 'pruning',
+    'param_sparsity': 'pruning',
+    'untouched': 'pruning',
+    # quantisation
+    'quantise_activations': 'activations',
+    'remove_activation_quantisers': 'activations',
+    'quantise_weights': 'weights',
+    'remove_weight_quantisers': 'weights',
+    'choose_bits': 'weights',
+    # what it costs, and what runs
+    'score': 'scoring',
+    'lower': 'deployment',
+    'run_integer': 'deployment',
+    'Runner': 'deployment',
+    'pack': 'packing',
+    'unpack': 'packing',
+    'to_onnx': 'onnx',
+}
+
+__all__ = [*_MODULE_OF]
+
+
+def __getattr__(name):
+    "A verb, from the module that has it."
+    if name not in _MODULE_OF:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from importlib import import_module
+
+    globals()[name] = verb = getattr(import_module(f'.{_MODULE_OF[name]}', __name__), name)
+    return verb
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

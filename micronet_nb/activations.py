@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from .core import MicronetError
+from fastcore.basics import patch
 import numpy as np
 import pandas as pd
 import torch
@@ -421,11 +422,9 @@ def activation_table(
     return pd.DataFrame(rows, columns=['layer', 'bits', 'signed', 'step', 'low', 'high', 'learned']).set_index('layer')
 
 # %% ../nbs/10_activations.ipynb #c719f4ee
-def _step(self, x):
+@patch
+def _step(self: ActivationQuantiser, x):
     "|scale|, whose gradient is divided by sqrt(n Qmax) for n inputs an image. Esser et al. 2020."
     a = self.scale.abs()
     g = a * (max(x[0].numel(), 1) * max(self.ends[1], 1)) ** -0.5
     return a.detach() + (g - g.detach())
-
-
-ActivationQuantiser._step = _step

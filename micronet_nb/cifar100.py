@@ -6,16 +6,16 @@
 __all__ = ['STUDY_PRUNE', 'STUDY_BITS', 'TEAM', 'RECIPES', 'STAGES', 'STOPPED', 'Step', 'study_recipe', 'standardised',
            'our_recipe', 'published_recipe', 'plain_copy', 'study_score', 'cut_part', 'rates_for', 'bits_for', 'build',
            'Still', 'renew_norms', 'figures', 'OutOfTime', 'Row', 'run_step', 'data_of', 'steps_of', 'run_recipe',
-           'recipe_config', 'write_rows', 'fold', 'on_test', 'leaderboard', 'main']
+           'recipe_config', 'write_rows', 'fold', 'on_test', 'leaderboard', 'run_track']
 
 # %% ../nbs/20_cifar100.ipynb #02c61820
 if __name__ == '__main__' and '__file__' in globals():
-    from micronet_nb.core import swiftly
+    from .cli import micronet_cifar100
 
-    swiftly()  # python -m: before PyTorch is loaded
+    raise SystemExit(micronet_cifar100())  # before PyTorch is loaded
 
 # %% ../nbs/20_cifar100.ipynb #bef4589d
-import argparse, copy, sys, time
+import copy, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -47,7 +47,7 @@ from .packing import pack, unpack
 from .pruning import Pruner, global_rates, mask_of, op_sparsity, param_sparsity, prune, remove_pruning
 from .released import load_published, published_nets
 from .scoring import ADDERS, LayerSpec, TRACKS, score, trace
-from .sensitivity import plan_from_sensitivity, sensitivity
+from .sensitivity import measure_sensitivity, plan_from_sensitivity
 from .training import FitConfig, STUDIES, Stopped, evaluate, fit_stage, normalised, study_data
 from micronet_nb.weights import (
     bit_table,
@@ -250,7 +250,7 @@ def plain_copy(
     "A copy with the dense weights: no masks, no quantisers of weights and activations."
     bare = copy.deepcopy(net).eval()
     remove_activation_quantisers(bare)
-    remove_weight_quantisers(bare)
+    remove_weight_quantisers(bare, restore=True)
     remove_pruning(bare, restore=True)
     return bare
 
@@ -290,9 +290,9 @@ def rates_for(
     size = tuple(train.images.shape[1:])
     data = train, train.subset(min(n, len(train)))
     how = dict(weight_bits=(), activation_bits=(), stats=stats, folder=folder, quiet=quiet)
-    table = sensitivity(net, data, **how)
+    table = measure_sensitivity(net, data, **how)
     bare = copy.deepcopy(net)
-    remove_weight_quantisers(bare)  # zeros by rounding may not last
+    remove_weight_quantisers(bare, restore=True)  # zeros by rounding may not last
     plan = plan_from_sensitivity(
         table, bare, budget, of='score', most=0.95, input_size=size, accounting='riair-cifar100', specs=specs_of(net)
     )
@@ -403,12 +403,12 @@ def figures(
     input_size: tuple,  # (channels, height, width)
 ) -> dict:
     "Sparsities, storage, operations, and scores: `score_<adder>` as released, `corrected_<adder>`, `official`."
-    specs, graph = specs_of(net), trace(net, input_size)
-    how = dict(accounting='riair-cifar100', specs=specs)
+    graph = trace(net, input_size)
     scores = {}
     for adder in ADDERS:
-        scores[f'score_{adder}'] = score(graph, input_size, adder=adder, **how)
-        scores[f'corrected_{adder}'] = score(graph, input_size, adder=adder, corrected=True, **how)
+        for name, corrected in (('score', False), ('corrected', True)):
+            priced = score(graph, input_size, accounting='riair-cifar100', adder=adder, corrected=corrected)
+            scores[f'{name}_{adder}'] = priced
     return dict(
         parameters=num_params(net),
         sparsity=param_sparsity(net),
@@ -416,7 +416,7 @@ def figures(
         storage=scores['score_tree'].storage,
         ops=scores['score_tree'].ops,
         **{name: s.score for name, s in scores.items()},
-        official=score(graph, input_size, specs=specs).score,
+        official=score(graph, input_size).score,
     )
 
 # %% ../nbs/20_cifar100.ipynb #1a8646a1
@@ -665,8 +665,7 @@ def fold(
     graph = lower(net, normalised(train.images[:8].float() / 255, stats))
     back = unpack(pack(graph, path, dict(accounting='riair-cifar100', dataset=test.name, pixels=stats)))
     told, stored = (
-        [score(m, size, accounting='riair-cifar100', specs=specs, corrected=c) for c in (False, True)]
-        for m, specs in ((net, specs_of(net)), (back, None))
+        [score(m, size, accounting='riair-cifar100', corrected=c) for c in (False, True)] for m in (net, back)
     )
     for a, b in zip(told, stored):
         if abs(_but_scales(b) - _but_scales(a)) > 1e-9 * _but_scales(a) or b.score > a.score * (1 + 1e-9):
@@ -713,26 +712,6 @@ def leaderboard() -> list:
 # %% ../nbs/20_cifar100.ipynb #e2dad845
 STOPPED = 75  # exit code: the time was over, the same command goes on
 
-
-def _parser():
-    p = argparse.ArgumentParser(
-        prog='python -m micronet_nb.cifar100',
-        description='The CIFAR-100 track: all steps of a recipe, in pieces that go on where the last one ended.',
-        epilog=f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on',
-    )
-    p.add_argument('what', nargs='?', choices=('run',), default='run', help='run the recipe (the default)')
-    p.add_argument('--profile', default='embedded', help='embedded (default), laptop or paper')
-    p.add_argument('--recipe', default='study', help='study (default) or ours')
-    p.add_argument('--minutes', type=float, help='stop after so many minutes (default: never)')
-    p.add_argument('--seed', type=int, default=0, help='of all steps (default: 0)')
-    p.add_argument('--last-seed', type=int, help='of the last step, all others as they are')
-    p.add_argument(
-        '--whole', action='store_true', help='train on the validation split, too: nothing is judged until the test'
-    )
-    p.add_argument('--graphs', action='store_true', help='CUDA graphs, where the profile compiles')
-    p.add_argument('--out', type=Path, metavar='FOLDER', help='for records and packed nets (default: the run folder)')
-    return p
-
 # %% ../nbs/20_cifar100.ipynb #ae84d9b6
 def _say(rows):
     "The newest row, on a line."
@@ -742,8 +721,10 @@ def _say(rows):
     print(f'{rows[-1].step.row}: {top}, {costs}', flush=True)
 
 
-def _run(args):
-    "What `main` does with a recipe."
+def run_track(
+    args,  # what the command was told, see `30_cli`: profile, recipe, seed, last_seed, whole, minutes, graphs, out
+):
+    "All steps of a recipe, taken in and sent on where they travel, and the test at its end; OutOfTime where the minutes are over."
     if args.minutes is not None and not args.minutes > 0:
         raise MicronetError(f'--minutes {args.minutes:g}: more than 0')
     root, folder = runs_dir() / 'stages', args.out and args.out / 'results'
@@ -769,23 +750,3 @@ def _judge(rows, args, root, folder):
         f"{path}: {made['bytes']:,} bytes, {made['top1']:.2f} % of {made['n']:,} test images, "
         f"score {made['score_tree']:.6f}, corrected {made['corrected_tree']:.6f}"
     )
-
-# %% ../nbs/20_cifar100.ipynb #609b66df
-def main(
-    argv=None,  # arguments; None: those of the process
-) -> int:
-    "The command: 0, 1 after one line that says what is wrong, 75 where the time was over."
-    args = _parser().parse_args(argv)
-    try:
-        _run(args)
-    except OutOfTime as e:
-        print(f'time is over: {e}')
-        return STOPPED
-    except MicronetError as e:
-        print(f'micronet_nb.cifar100: {e}', file=sys.stderr)
-        return 1
-    return 0
-
-# %% ../nbs/20_cifar100.ipynb #28c2e2c6
-if __name__ == '__main__' and '__file__' in globals():
-    sys.exit(main())

@@ -7,8 +7,7 @@ __all__ = ['PROFILES', 'SWIFT', 'MicronetError', 'Profile', 'get_profile', 'unkn
            'project_root', 'published_dir', 'cache_dir', 'runs_dir', 'committed_dir', 'results_dir', 'find_file',
            'atomic_path', 'write_json', 'read_json', 'sha256', 'offline', 'fetch', 'commit', 'environment',
            'config_key', 'stage', 'record', 'load_record', 'amend', 'published', 'released_schedule',
-           'released_figures', 'compare', 'finish', 'progress', 'swiftly', 'micronet_score', 'micronet_pack',
-           'micronet_eval', 'settle']
+           'released_figures', 'compare', 'finish', 'progress', 'swiftly', 'settle']
 
 # %% ../nbs/00_core.ipynb #929a8d51
 import ast, contextlib, hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, re, subprocess, sys, threading, time, warnings
@@ -720,27 +719,6 @@ def swiftly():
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**SWIFT, **os.environ})
-
-# %% ../nbs/00_core.ipynb #5dfceef5
-def _main(module, function):
-    "The exit code of a command, started swiftly."
-    swiftly()
-    return getattr(importlib.import_module(f'micronet_nb.{module}'), function)()
-
-
-def micronet_score() -> int:
-    "The command of that name."
-    return _main('scoring', 'main')
-
-
-def micronet_pack() -> int:
-    "The command of that name."
-    return _main('packing', 'main_pack')
-
-
-def micronet_eval() -> int:
-    "The command of that name."
-    return _main('packing', 'main_eval')
 
 # %% ../nbs/00_core.ipynb #7ba9615f
 def settle(

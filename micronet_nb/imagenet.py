@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['BAR', 'SLIDE_TEACHERS', 'CHOSEN', 'ROLES', 'SWEEP', 'PRUNING', 'ACTIVATIONS', 'WEIGHTS', 'ROWS', 'STAGES', 'NETS',
-           'IMAGENET_STATS', 'STOPPED', 'FolderImages', 'TarImages', 'ParquetImages', 'open_images', 'rgb',
+           'IMAGENET_STATS', 'EPOCHS', 'STOPPED', 'FolderImages', 'TarImages', 'ParquetImages', 'open_images', 'rgb',
            'check_images', 'transforms', 'Pictures', 'windowed', 'loaded', 'default_workers', 'fingerprint', 'Stream',
-           'validate', 'passes', 'pretrained', 'sparse_plans', 'Row', 'slide_rows', 'Track', 'compress', 'weights_key',
-           'tables', 'main']
+           'validate', 'passes', 'pretrained', 'sparse_plans', 'Row', 'slide_rows', 'Track', 'weights_key', 'run_track',
+           'tables']
 
 # %% ../nbs/21_imagenet.ipynb #2e47b329
 if __name__ == '__main__' and '__file__' in globals():
-    from micronet_nb.core import swiftly
+    from .cli import micronet_imagenet
 
-    swiftly()  # python -m: before PyTorch is loaded
+    raise SystemExit(micronet_imagenet())  # before PyTorch is loaded
 
 # %% ../nbs/21_imagenet.ipynb #1d4605d3
-import argparse, copy, hashlib, io, os, random, sys, time
+import copy, hashlib, io, os, random, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ from micronet_nb.core import (
     runs_dir,
     stage,
 )
+from fastcore.basics import patch
 import numpy as np
 import pandas as pd
 import torch
@@ -508,7 +509,8 @@ class Track:
         return self.key if name == 'Original' else self.made[name][1]['key']
 
 # %% ../nbs/21_imagenet.ipynb #f7da91c9
-def compress(self, model, row):
+@patch
+def compress(self: Track, model, row):
     "Masks and quantisers of a row, on a net; returns the pruner."
     pruner = prune(model, self.plans[row.plan]) if row.plan else Pruner()
     if row.activations < 32:
@@ -518,7 +520,8 @@ def compress(self, model, row):
     return pruner
 
 
-def _make(self, row):
+@patch
+def _make(self: Track, row):
     "Net and result of a row."
     if row.teacher not in (None, 'stage') and row.teacher not in self.teachers:
         raise MicronetError(f'{row.teacher} is not among the teachers: {", ".join(self.teachers) or "there are none"}')
@@ -538,9 +541,6 @@ def _make(self, row):
         how |= dict(teacher=taught[0], loss=kd_loss())
     return model, fit_stage('mixnet-row', model, (self.train, None), self.tune, what, upstream, self.root, **how)
 
-
-Track.compress, Track._make = compress, _make
-
 # %% ../nbs/21_imagenet.ipynb #45610702
 STAGES = {
     'evaluate': ['Original'],
@@ -553,53 +553,8 @@ STAGES['all'] = list(dict.fromkeys(n for names in STAGES.values() for n in names
 NETS = dict(zip(ROLES, SLIDE_TEACHERS))
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+EPOCHS = 120  # of every row
 STOPPED = 75  # exit code: the time was over, the same command goes on
-
-
-def _parser():
-    p = argparse.ArgumentParser(
-        'python -m micronet_nb.imagenet',
-        description="The slides' ImageNet tables: MixNet-S pruned, distilled and quantised.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='examples:\n'
-        '  python -m micronet_nb.imagenet --data /data/imagenet\n'
-        '  accelerate launch -m micronet_nb.imagenet --data /data/imagenet --stage prune --minutes 55\n'
-        '  python -m micronet_nb.imagenet --data /data/imagenet --stage check\n\n'
-        f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on',
-    )
-    p.add_argument(
-        '--data', required=True, help='folder with train and val: class folders, tar files or parquet shards'
-    )
-    p.add_argument('--weights', help='folder with <model>.safetensors or .pth (default: the Hugging Face hub)')
-    p.add_argument('--stage', default='all', choices=[*STAGES, 'check'], help='which rows (default: all)')
-    p.add_argument(
-        '--teacher',
-        default='mixnet_l',
-        choices=['none', *SLIDE_TEACHERS],
-        help='of all rows that are not of the sweep (default: mixnet_l)',
-    )
-    for flag, default, text in (
-        ('--epochs', 120, 'of every row'),
-        ('--epoch-images', 0, 'images an epoch; 0: all'),
-        ('--batch', 512, 'images a step, over all processes'),
-        ('--workers', None, 'decoding processes of each process (default: one a core)'),
-        ('--size', 224, 'pixels a side'),
-        ('--resize', 256, 'shorter side before the centre crop'),
-        ('--calibration', 250, 'training images for the activation steps'),
-        ('--seed', 0, 'of order and crops'),
-    ):
-        p.add_argument(
-            flag, type=int, default=default, help=f'{text}' + ('' if default is None else f' (default: {default})')
-        )
-    p.add_argument('--lr', type=float, default=1e-4, help='peak learning rate, cosine (default: 1e-4)')
-    p.add_argument('--minutes', type=float, help='stop after this time; the same command goes on')
-    p.add_argument('--precision', choices=('bf16', 'no'), help='default: bf16 on a GPU')
-    p.add_argument(
-        '--untrained',
-        action='store_true',
-        help='random weights where there are no published ones: to try the machinery',
-    )
-    return p
 
 # %% ../nbs/21_imagenet.ipynb #7f903d0d
 def weights_key(
@@ -726,7 +681,9 @@ def _is_fresh(track, name, began):
     return done.stat().st_mtime >= began
 
 
-def _run(args):
+def run_track(
+    args,  # what the command was told, see `30_cli`
+) -> int:  # exit code
     "All rows of a stage, one after the other; the record grows with each."
     if args.minutes is not None and not args.minutes > 0:
         raise MicronetError(f'--minutes {args.minutes:g}: more than 0')
@@ -798,22 +755,3 @@ def tables(
 ) -> pd.DataFrame:  # indexed by row
     "The slides' rows beside what the command has measured (top-1 in %)."
     return compare('21_imagenet.imagenet', 'row', 'top1', slide_rows(), folder, profile='paper').reindex(list(ROWS))
-
-# %% ../nbs/21_imagenet.ipynb #609b66df
-def main(
-    argv=None,  # default: the command line
-) -> int:
-    "`python -m micronet_nb.imagenet`; returns the exit code. A mistake is one line on stderr."
-    args = _parser().parse_args(argv)
-    try:
-        return _run(args)
-    except MicronetError as e:
-        print(f'micronet_nb.imagenet: {e}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print('\nmicronet_nb.imagenet: stopped; the same command goes on', file=sys.stderr)
-        return 130
-
-# %% ../nbs/21_imagenet.ipynb #28c2e2c6
-if __name__ == '__main__' and '__file__' in globals():
-    sys.exit(main())

@@ -6,16 +6,16 @@
 __all__ = ['MODULES', 'FUNCTIONS', 'METHODS', 'DTYPES', 'FORMAT', 'to_bits', 'from_bits', 'encode', 'decode', 'arguments',
            'form_of', 'Streams', 'as_graph', 'encode_argument', 'decode_argument', 'check_name', 'encode_node',
            'decode_node', 'describe', 'seal', 'compress', 'check_about', 'unseal', 'unpack', 'pack', 'contents', 'bill',
-           'half_scales', 'compare_charges', 'parts_of', 'pixels_to_input', 'top1', 'load_packed', 'main_pack',
-           'main_eval']
+           'half_scales', 'compare_charges', 'parts_of', 'pixels_to_input', 'top1']
 
 # %% ../nbs/17_packing.ipynb #5056f3b0
-import argparse, copy, hashlib, inspect, itertools, json, keyword, math, operator, os, pickle, re, sys, tempfile, time, zlib
+import copy, hashlib, inspect, itertools, json, keyword, math, operator, os, re, tempfile, zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 from .core import MicronetError, atomic_path, progress
+from fastcore.basics import patch
 import numpy as np
 import pandas as pd
 import safetensors.torch
@@ -24,16 +24,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from .data import normalise
 from micronet_nb.deployment import (
     IntConv2d,
     IntLinear,
-    IntWeights,
     Quantise,
-    Runner,
     ScaleBias,
     check_integers,
     in_evaluation,
-    lower,
 )
 from .layers import evaluation_mode, require_shapes
 from .scoring import ACCOUNTINGS, score
@@ -265,7 +263,8 @@ def _bits(kind):
     return int(kind[1:]) if kind[1:].isdigit() else None, kind[0] == 'm'
 
 
-def _read(self, form, shape, like=0):
+@patch
+def read(self: Streams, form, shape, like=0):
     "A tensor of `shape`, and the bytes that it takes in the file; `like`: numbers in the weight of the same module."
     (kind, *rest), n = form.split(), math.prod(shape)
     dtype = DTYPES[rest[0] if rest else _implied(kind)]
@@ -282,15 +281,13 @@ def _read(self, form, shape, like=0):
     return values.to(dtype, copy=True).view(shape), n * values.dtype.itemsize
 
 
-def _read_weight(self, kind, n, dtype, shape):
+@patch
+def _read_weight(self: Streams, kind, n, dtype, shape):
     "A tensor of the weight stream."
     data = self.tensors.get('weights', torch.empty(0, dtype=torch.uint8))[self.at['weights'] :].numpy()
     values, size = decode(data, n, *_bits(kind), dtype)
     self.at['weights'] += size
     return values.view(shape), size
-
-
-Streams.read, Streams._read_weight = _read, _read_weight
 
 # %% ../nbs/17_packing.ipynb #60c5b0c9
 class _Leaves(fx.Tracer):
@@ -1154,10 +1151,11 @@ def pixels_to_input(
     pixels,  # 'released', or (mean, std) of three numbers each, of pixels in [0, 1]
 ) -> torch.Tensor:
     "Pixels as the net wants them."
-    from micronet_nb.data import normalise
-    from micronet_nb.released import prepare
+    if pixels != 'released':
+        return normalise(images, *pixels)
+    from micronet_nb.released import prepare  # loads timm, which takes as long as torch
 
-    return prepare(images) if pixels == 'released' else normalise(images, *pixels)
+    return prepare(images)
 
 # %% ../nbs/17_packing.ipynb #70661521
 @torch.inference_mode()
@@ -1174,259 +1172,3 @@ def top1(
         stop = min(i + batch, n)
         right += int((net(pixels_to_input(dataset.images[i:stop], pixels)).argmax(1) == dataset.labels[i:stop]).sum())
     return right, n
-
-# %% ../nbs/17_packing.ipynb #2ebf02e8
-def load_packed(
-    path,  # a packed file
-    size=None,  # (channels, height, width); None: as the file says
-) -> tuple:  # (net, size, accounting)
-    "What `micronet-score` needs of a packed file. MicronetError where the file does not say what its input is."
-    net = unpack(path)
-    about = net.meta['about']
-    if size is None and 'input_size' not in about:
-        raise MicronetError(
-            f'{path} does not say what its input is: give --size channels x height x width, like 3x32x32'
-        )
-    return net, tuple(size or about['input_size']), about.get('accounting', 'official')
-
-# %% ../nbs/17_packing.ipynb #7868a6da
-def _command(name, run, about, examples, arguments, argv):
-    "A command: 0, or 1 after one line that says what is wrong. `arguments`: name to what argparse wants to know of it."
-    p = argparse.ArgumentParser(
-        prog=name,
-        description=about,
-        epilog='examples:  ' + '   |   '.join(f'{name} {e}' for e in examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for argument, told in arguments.items():
-        p.add_argument(argument, **told)
-    args = p.parse_args(argv)
-    try:
-        run(args)
-    except MicronetError as e:
-        print(f'{name}: {e}', file=sys.stderr)
-        return 1
-    return 0
-
-# %% ../nbs/17_packing.ipynb #898fdeff
-def _made(source):
-    "What the function of `module:function` returns: (net, about)."
-    import importlib
-
-    module, function = source.rsplit(':', 1)
-    sys.path.insert(0, os.getcwd())
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except Exception as e:
-        raise MicronetError(
-            f'{source} cannot be called: {type(e).__name__}: {(str(e).splitlines() or ["?"])[0]}'
-        ) from e
-    finally:
-        sys.path.remove(os.getcwd())
-    net, about = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
-    if not isinstance(net, nn.Module):
-        raise MicronetError(f'{source} returns {type(net).__name__}, not a module')
-    return net, check_about(about)
-
-
-def _load_weights(net, path):
-    "A state dict of safetensors' or of `torch.save`'s, read without running code; every tensor must fit."
-    try:
-        state = (
-            safetensors.torch.load_file(path)
-            if str(path).endswith('.safetensors')
-            else torch.load(path, map_location='cpu', weights_only=True)
-        )
-    except pickle.UnpicklingError as e:
-        raise MicronetError(
-            f'{path} holds more than tensors, or is no checkpoint: save net.state_dict() with torch.save'
-        ) from e
-    except Exception as e:
-        raise MicronetError(
-            f'{path} cannot be read as a state dict: {(str(e).splitlines() or [type(e).__name__])[0]}'
-        ) from e
-    state = next(
-        (state[k] for k in ('state_dict', 'model') if isinstance(state, dict) and isinstance(state.get(k), dict)), state
-    )
-    try:
-        net.load_state_dict({k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()})
-    except (RuntimeError, AttributeError, TypeError) as e:
-        lines = ' '.join(line.strip() for line in str(e).splitlines()[:3])
-        raise MicronetError(
-            f'{path} does not fit the net: {lines}'
-            + (
-                ' (one that was pruned or quantised when it was saved is packed by module:function)'
-                if 'Unexpected' in lines
-                else ''
-            )
-        ) from e
-
-# %% ../nbs/17_packing.ipynb #5c08b50e
-def _own_net(args):
-    "A net of one's own, lowered, and what is known of it."
-    from micronet_nb.scoring import _size
-
-    size, about = _size(args.size) if args.size else None, {}
-    if ':' in args.source:
-        net, about = _made(args.source)
-    else:
-        from micronet_nb.models import create_model
-
-        if not args.weights:
-            raise MicronetError(f'{args.source} has random weights: give its trained ones with --weights')
-        net = create_model(args.source, args.classes, small=args.small)
-    if args.weights:
-        _load_weights(net, args.weights)
-    size = size or about.get('input_size') or getattr(net, 'meta', {}).get('input_size')
-    if size is None:
-        raise MicronetError(
-            f'{args.source} does not say what its input is: give --size channels x height x width, like 3x32x32'
-        )
-    if args.data:
-        from micronet_nb.data import dataset_stats, load_dataset
-
-        mean, std = dataset_stats(load_dataset(args.data, 'train'))
-        about = about | dict(dataset=args.data, pixels=([*map(float, mean)], [*map(float, std)]))
-    if not isinstance(net, fx.GraphModule) and not any(isinstance(m, IntWeights) for m in net.modules()):
-        net = lower(
-            net,
-            torch.randn(2, *size, generator=torch.Generator().manual_seed(0)),
-            torch.float16 if args.fp16 else torch.float32,
-        )
-    return net, about | dict(input_size=tuple(size))
-
-# %% ../nbs/17_packing.ipynb #2ead8ef6
-def _known_net(name):
-    "Is it module:function, or a name for `create_model`?"
-    if ':' in name or name.startswith(('densenet_bc_', 'wrn_')):
-        return True
-    import timm
-
-    return timm.is_model(name)
-
-
-def _pack_run(args):
-    if args.source == 'released':
-        from micronet_nb.released import load_released
-
-        net, about = (
-            load_released(),
-            dict(input_size=(3, 32, 32), accounting='riair-cifar100', dataset='cifar100', pixels='released'),
-        )
-    elif os.path.isfile(args.source):
-        net, about = unpack(args.source), None
-    elif _known_net(args.source):
-        net, about = _own_net(args)
-    else:
-        raise MicronetError(
-            f"{args.source!r} is neither 'released' nor a packed file, nor module:function, nor a model's name"
-        )
-    path = pack(half_scales(net) if args.fp16 else net, args.file, about, args.masks)
-    p = parts_of(path)
-    payload = p['weights'] + p['numbers']
-    print(
-        f"{path}: {p['file']:,} bytes = masks and values {p['weights']:,} + scales {p['numbers']:,} + structure {p['structure']:,} + header {p['header']:,}"
-        f" ({p['file'] / max(payload, 1) - 1:.1%} above its payload)"
-    )
-    if unpack(path).meta['about'].get('input_size'):
-        print(f"the corrected score charges {bill(path).charged.sum():,.0f} bytes, the payload has {payload:,}")
-
-# %% ../nbs/17_packing.ipynb #ad92d5e1
-def main_pack(
-    argv=None,  # arguments; None: those of the process
-) -> int:
-    "The command `micronet-pack`: 0, or 1 after one line that says what is wrong."
-    return _command(
-        'micronet-pack',
-        _pack_run,
-        'Packs a compressed net into one file: bitmasks, values of few bits, scales, structure, SHA-256.',
-        [
-            'released model.safetensors',
-            'released small.safetensors --fp16',
-            'train:compressed net.safetensors --size 3x32x32',
-            'resnet18 net.safetensors --weights best.pt --size 3x32x32 --data cifar100',
-        ],
-        {
-            'source': dict(
-                help="'released' (RIAIR's CIFAR-100 checkpoint); a packed file to be packed anew; module:function, a function that returns a net of your own, "
-                'or it and its about (see micronet_nb.packing.pack); or the name of a timm model, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>'
-            ),
-            'file': dict(help='file to write'),
-            '--weights': dict(metavar='FILE', help="state dict of your own net: safetensors, or torch.save's"),
-            '--classes': dict(type=int, default=100, metavar='N', help='outputs of a named net (default: 100)'),
-            '--small': dict(action='store_true', help='a named net has a stem of stride 1, for small images'),
-            '--size': dict(metavar='CxHxW', help='input of your own net, such as 3x32x32'),
-            '--data': dict(
-                choices=('cifar100', 'digits'),
-                help='what it was trained on, normalised by the mean and deviation of the training images: lets micronet-eval measure it',
-            ),
-            '--fp16': dict(
-                action='store_true',
-                help='round scales and biases to FP16, as the score charges them (changes some predictions)',
-            ),
-            '--masks': dict(
-                choices=('always', 'paying'),
-                help="a bitmask for every layer, or only where it saves something (default: as the file's accounting charges; always for RIAIR's)",
-            ),
-        },
-        argv,
-    )
-
-# %% ../nbs/17_packing.ipynb #449e5b01
-def _eval_run(args):
-    from micronet_nb.data import load_dataset
-
-    net = unpack(args.file)
-    about = net.meta['about']
-    name, pixels = args.data or about.get('dataset'), about.get('pixels')
-    if name is None:
-        raise MicronetError(f'{args.file} does not say what it was trained on: give --data cifar100 or --data digits')
-    if pixels is None:
-        raise MicronetError(
-            f"{args.file} does not say how pixels are normalised: pack it with --data, or with about=dict(pixels=(mean, std), ...)"
-        )
-    if args.n is not None and args.n < 1:
-        raise MicronetError(f'-n {args.n}: at least one image')
-    if args.batch < 1:
-        raise MicronetError(f'--batch {args.batch}: at least one image')
-    ds = load_dataset(name, 'test')
-    if (size := about.get('input_size')) and list(ds.images.shape[1:]) != list(size):
-        raise MicronetError(
-            f"{args.file} takes images of {'x'.join(map(str, size))}, {name} has {'x'.join(map(str, ds.images.shape[1:]))}"
-        )
-    _fits(net, ds, pixels, name)
-    start = time.perf_counter()
-    right, n = top1(Runner(net, batch=args.batch), ds, pixels, args.n, args.batch)
-    print(
-        f'{args.file}: top-1 {100 * right / n:.2f} % ({right:,} of {n:,} test images of {name}), {n / (time.perf_counter() - start):.0f} images a second'
-    )
-
-# %% ../nbs/17_packing.ipynb #c75bfe22
-def _fits(net, ds, pixels, name):
-    "Does the net take these images, and give a number a class?"
-    try:
-        with torch.inference_mode():
-            out = net(pixels_to_input(ds.images[:1], pixels))
-    except (RuntimeError, TypeError, ValueError, IndexError) as e:
-        raise MicronetError(f'the net does not run on an image of {name}: {(str(e).splitlines() or ["?"])[0]}') from e
-    if not isinstance(out, torch.Tensor) or tuple(out.shape) != (1, len(ds.classes)):
-        raise MicronetError(f'the net does not give {len(ds.classes)} numbers an image, as {name} needs')
-
-# %% ../nbs/17_packing.ipynb #87906442
-def main_eval(
-    argv=None,  # arguments; None: those of the process
-) -> int:
-    "The command `micronet-eval`: 0, or 1 after one line that says what is wrong."
-    return _command(
-        'micronet-eval',
-        _eval_run,
-        'Top-1 of a packed net on test images.',
-        ['model.safetensors -n 500', 'model.safetensors --data cifar100'],
-        {
-            'file': dict(help='a file that micronet-pack or micronet_nb.packing.pack wrote'),
-            '--data': dict(choices=('cifar100', 'digits'), help='data set (default: as the file says)'),
-            '-n': dict(type=int, metavar='N', help='the first N test images (default: all)'),
-            '--batch': dict(type=int, default=25, help='images at a time (default: 25)'),
-        },
-        argv,
-    )

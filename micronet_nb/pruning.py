@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['METHODS', 'PAIRS', 'magnitude_mask', 'Mask', 'mask_of', 'masks', 'put_masks', 'plan_rates', 'uniform_rates',
            'global_rates', 'erk_rates', 'at_least', 'layer_positions', 'sparsity', 'param_sparsity', 'op_sparsity',
-           'large_layers', 'Pruner', 'prune', 'remove_pruning', 'on_gradients', 'on_update', 'renew', 'on_epoch',
-           'on_step', 'attach', 'step', 'holm', 'paired_differences', 'method_verdict']
+           'large_layers', 'Pruner', 'prune', 'remove_pruning', 'renew', 'holm', 'paired_differences', 'method_verdict']
 
 # %% ../nbs/07_pruning.ipynb #8bd3f84d
 import math
 from types import SimpleNamespace
 
 from .core import MicronetError
+from fastcore.basics import patch
 import pandas as pd
 import torch
 from torch import nn
@@ -362,20 +362,19 @@ def remove_pruning(
         take_off(module, mask)
 
 # %% ../nbs/07_pruning.ipynb #06205d28
+@patch
 @torch.no_grad()
-def on_gradients(self, run):
+def on_gradients(self: Pruner, run):
     if self.method != 'dynamic':
         self.hidden = [(w := dense_weight(m), k.mask, w.detach().clone()) for m, k in masks(run.model).values()]
 
 
+@patch
 @torch.no_grad()
-def on_update(self, run):
+def on_update(self: Pruner, run):
     for w, mask, old in self.hidden:
         w.copy_(torch.where(mask, w, old))
     self.hidden = []
-
-
-Pruner.on_gradients, Pruner.on_update = on_gradients, on_update
 
 # %% ../nbs/07_pruning.ipynb #85c3693b
 @torch.no_grad()
@@ -398,22 +397,22 @@ def renew(
         mask.mask.copy_(magnitude_mask(w, r))
 
 # %% ../nbs/07_pruning.ipynb #a8c53a72
-def on_epoch(self, run):
+@patch
+def on_epoch(self: Pruner, run):
     if self.method == 'progressive':
         renew(run.model, self.rates, run.optimizer.state)
 
 
-def on_step(self, run):
+@patch
+def on_step(self: Pruner, run):
     if self.method == 'dynamic':
         renew(run.model, self.rates)
     last = max(run.total - 1, 1)
     if self.method == 'gradual' and (run.step - 1) / last < self.ramp:
         renew(run.model, self.ramped(run.step / last), run.optimizer.state)
 
-
-Pruner.on_epoch, Pruner.on_step = on_epoch, on_step
-
 # %% ../nbs/07_pruning.ipynb #4eae7840
+@patch
 def attach(
     self: Pruner,
     model: nn.Module,  # pruned; trained by a loop of one's own
@@ -443,6 +442,7 @@ def _begin(pruner):
     pruner.on_gradients(run)
 
 
+@patch
 def step(self: Pruner):
     "After a step of the optimiser: masked weights are put back where they were, and masks renewed for the next step. MicronetError before `attach`, or past the end of the run."
     if self.loop is None:
@@ -457,9 +457,6 @@ def step(self: Pruner):
     self.loop.step += 1
     if self.loop.step < self.loop.total:
         _begin(self)
-
-
-Pruner.attach, Pruner.step = attach, step
 
 # %% ../nbs/07_pruning.ipynb #347b8233
 def holm(

@@ -10,14 +10,15 @@ __all__ = ['ELEMENTWISE', 'WHOLE', 'FREE', 'PADS', 'SHAPES', 'BLANK', 'GATES', '
            'cifar_root_bits', 'count_layer', 'count_beta', 'count_layer_scale', 'count_scale', 'folds', 'pool_size',
            'windows', 'count_pool', 'count_statistics', 'count_elementwise', 'count_product', 'count_constants',
            'Value', 'value_bits', 'operand_bits', 'weight_width', 'on_steps', 'layer_bits', 'quantiser_step',
-           'absorbed', 'count', 'Score', 'summary', 'score', 'apply_schedule', 'main']
+           'absorbed', 'count', 'Score', 'summary', 'score', 'apply_schedule']
 
 # %% ../nbs/05_scoring.ipynb #0eb7af73
-import argparse, math, sys
+import math
 from collections import Counter
 from dataclasses import dataclass, field, is_dataclass
 from typing import NamedTuple
 
+from fastcore.basics import patch
 import pandas as pd
 import torch
 from torch import nn
@@ -25,9 +26,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import MicronetError, atomic_path, released_schedule
+from .core import MicronetError
 from .layers import compressible, evaluation_mode, per_layer, require_shapes
-from .models import create_model
 
 # %% ../nbs/05_scoring.ipynb #844dabf7
 ELEMENTWISE = {  # operation: (multiplies, adds) an element of the output
@@ -261,7 +261,8 @@ def _places(tensor):
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 # %% ../nbs/05_scoring.ipynb #cd89bcdf
-def _make(self, op, func, args, kwargs, out):
+@patch
+def make(self: Elements, op, func, args, kwargs, out):
     "Notes what an operation on constants made."
     roots = {r for t in _tensors([args, kwargs]) if t in self for r in self.roots[_memory(t)]}
     if op == 'copy' and isinstance(args[0], torch.Tensor):
@@ -273,7 +274,8 @@ def _make(self, op, func, args, kwargs, out):
             self.leaf(t, roots)  # computed in place
 
 
-def _write(self, to, source, roots):
+@patch
+def write(self: Elements, to, source, roots):
     "Constants copied into a part of a tensor."
     cells = (
         self.ids(to.as_strided((_places(to),), (1,), 0)).clone()
@@ -286,7 +288,8 @@ def _write(self, to, source, roots):
     self.hold(to, cells, roots)
 
 
-def _note(self, tensor, ids, roots):
+@patch
+def note(self: Elements, tensor, ids, roots):
     "A constant that was made: of these ids, or of numbers of its own."
     if ids is not None:
         cells = torch.zeros(_places(tensor), dtype=torch.int64)
@@ -304,11 +307,9 @@ def _note(self, tensor, ids, roots):
     self.made.append((tensor, self.size, roots))
     self.leaf(tensor, roots)
 
-
-Elements.make, Elements.write, Elements.note = _make, _write, _note
-
 # %% ../nbs/05_scoring.ipynb #042b13d0
-def _moved(self, op, func, args, kwargs, out):
+@patch
+def moved(self: Elements, op, func, args, kwargs, out):
     "The ids of what an operation on constants made; None where it makes numbers of its own."
     if op in ('to_copy', 'clone', 'contiguous'):
         return self.ids(args[0])
@@ -330,7 +331,8 @@ def _moved(self, op, func, args, kwargs, out):
         return None
 
 
-def _combined(self, tensors, out):
+@patch
+def combined(self: Elements, tensors, out):
     "Ids for what is computed element by element: one for each combination of ids that occurs."
     if any(self.distinct(t) and t.numel() == out.numel() for t in tensors):
         return None
@@ -347,9 +349,6 @@ def _replaced(nested, change):
     if isinstance(nested, (list, tuple)):
         return type(nested)(_replaced(v, change) for v in nested)
     return {k: _replaced(v, change) for k, v in nested.items()} if isinstance(nested, dict) else nested
-
-
-Elements.moved, Elements.combined = _moved, _combined
 
 # %% ../nbs/05_scoring.ipynb #658e00e6
 class Tracer(TorchDispatchMode):
@@ -403,7 +402,8 @@ class Tracer(TorchDispatchMode):
             self.literal[_memory(t)] = op in BLANK or (op in FREE and self.literal.get(_memory(t), False))
 
 # %% ../nbs/05_scoring.ipynb #c9983a2a
-def _add(self, op, args, out, tensors, func=None, kwargs=None):
+@patch
+def add(self: Tracer, op, args, out, tensors, func=None, kwargs=None):
     "Writes an operation down."
     name, module = self.stack[-1]
     outs, makers = _tensors(out), {id(t): s for t in tensors if (s := self.source(t)) is not None}
@@ -445,9 +445,6 @@ def _bound(func, args, kwargs):
         | kwargs
     )
 
-
-Tracer.add = _add
-
 # %% ../nbs/05_scoring.ipynb #1cb5e1ae
 def _shape(s):
     "Without the batch, which is 1; tokens that were folded into it stay."
@@ -473,7 +470,8 @@ def _leave(tracer):
     return hook
 
 
-def _leaf(self, module, inputs, out):
+@patch
+def leaf(self: Tracer, module, inputs, out):
     "A module that is one operation; on a constant, it is done before deployment."
     if not inputs:
         raise MicronetError(f'module {self.stack[-1][0]!r} counts as {module.counts_as!r}, but is given no tensor')
@@ -482,9 +480,6 @@ def _leaf(self, module, inputs, out):
     else:
         for t in _tensors(out):
             self.stored.note(t, None, {_memory(i) for i in inputs})
-
-
-Tracer.leaf = _leaf
 
 # %% ../nbs/05_scoring.ipynb #a77d0aa8
 def _own(tracer, model):
@@ -1464,7 +1459,8 @@ def _count(v, digits=4):
     return f'{v:,.0f}' if v == round(v) else f'{v:,.{digits}f}'
 
 # %% ../nbs/05_scoring.ipynb #25a977d3
-def _repr_html_(self):
+@patch
+def _repr_html_(self: Score):
     "The score and its parts, as a table."
     how = f"{self.accounting}{', corrected' if self.corrected else ''}, {self.adder} adder, {self.track} track"
     table = (
@@ -1475,10 +1471,12 @@ def _repr_html_(self):
     return f'<p><b>score {self.score:.6f}</b> = operations {self.op_score:.6f} + storage {self.param_score:.6f} ({how})</p>{table.to_html()}'
 
 
-Score._repr_html_ = _repr_html_
-Score.__repr__ = lambda s: (
-    f'Score({s.score:.6f} = operations {s.op_score:.6f} + storage {s.param_score:.6f}; {_count(s.ops, 2)} operations, {_count(s.storage)} numbers; {s.accounting}, {s.adder}, {s.track})'
-)
+@patch
+def __repr__(self: Score):
+    return (
+        f'Score({self.score:.6f} = operations {self.op_score:.6f} + storage {self.param_score:.6f}; '
+        f'{_count(self.ops, 2)} operations, {_count(self.storage)} numbers; {self.accounting}, {self.adder}, {self.track})'
+    )
 
 # %% ../nbs/05_scoring.ipynb #d6c2389f
 def _check(track, accounting, adder, pool_bits, bias_bits):
@@ -1529,117 +1527,3 @@ def apply_schedule(
         w = m.weight.view(-1)
         w[w.abs().argsort()[: round(s * w.numel())]] = 0
     return specs
-
-# %% ../nbs/05_scoring.ipynb #addf6fda
-def _parser():
-    p = argparse.ArgumentParser(
-        prog='micronet-score',
-        description="What a net costs under the MicroNet Challenge's rules: storage, operations, score.",
-        epilog='examples:  micronet-score wrn_28_10   |   micronet-score mixnet_s --schedule --accounting riair-reviewed   |   micronet-score released --adder int --corrected',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        'model',
-        help="a timm name, densenet_bc_<depth>_<growth>, wrn_<depth>_<width>, 'released' (RIAIR's CIFAR-100 checkpoint), or a packed file, such as model.safetensors",
-    )
-    p.add_argument(
-        '--size',
-        help='input as channels x height x width, such as 3x224x224 (default: 3x32x32 for CIFAR-100 nets, else 3x224x224)',
-    )
-    p.add_argument('--track', choices=list(TRACKS), help='the baseline to divide by (default: follows the size)')
-    p.add_argument(
-        '--accounting',
-        choices=list(ACCOUNTINGS),
-        help="whose convention (default: official; riair-cifar100 for 'released')",
-    )
-    p.add_argument(
-        '--adder', default='tree', choices=ADDERS, help='adder of layers with quantised inputs (default: tree)'
-    )
-    p.add_argument(
-        '--schedule',
-        action='store_true',
-        help="RIAIR's released bits and sparsities (MixNet-S only): the smallest weights are set to zero",
-    )
-    p.add_argument(
-        '--seed',
-        type=int,
-        default=0,
-        help='of the random weights, whose places decide how full each kernel is (default: 0)',
-    )
-    p.add_argument('--corrected', action='store_true', help='mend the slips of the released scorers')
-    p.add_argument('--layers', action='store_true', help='a line per counted operation')
-    p.add_argument('--csv', metavar='FILE', help='write those lines to a file')
-    return p
-
-# %% ../nbs/05_scoring.ipynb #6bd45a1e
-def _load(name, size):
-    "A model for the command line, and where it belongs."
-    if name == 'released':
-        from micronet_nb.released import load_released
-
-        return load_released(), size or (3, 32, 32), 'riair-cifar100'
-    if name.endswith('.safetensors'):
-        from micronet_nb.packing import load_packed
-
-        return load_packed(name, size)
-    small = name.startswith(('wrn_', 'densenet_bc_')) or (size and size[-1] <= 64)
-    return (
-        create_model(name, 100 if small else 1000, small=bool(small)),
-        size or ((3, 32, 32) if small else (3, 224, 224)),
-        'official',
-    )
-
-# %% ../nbs/05_scoring.ipynb #17eb17c1
-def _size(text):
-    "3x32x32 as three numbers."
-    try:
-        size = tuple(int(v) for v in text.split('x'))
-    except ValueError:
-        size = ()
-    if len(size) != 3 or min(size) < 1:
-        raise MicronetError(f'--size {text!r} is not channels x height x width; write it like 3x32x32')
-    import psutil
-
-    need, free = 4 * math.prod(size), psutil.virtual_memory().available
-    if 8 * need > free:  # what lies between the layers is at least that much
-        raise MicronetError(
-            f'--size {text}: such an image takes {need / 1e9:,.1f} GB and a net a multiple of that; this machine has {free / 1e9:,.1f} GB free, choose a smaller one'
-        )
-    return size
-
-# %% ../nbs/05_scoring.ipynb #e1e18f55
-def _run(args):
-    torch.manual_seed(args.seed)
-    net, size, accounting = _load(args.model, args.size and _size(args.size))
-    specs = apply_schedule(net, released_schedule()) if args.schedule else None
-    track = args.track or ('cifar100' if size[-1] <= 64 else 'imagenet')
-    s = score(net, size, track, args.accounting or accounting, args.adder, specs, corrected=args.corrected)
-    with pd.option_context('display.width', 160, 'display.max_columns', 20, 'display.float_format', _count):
-        print((s.layers if args.layers else summary(s)).to_string())
-    print(
-        f"\n{args.model} at {'x'.join(map(str, size))}, {s.accounting}{', corrected' if s.corrected else ''}, {s.adder} adder, {track} track"
-    )
-    print(
-        f'storage    {_count(s.storage):>18}   score {s.param_score:.6f}\noperations {_count(s.ops, 2):>18}   score {s.op_score:.6f}\nscore {s.score:35.6f}'
-    )
-    if args.csv:
-        _write_csv(s.layers, args.csv)
-
-# %% ../nbs/05_scoring.ipynb #f2aca3f8
-def _write_csv(table, path):
-    "A table as CSV, atomically."
-    with atomic_path(path) as tmp:
-        table.to_csv(tmp, index=False)
-
-# %% ../nbs/05_scoring.ipynb #609b66df
-def main(
-    argv=None,  # arguments; None: those of the process
-) -> int:
-    "The command `micronet-score`: 0, or 1 after one line that says what is wrong."
-    args = _parser().parse_args(argv)
-    try:
-        _run(args)
-    except MicronetError as e:
-        print(f'micronet-score: {e}', file=sys.stderr)
-        return 1
-    return 0

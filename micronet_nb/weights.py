@@ -12,6 +12,7 @@ import copy, math
 from dataclasses import asdict, replace
 
 from .core import MicronetError, progress
+from fastcore.basics import patch
 import numpy as np
 import pandas as pd
 import torch
@@ -72,15 +73,13 @@ class WeightQuantiser(nn.Module):
         return f"{self.bits} bits, {self.scale.numel()} steps, {'learned' if isinstance(self.scale, nn.Parameter) else 'fixed'}"
 
 # %% ../nbs/11_weights.ipynb #7cf45265
-def _step(self, w):
+@patch
+def _step(self: WeightQuantiser, w):
     "The step; a learned one with its gradient divided by sqrt(n Qmax), for n weights a step. Esser et al. 2020."
     if not isinstance(self.scale, nn.Parameter):
         return self.scale
     still = self.scale.detach()
     return still + (self.scale - still) * (w.numel() / still.numel() * grid(self.bits)[1]) ** -0.5
-
-
-WeightQuantiser._step = _step
 
 # %% ../nbs/11_weights.ipynb #cbb24962
 def plan_bits(
@@ -229,7 +228,7 @@ def _check_grid(module, name, bits):
 @torch.no_grad()
 def remove_weight_quantisers(
     model: nn.Module,  # changed in place
-    restore: bool = True,  # the floating-point weights come back; False: the quantised ones stay for good
+    restore: bool = False,  # bring the floating-point weights back; False: the quantised ones stay for good
 ):
     "Takes every weight quantiser away; masks stay, and what they hide."
     for m in compressible(model).values():
@@ -307,16 +306,16 @@ def bit_table(
 ):  # layer, kind, level (bits), kl (nats an image), error (see `weight_table`), storage (32-bit numbers)
     "What quantising each layer alone, to each width, costs in answers and in storage."
     net = copy.deepcopy(model).eval()
-    remove_weight_quantisers(net)
+    remove_weight_quantisers(net, restore=True)
     layers, rows, told = compressible(net), [], _answers(net, images)
     for b in widths if quiet else progress(widths, 'bit table', unit='width'):
         quantise_weights(net, b, per)
         table, made = weight_table(net), {n: quantiser_of(m) for n, m in layers.items()}
-        remove_weight_quantisers(net)
+        remove_weight_quantisers(net, restore=True)
         for n, m in layers.items():
             parametrize.register_parametrization(m, 'weight', made[n], unsafe=True)
             kl = float(F.kl_div(_answers(net, images), told, reduction='batchmean', log_target=True))
-            remove_weight_quantisers(net)
+            remove_weight_quantisers(net, restore=True)
             zeros, size = table.masked[n] + table.rounded[n], table.weights[n]
             rows.append(
                 dict(

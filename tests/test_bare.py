@@ -1,8 +1,6 @@
 "On a machine with nothing: no data set, no checkpoint, no network; a wheel outside a checkout; a kernel, an editor and a shell that start as they should."
 
 import ast
-import contextlib
-import io
 import json
 import os
 import re
@@ -17,7 +15,7 @@ import pytest
 from conftest import ROOT, command, toy
 from test_repository import NOTEBOOKS, each_notebook, settings
 
-from micronet_nb import core, reproduce, scoring
+from micronet_nb import cli, core, reproduce
 from micronet_nb.core import SWIFT, MicronetError, find_file, released_figures, released_schedule, settle
 
 CHECKPOINT = "riair/densenet-100.pth.tar"
@@ -40,7 +38,7 @@ def test_scales_are_the_released_file_to_the_bit(tmp_path):
 
 
 def printed_score(capsys, *args):
-    assert scoring.main(["mixnet_s", "--schedule", *args]) == 0
+    assert cli.micronet_score(["mixnet_s", "--schedule", *args]) == 0
     return capsys.readouterr().out
 
 
@@ -53,7 +51,7 @@ def test_a_score_needs_no_file_that_may_be_missing(nothing, capsys):
 
 
 def test_a_size_that_does_not_fit_is_refused(capsys):
-    assert scoring.main(["densenet_bc_10_4", "--size", "3x10000000x10000000"]) == 1
+    assert cli.micronet_score(["densenet_bc_10_4", "--size", "3x10000000x10000000"]) == 1
     told = capsys.readouterr().err
     assert "--size 3x10000000x10000000" in told and "1,200,000.0 GB" in told and len(told.splitlines()) == 1
 
@@ -62,7 +60,7 @@ def test_a_data_folder_that_is_none_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MICRONET_DATA", str(tmp_path / "tpyo"))
     with pytest.raises(MicronetError, match="tpyo is not a folder"):
         find_file(CHECKPOINT)
-    assert scoring.main(["released"]) == 1
+    assert cli.micronet_score(["released"]) == 1
     assert f"MICRONET_DATA={tmp_path / 'tpyo'} is not a folder" in capsys.readouterr().err
 
 
@@ -413,10 +411,15 @@ def commands(text):
     return [(re.sub(r".* -m micronet_nb\.", "", name), re.split(r" {2,}", args)[0].split()) for name, args in found]
 
 
+def parsers():
+    "Command to its parser."
+    own = (cli._score_parser, cli._pack_parser, cli._eval_parser, cli._cifar100_parser, cli._imagenet_parser)
+    made = [*(make() for make in own), reproduce._parser()]
+    return {p.prog.rsplit(".", 1)[-1]: p for p in made}
+
+
 def documented():
     "What the notebooks' texts, the README and every --help tell people to type."
-    from micronet_nb import cifar100, imagenet, packing
-
     texts = [
         "".join(c["source"])
         for p in NOTEBOOKS
@@ -425,54 +428,33 @@ def documented():
     ]
     texts += [
         (ROOT / "README.md").read_text(encoding="utf-8"),
-        *(p.epilog for p in (scoring._parser(), reproduce._parser(), cifar100._parser(), imagenet._parser())),
+        *(p.epilog for p in parsers().values()),
     ]
-    for main in (packing.main_pack, packing.main_eval):
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stdout(out := io.StringIO()),
-            contextlib.suppress(SystemExit),
-        ):
-            patch.setenv("COLUMNS", "1000")
-            main(["--help"])
-        texts.append(out.getvalue()[out.getvalue().index("examples:") :])
     return [c for t in texts for c in commands(t)]
 
 
-def test_documented_commands_are_understood(monkeypatch):
-    from micronet_nb import cifar100, imagenet, packing
-
-    seen = []
-    for name in ("_pack_run", "_eval_run"):
-        monkeypatch.setattr(packing, name, seen.append)
-    parse = {"micronet-pack": packing.main_pack, "micronet-eval": packing.main_eval} | {
-        n: m._parser().parse_args
-        for n, m in (
-            ("micronet-score", scoring),
-            ("micronet-reproduce", reproduce),
-            ("cifar100", cifar100),
-            ("imagenet", imagenet),
-        )
-    }
-    lines = documented()
+def test_documented_commands_are_understood():
+    parse, lines = parsers(), documented()
     assert {name for name, _ in lines} == {*parse, "core"}
     for name, args in lines:
         if name == "core" or not args or args == ["--help"]:
             continue  # the bare name, in a sentence
         try:
-            parse[name](args)
+            parse[name].parse_args(args)
         except SystemExit:
             pytest.fail(f"{name} {' '.join(args)} is documented and not understood")
-    assert len(seen) > 6 and len(lines) > 20
+    assert (
+        sum(bool(args) and name in ("micronet-pack", "micronet-eval") for name, args in lines) > 6 and len(lines) > 20
+    )
 
 
 @pytest.mark.parametrize(
-    "args", [a for n, a in commands(scoring._parser().epilog) if n == "micronet-score"], ids=" ".join
+    "args", [a for n, a in commands(cli._score_parser().epilog) if n == "micronet-score"], ids=" ".join
 )
 def test_examples_of_score_run(args):
     if "released" in args and find_file(CHECKPOINT) is None:
         pytest.skip(f"{CHECKPOINT} is not below MICRONET_DATA")
-    assert scoring.main(args) == 0
+    assert cli.micronet_score(args) == 0
 
 
 def test_papermill_example_of_the_readme_names_a_notebook_and_its_parameters():

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from micronet_nb import cifar100
-from micronet_nb.cifar100 import RECIPES, STOPPED, OutOfTime, main, run_recipe
+from micronet_nb.cifar100 import RECIPES, STOPPED, OutOfTime, run_recipe
+from micronet_nb.cli import micronet_cifar100
 from micronet_nb.core import MicronetError
 
 TIMES = ("seconds",)
@@ -33,7 +34,8 @@ def recorded(folder, name):
 
 SHORT = """
 from dataclasses import replace
-from micronet_nb.cifar100 import RECIPES, main
+from micronet_nb.cifar100 import RECIPES
+from micronet_nb.cli import micronet_cifar100
 def cut(step): return replace(step, norms=min(step.norms, 250), fit=replace(step.fit, epochs=2, epoch_images=IMAGES))
 RECIPES["embedded"] = {r: [cut(s) for s in steps] for r, steps in RECIPES["embedded"].items()}
 """
@@ -68,7 +70,7 @@ def test_stopped_at_every_stage_it_ends_as_if_it_had_not_been(recipe, short, tmp
 
 def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch, capsys):
     out, runs, other, elsewhere = (tmp_path / n for n in ("out", "runs", "other", "elsewhere"))
-    code = SHORT.replace("IMAGES", "128") + "import sys\nsys.exit(main())"
+    code = SHORT.replace("IMAGES", "128") + "import sys\nsys.exit(micronet_cifar100())"
     run = subprocess.Popen(
         [sys.executable, "-c", code, "--out", str(out)],
         stdout=subprocess.PIPE,
@@ -86,7 +88,7 @@ def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch,
     assert 2 <= len(recorded(out / "results", "20_cifar100.study")) < 7
 
     def again(folder, *more):
-        code = main(["--out", str(folder), *more])
+        code = micronet_cifar100(["--out", str(folder), *more])
         return code, capsys.readouterr().out
 
     monkeypatch.setenv("MICRONET_RUNS", str(runs))
@@ -125,7 +127,7 @@ def test_what_is_under_way_goes_on_elsewhere(recipe, short, tmp_path, monkeypatc
             shutil.copytree(tmp_path / f"machine{machines - 1}" / "stages", machine / "stages")
             shutil.rmtree(tmp_path / f"machine{machines - 1}")
         monkeypatch.setenv("MICRONET_RUNS", str(machine))
-        code = main(["--recipe", recipe, "--out", str(out), "--minutes", "1e-6"])
+        code = micronet_cifar100(["--recipe", recipe, "--out", str(out), "--minutes", "1e-6"])
     assert code == 0 and machines >= 2 * len(whole), capsys.readouterr().err
     there = run_recipe(
         "embedded", recipe, root=tmp_path / f"machine{machines}" / "stages", folder=tmp_path / "rt", quiet=True
@@ -138,13 +140,13 @@ def test_what_is_under_way_goes_on_elsewhere(recipe, short, tmp_path, monkeypatc
 
 BLOCKED = """
 import sys
-gone = "nbdev fastcore papermill nbconvert nbformat execnb IPython ipykernel matplotlib sklearn onnx onnxruntime".split()
+gone = "nbdev papermill nbconvert nbformat execnb IPython ipykernel matplotlib sklearn onnx onnxruntime".split()
 sys.modules.update(dict.fromkeys(gone))   # as if they were not installed
 import torch
-from micronet_nb import cifar100
+from micronet_nb import cifar100, cli
 from micronet_nb.data import Dataset, fingerprint
 from micronet_nb.training import FitConfig
-assert cifar100.main(["--recipe", "theirs"]) == 1
+assert cli.micronet_cifar100(["--recipe", "theirs"]) == 1
 def noise(seed):
     g = torch.Generator().manual_seed(seed)
     images, labels, classes = torch.randint(0, 256, (128, 3, 8, 8), dtype=torch.uint8, generator=g), torch.arange(128) % 10, [str(i) for i in range(10)]
@@ -174,7 +176,7 @@ def test_mistakes_are_one_line(capsys):
         (["--profile", "huge"], "unknown profile 'huge'"),
         (["run", "--minutes", "0"], "more than 0"),
     ):
-        assert main(args) == 1
+        assert micronet_cifar100(args) == 1
         said = capsys.readouterr().err.strip()
         assert told in said and len(said.splitlines()) == 1
 

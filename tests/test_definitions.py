@@ -21,7 +21,7 @@ from micronet_nb.quantizers import fake_quantise, grid, quantise, solve_scale, s
 from micronet_nb.released import prepare, truncate
 from micronet_nb.scoring import TRACKS, LayerSpec, Score, average_adds, cifar_root_bits, kernel_adds
 from micronet_nb.scoring import root_bits, schedule_specs, score, tree_adds, weight_storage
-from micronet_nb.sensitivity import degrade, plan_from_sensitivity, predicted_increase, sensitivity
+from micronet_nb.sensitivity import degrade, measure_sensitivity, plan_from_sensitivity, predicted_increase
 from micronet_nb.weights import WeightQuantiser, bit_table, choose_bits, quantise_weights, size_bits, weight_integers
 
 
@@ -443,7 +443,7 @@ def test_harm_is_beside_the_intact_net():
     options = dict(
         sparsities=(0.0, 1.0), weight_bits=(), activation_bits=(), stats=((0.0,) * 3, (1.0,) * 3), quiet=True
     )
-    none, all_ = (row for _, row in sensitivity(Zeros(), (white, white), **options).iterrows())
+    none, all_ = (row for _, row in measure_sensitivity(Zeros(), (white, white), **options).iterrows())
     intact = math.log(1 + math.exp(-1))
     assert none["drop"] == 0 and all_["drop"] == 100 and abs(none["increase"]) < 1e-6
     assert abs(all_["increase"] - (math.log(2) - intact)) < 1e-6 and abs(all_["loss"] - math.log(2)) < 1e-6

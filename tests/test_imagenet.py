@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, command
 from PIL import Image
 
-from micronet_nb import imagenet
+from micronet_nb.cli import micronet_imagenet
 from micronet_nb.core import MicronetError
 from micronet_nb.imagenet import (
     BAR,
@@ -71,7 +71,7 @@ def here(folder, tmp_path, monkeypatch, capsys):
         for name, value in dict(MICRONET_RUNS=where / "runs", MICRONET_OUT=where / "out", MICRONET_OFFLINE=1).items():
             monkeypatch.setenv(name, str(value))
         capsys.readouterr()
-        return imagenet.main([str(a) for a in ("--data", folder, *args)]), *capsys.readouterr()
+        return micronet_imagenet([str(a) for a in ("--data", folder, *args)]), *capsys.readouterr()
 
     yield run
     torch.set_num_threads(threads)

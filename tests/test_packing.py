@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from micronet_nb import packing, scoring
 from micronet_nb.activations import quantise_activations
+from micronet_nb.cli import load_packed, micronet_eval, micronet_pack, micronet_score
 from micronet_nb.core import MicronetError, find_file, released_figures
 from micronet_nb.deployment import IntConv2d, IntLinear, Quantise, ScaleBias, lower, run_integer
 from micronet_nb.layers import compressible
@@ -31,9 +32,6 @@ from micronet_nb.packing import (
     decode,
     encode,
     half_scales,
-    load_packed,
-    main_eval,
-    main_pack,
     pack,
     parts_of,
     seal,
@@ -507,7 +505,10 @@ def stepless():
         (slim, '0.weight is 2x3x1x1'),
         (pruned, '0 has a forward hook .RandomUnstructured.'),
         (stepless, '0.top is 3'),
-        (lambda: nn.Sequential(nn.LazyConv2d(3, 1)), "tracing needs the shape of '0.weight', a parameter of a lazy module"),
+        (
+            lambda: nn.Sequential(nn.LazyConv2d(3, 1)),
+            "tracing needs the shape of '0.weight', a parameter of a lazy module",
+        ),
         (lambda: nn.Sequential(nn.Conv2d(4, 2, 1)), 'does not run on an input of 3x8x8'),
         (lambda: nn.Sequential(nn.Hardtanh(torch.tensor(-1.0), 1.0)), 'the argument min_val of 0 is tensor'),
     ],
@@ -987,7 +988,7 @@ def digits_net(tmp_path):
 def test_eval_command_counts_right_answers(digits_net, capsys):
     from micronet_nb.data import load_dataset, normalise
 
-    assert main_eval([str(digits_net), '-n', '60', '--batch', '7']) == 0
+    assert micronet_eval([str(digits_net), '-n', '60', '--batch', '7']) == 0
     ds, net = load_dataset('digits', 'test'), unpack(digits_net)
     right = int((net(normalise(ds.images[:60], [0.0] * 3, [0.01] * 3)).argmax(1) == ds.labels[:60]).sum())
     out = capsys.readouterr().out
@@ -1005,7 +1006,7 @@ def test_eval_command_counts_right_answers(digits_net, capsys):
 def test_eval_command_errors(digits_net, args, words, capsys):
     if '--data' in args and find_file('cifar100/test-00000-of-00001.parquet') is None:
         pytest.skip('cifar100 is not below MICRONET_DATA')
-    assert main_eval([str(digits_net), *args]) == 1
+    assert micronet_eval([str(digits_net), *args]) == 1
     one_line(capsys.readouterr().err, *words)
 
 
@@ -1018,14 +1019,14 @@ def test_eval_command_needs_to_know(tmp_path, capsys):
         (dict(dataset='mnist', pixels='released'), 'mnist'),
     ):
         pack(net, tmp_path / 'n', about)
-        assert main_eval([str(tmp_path / 'n')]) == 1
+        assert micronet_eval([str(tmp_path / 'n')]) == 1
         one_line(capsys.readouterr().err, word)
-    assert main_eval([str(tmp_path / 'nothing')]) == 1
+    assert micronet_eval([str(tmp_path / 'nothing')]) == 1
     one_line(capsys.readouterr().err, 'No such file')
 
 
 def test_pack_command(digits_net, tmp_path, capsys):
-    assert main_pack([str(digits_net), str(tmp_path / 'b' / 'again.safetensors')]) == 0
+    assert micronet_pack([str(digits_net), str(tmp_path / 'b' / 'again.safetensors')]) == 0
     assert (tmp_path / 'b' / 'again.safetensors').read_bytes() == digits_net.read_bytes()
     assert f'{digits_net.stat().st_size:,} bytes' in capsys.readouterr().out
     for args, word in (
@@ -1033,11 +1034,11 @@ def test_pack_command(digits_net, tmp_path, capsys):
         ([__file__, 'x'], 'not a file that micronet_nb packed'),
         ([str(digits_net), '/proc/no/x'], '/proc/no'),
     ):
-        assert main_pack(args) == 1
+        assert micronet_pack(args) == 1
         one_line(capsys.readouterr().err, word)
 
 
-@pytest.mark.parametrize('command', [main_pack, main_eval])
+@pytest.mark.parametrize('command', [micronet_pack, micronet_eval])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as e:
         command(['--help'])
@@ -1057,12 +1058,12 @@ def test_console_scripts_exist():
 
 
 def test_score_command_takes_a_packed_file(digits_net, tmp_path, capsys):
-    assert scoring.main([str(digits_net), '--corrected']) == 0
+    assert micronet_score([str(digits_net), '--corrected']) == 0
     net, size, accounting = load_packed(digits_net)
     s = score(net, size, accounting=accounting, corrected=True)
     assert f'{scoring._count(s.storage)} ' in capsys.readouterr().out
     (tmp_path / 'cut.safetensors').write_bytes(digits_net.read_bytes()[:-3])
-    assert scoring.main([str(tmp_path / 'cut.safetensors')]) == 1
+    assert micronet_score([str(tmp_path / 'cut.safetensors')]) == 1
     one_line(capsys.readouterr().err, 'micronet-score', 'is cut short')
 
 
@@ -1074,7 +1075,7 @@ def test_released_net_through_the_commands(tmp_path, capsys):
     from micronet_nb.released import load_released
 
     path, half = tmp_path / 'model.safetensors', tmp_path / 'half.safetensors'
-    assert main_pack(['released', str(path)]) == 0 and main_pack(['released', str(half), '--fp16']) == 0
+    assert micronet_pack(['released', str(path)]) == 0 and micronet_pack(['released', str(half), '--fp16']) == 0
     released, told = load_released(), released_figures()['cifar100']
     same(as_graph(released), unpack(path), torch.rand(2, 3, 32, 32) / 100)
     s = score(unpack(path), (3, 32, 32), 'cifar100', 'riair-cifar100')
@@ -1085,5 +1086,5 @@ def test_released_net_through_the_commands(tmp_path, capsys):
     assert 0 <= payload - charged < len(table) and p['file'] < 1.1 * payload
     assert table.stored.tolist() == [-(-c // 1) for c in table.charged]
     capsys.readouterr()
-    assert scoring.main([str(path)]) == 0
+    assert micronet_score([str(path)]) == 0
     assert f"{told['storage']:,.4f}" in capsys.readouterr().out

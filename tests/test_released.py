@@ -5,11 +5,12 @@ import shutil
 import pytest
 import torch
 
+from micronet_nb.cli import micronet_score
 from micronet_nb.core import MicronetError, find_file, released_figures
 from micronet_nb.data import load_dataset
 from micronet_nb.deployment import Runner
 from micronet_nb.released import load_released, predict, prepare
-from micronet_nb.scoring import main, score
+from micronet_nb.scoring import score
 
 CHECKPOINT = 'riair/densenet-100.pth.tar'
 needs_checkpoint = pytest.mark.skipif(find_file(CHECKPOINT) is None, reason=f'{CHECKPOINT} is not below MICRONET_DATA')
@@ -28,7 +29,7 @@ def test_command_without_the_checkpoint(tmp_path, monkeypatch, capsys):
     for v in ('MICRONET_DATA', 'MICRONET_CACHE'):
         monkeypatch.setenv(v, str(tmp_path))
     monkeypatch.setenv('MICRONET_OFFLINE', '1')
-    assert main(['released']) == 1
+    assert micronet_score(['released']) == 1
     err = capsys.readouterr().err
     assert 'densenet-100.pth.tar' in err and err.count('\n') == 1
 
@@ -55,9 +56,9 @@ def test_truncated_checkpoint(tmp_path):
 def test_published_score_to_the_last_digit(capsys):
     s, told = score(load_released(), (3, 32, 32), 'cifar100', 'riair-cifar100', 'tree'), released_figures()['cifar100']
     assert (s.storage, round(s.ops, 2), round(s.score, 6)) == (told['storage'], told['ops'], told['score'])
-    assert main(['released']) == 0
+    assert micronet_score(['released']) == 0
     assert f"{told['storage']:,.4f}" in capsys.readouterr().out
-    assert main(['released', '--size', '3x64x64']) == 1  # its pool and classifier want 32x32
+    assert micronet_score(['released', '--size', '3x64x64']) == 1  # its pool and classifier want 32x32
     assert '3x64x64' in capsys.readouterr().err
 
 

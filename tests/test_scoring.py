@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from micronet_nb.cli import micronet_score
 from micronet_nb.activations import ActivationQuantiser, quantise_activations
 from micronet_nb.core import MicronetError
 from micronet_nb.layers import compressible
 from micronet_nb.models import create_model
 from micronet_nb.pruning import prune
-from micronet_nb.scoring import ADDERS, ON_GRID, LayerSpec, kernel_adds, main, score, trace, tree_adds
+from micronet_nb.scoring import ADDERS, ON_GRID, LayerSpec, kernel_adds, score, trace, tree_adds
 from micronet_nb.weights import WeightQuantiser, quantise_weights
 
 FAMILIES = [
@@ -123,7 +124,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_command(capsys, tmp_path):
-    assert main(['wrn_10_1', '--adder', 'fp32', '--csv', str(tmp_path / 'a' / 'rows.csv')]) == 0
+    assert micronet_score(['wrn_10_1', '--adder', 'fp32', '--csv', str(tmp_path / 'a' / 'rows.csv')]) == 0
     out = capsys.readouterr().out
     assert 'official, fp32 adder, cifar100 track' in out
     rows = pd.read_csv(tmp_path / 'a' / 'rows.csv')
@@ -141,14 +142,14 @@ def test_command(capsys, tmp_path):
     ],
 )
 def test_command_errors_are_one_line(args, message, capsys):
-    assert main(args) == 1
+    assert micronet_score(args) == 1
     err = capsys.readouterr().err
     assert message in err and err.count('\n') == 1 and 'Traceback' not in err
 
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as e:
-        main(['--help'])
+        micronet_score(['--help'])
     assert e.value.code == 0 and 'examples:' in capsys.readouterr().out
 
 

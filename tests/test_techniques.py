@@ -40,8 +40,8 @@ from micronet_nb.pruning import (
     prune,
     remove_pruning,
 )
-from micronet_nb.scoring import score
-from micronet_nb.sensitivity import sensitivity
+from micronet_nb.scoring import score, trace
+from micronet_nb.sensitivity import measure_sensitivity
 from micronet_nb.training import FitConfig, fit
 from micronet_nb.weights import quantise_weights, quantiser_of, remove_weight_quantisers, specs_of
 
@@ -76,7 +76,9 @@ def activations(learn):
 
 
 def weights(learn):
-    return Technique(lambda m, x: quantise_weights(m, 4, learn=learn) and None, remove_weight_quantisers)
+    return Technique(
+        lambda m, x: quantise_weights(m, 4, learn=learn) and None, lambda m: remove_weight_quantisers(m, restore=True)
+    )
 
 
 def all_of(m, x):
@@ -93,7 +95,7 @@ def again(m, x):
 
 
 def none_of(m):
-    remove_weight_quantisers(m)
+    remove_weight_quantisers(m, restore=True)
     remove_activation_quantisers(m)
     remove_pruning(m, restore=True)
 
@@ -127,7 +129,19 @@ def net(request):
 
 
 def cost(model, x):
-    return score(copy.deepcopy(model).eval(), tuple(x.shape[1:]), "cifar100", specs=specs_of(model))
+    return score(copy.deepcopy(model).eval(), tuple(x.shape[1:]), "cifar100")
+
+
+@each
+def test_the_scorer_needs_no_telling(net, name):
+    "What it reads off masks and quantisers is what `specs_of` writes down."
+    model, x = net
+    TECHNIQUES[name].apply(model, x)
+    size = tuple(x.shape[1:])
+    graph = trace(model, size)
+    for accounting in ("official", "riair-cifar100"):
+        told, seen = (score(graph, size, "cifar100", accounting, specs=s) for s in (specs_of(model), None))
+        assert told.layers.equals(seen.layers) and told.score == seen.score, accounting
 
 
 def state(model):
@@ -237,7 +251,9 @@ def test_sensitivity_takes_any_net_and_leaves_it(net):
     digits = some_digits("valid", 32, side)
     few = list(compressible(model))[:3]
     before = state(model)
-    table = sensitivity(model, (digits, digits), sparsities=(0.5,), weight_bits=(4,), activation_bits=(4,), layers=few)
+    table = measure_sensitivity(
+        model, (digits, digits), sparsities=(0.5,), weight_bits=(4,), activation_bits=(4,), layers=few
+    )
     assert same(state(model), before)
     assert set(table.layer) == set(few) and len(table) == 3 * len(few) and table.loss.notna().all()
 
@@ -397,7 +413,7 @@ def test_layers_that_make_another_weight_are_refused_or_left_whole(kind):
         lambda: prune(model, 0.7),
         lambda: prune(model, 0.7, "gradual"),
         lambda: quantise_weights(model, 4),
-        lambda: sensitivity(model, (digits, digits), weight_bits=(), activation_bits=(), quiet=True),
+        lambda: measure_sensitivity(model, (digits, digits), weight_bits=(), activation_bits=(), quiet=True),
     ):
         with pytest.raises(MicronetError, match=f"{kind.__name__} '0' makes another weight"):
             call()
@@ -406,7 +422,9 @@ def test_layers_that_make_another_weight_are_refused_or_left_whole(kind):
     with pytest.warns(UserWarning, match=f"passes by {73 if len(beyond) == 1 else 74}% of the weights"):
         pruner = prune(model, {"3": 0.7})
     assert list(untouched(model).index) == beyond == list(pruner.untouched.index)
-    table = sensitivity(model, (digits, digits), sparsities=(), weight_bits=(), activation_bits=(4,), quiet=True)
+    table = measure_sensitivity(
+        model, (digits, digits), sparsities=(), weight_bits=(), activation_bits=(4,), quiet=True
+    )
     assert set(table.layer) == {"0", "3"}
 
 
@@ -439,7 +457,7 @@ def test_a_weight_that_torch_makes_of_others_is_named_with_its_remedy(name):
     ]
     if name != "remove_parametrizations":
         calls.append(
-            lambda: sensitivity(model, (digits, digits), weight_bits=(), activation_bits=(), quiet=True)
+            lambda: measure_sensitivity(model, (digits, digits), weight_bits=(), activation_bits=(), quiet=True)
         )  # a parametrization is resolved there
     for call in calls:
         with pytest.raises(MicronetError, match=f"keeps no dense weight of '1': undo it first, with .*{name}"):
@@ -524,7 +542,7 @@ def test_layers_called_by_keyword_are_quantised_alike():
         quantise_activations(m, [x], 3)
     assert torch.equal(answers(model, x), answers(twin, x)) and not torch.equal(answers(model, x), plain)
     assert torch.equal(answers(copy.deepcopy(model), x), answers(twin, x))
-    a, b = (sensitivity(m, (digits, digits), (), (), (3,), quiet=True) for m in (model, twin))
+    a, b = (measure_sensitivity(m, (digits, digits), (), (), (3,), quiet=True) for m in (model, twin))
     assert a.equals(b) and a.increase.abs().max() > 0
     remove_activation_quantisers(model)
     assert torch.equal(answers(model, x), plain) and not any(

@@ -18,7 +18,7 @@ from micronet_nb import training
 from micronet_nb.core import MicronetError
 from micronet_nb.data import CIFAR100_STATS, dataset_stats, load_dataset, normalise
 from micronet_nb.models import densenet_bc
-from micronet_nb.sensitivity import sensitivity
+from micronet_nb.sensitivity import measure_sensitivity
 from micronet_nb.training import FitConfig, checkpoints, evaluate, fit, fit_stage, hard_loss, known_stats
 from micronet_nb.weights import bit_table
 
@@ -337,7 +337,7 @@ def test_sensitivity_takes_the_statistics_that_the_net_was_trained_with():
     fit(net := flat(), (train, None), SHORT, stats=CIFAR100_STATS, quiet=True)
     few = dict(sparsities=(0.5,), weight_bits=(), activation_bits=(), quiet=True)
     own, named, of_train = (
-        sensitivity(net, (train, valid), stats=s, **few) for s in (None, CIFAR100_STATS, dataset_stats(train))
+        measure_sensitivity(net, (train, valid), stats=s, **few) for s in (None, CIFAR100_STATS, dataset_stats(train))
     )
     assert own.equals(named) and not own.equals(of_train)
 
@@ -396,10 +396,10 @@ def test_what_is_no_logits_is_named(how, what):
     with pytest.raises(MicronetError, match=f"Heads returns {what} in training mode, not logits"):
         fit(Heads(how, False), (train, None), SHORT, quiet=True)
     assert evaluate(Heads(how, False), valid, stats)["n"] == 64  # the heads of training are not there
-    sensitivity(Heads(how, False), (train, valid), **few)
+    measure_sensitivity(Heads(how, False), (train, valid), **few)
     for call in (
         lambda net: evaluate(net, valid, stats),
-        lambda net: sensitivity(net, (train, valid), **few),
+        lambda net: measure_sensitivity(net, (train, valid), **few),
         lambda net: bit_table(net, torch.rand(4, 3, 8, 8), (4,), quiet=True),
         lambda net: fit(flat(), (train, None), SHORT, teacher=net, loss=lambda *args: hard_loss(*args), quiet=True),
     ):

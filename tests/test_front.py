@@ -1,0 +1,116 @@
+"The front door and the order of the rooms: what `import micronet_nb as mn` gives, and which module knows which."
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import micronet_nb as mn
+
+PACKAGE = ROOT / "micronet_nb"
+SOURCES = {p.stem: p.read_text(encoding="utf-8") for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")}
+
+
+# --- front door
+
+
+@pytest.mark.parametrize("verb", mn.__all__)
+def test_a_verb_is_what_its_module_offers(verb):
+    module = importlib.import_module(f"micronet_nb.{mn._MODULE_OF[verb]}")
+    assert getattr(mn, verb) is getattr(module, verb) and verb in module.__all__
+    told = inspect.getdoc(getattr(mn, verb))
+    assert told and len(told.splitlines()) == 1
+    assert not (PACKAGE / f"{verb}.py").exists()  # else loading that module would put it in the verb's place
+
+
+def test_the_front_door_opens_at_once():
+    code = (
+        "import sys, micronet_nb as mn; "
+        "print(*(m in sys.modules for m in ('torch', 'pandas', 'micronet_nb.core')), *dir(mn))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert said[:3] == ["False"] * 3
+    assert {*mn.__all__, "__version__"} <= {*said}  # what a notebook completes
+
+
+def test_what_there_is_not_is_said():
+    with pytest.raises(AttributeError, match="'micronet_nb' has no attribute 'prun'"):
+        mn.prun
+
+
+def test_a_star_gives_the_verbs():
+    exec("from micronet_nb import *", names := {})
+    assert {*mn.__all__} == {n for n in names if not n.startswith("__")}
+
+
+def test_the_version_is_that_of_the_settings():
+    assert re.search(r"^version = (.*)$", (ROOT / "settings.ini").read_text(), re.M)[1] == mn.__version__
+
+
+# --- rooms
+
+
+def is_main_part(node):
+    return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) and "__main__" in ast.unparse(node.test)
+
+
+def imports(source):
+    "The modules of this package that a module imports, at its top or inside a function, its `__main__` part aside."
+    todo, found = [ast.parse(source)], set()
+    while todo:
+        node = todo.pop()
+        if is_main_part(node):
+            continue
+        todo += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            stem = node.module or "" if not node.level else f"micronet_nb.{node.module or ''}".rstrip(".")
+            found |= {stem, *(f"{stem}.{a.name}" for a in node.names)}
+    return {parts[1] for f in found if (parts := f.split("."))[0] == "micronet_nb" and len(parts) > 1} & {*SOURCES}
+
+
+def circle(graph):
+    "A circle of a graph, as a list of its nodes; None where there is none."
+    done = set()
+
+    def visit(node, path):
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        done.add(node)
+        return next((c for n in sorted(graph[node]) if (c := visit(n, [*path, node]))), None)
+
+    return next((c for n in sorted(graph) if (c := visit(n, []))), None)
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+    assert imports("def f():\n    from micronet_nb.core import stage\n    import micronet_nb.data") == {"core", "data"}
+    assert imports("from . import cli\nfrom .models import wrn\nimport torch") == {"cli", "models"}
+    assert imports("if __name__ == '__main__':\n    from .cli import micronet_score") == set()
+
+
+def test_no_import_circle():
+    graph = {name: imports(source) for name, source in SOURCES.items()}
+    graph.get("deployment", set()).discard("packing")  # of the module that is about to become three
+    assert circle(graph) is None
+
+
+def test_only_the_commands_know_all_and_nobody_knows_them():
+    assert not [name for name, source in SOURCES.items() if name != "cli" and "cli" in imports(source)]
+    known = imports(SOURCES["cli"])
+    assert {"scoring", "packing", "released", "cifar100", "imagenet"} <= known and "reproduce" not in known
+
+
+def test_methods_are_added_by_a_decorator():
+    "`Class.name = function`, pages below the class, says nothing where it stands."
+    by_hand = re.compile(r"^[A-Z]\w+\.\w+(, *[A-Z]\w+\.\w+)* = ", re.M)
+    assert not [name for name, source in SOURCES.items() if name != "deployment" and by_hand.search(source)]
