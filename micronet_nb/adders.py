@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import MicronetError
-from .deployment import IntConv2d, IntLinear, padded
+from .integer import IntConv2d, IntLinear, padded
 
 # %% ../nbs/15_adders.ipynb #4fe470fe
 WAYS = ('exact', 'wrap', 'saturate', 'fp16', 'fp16 tree')

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .core import MicronetError
-from .deployment import Runner
+from .runtime import Runner
 from .models import create_model
 from .onnx import onnx_session, to_onnx
 from .packing import pack, unpack

@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .activations import quantise_activations, remove_activation_quantisers
 from .data import load_dataset
-from .deployment import lower
+from .lowering import lower
 from .distillation import Ensemble, kd_loss
 from .models import create_model, num_params
 from .packing import pack, top1, unpack
