@@ -462,7 +462,7 @@ def test_a_clamp_needs_no_scale_of_its_own(between, left):
 
 
 class Parts(nn.Module):
-    "A net of deployment and plain modules, one of which drops values in training."
+    "A net of integer and plain modules, one of which drops values in training."
 
     def __init__(self):
         super().__init__()
