@@ -25,7 +25,7 @@ _MODULE_OF = {
     'prune': 'pruning',
     'remove_pruning': 'pruning',
     'param_sparsity': 'pruning',
-    'untouched': 'pruning',
+    'untouched': 'layers',
     # quantisation
     'quantise_activations': 'activations',
     'remove_activation_quantisers': 'activations',
@@ -34,9 +34,9 @@ _MODULE_OF = {
     'choose_bits': 'weights',
     # what it costs, and what runs
     'score': 'scoring',
-    'lower': 'deployment',
-    'run_integer': 'deployment',
-    'Runner': 'deployment',
+    'lower': 'lowering',
+    'run_integer': 'integer',
+    'Runner': 'runtime',
     'pack': 'packing',
     'unpack': 'packing',
     'to_onnx': 'onnx',

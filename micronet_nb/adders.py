@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import MicronetError
-from .deployment import IntConv2d, IntLinear, padded
+from .integer import IntConv2d, IntLinear, padded
 from .layers import evaluation_mode
 
 # %% ../nbs/15_adders.ipynb #4fe470fe
@@ -82,7 +82,7 @@ def partial_bounds(
 
 # %% ../nbs/15_adders.ipynb #149af400
 def int_layers(
-    net: nn.Module,  # a deployment graph
+    net: nn.Module,  # an integer graph
 ) -> dict:
     "Name to module of its integer layers; MicronetError where there is none."
     found = {n: m for n, m in net.named_modules() if isinstance(m, (IntConv2d, IntLinear))}
@@ -117,7 +117,7 @@ def bits_for(
 # %% ../nbs/15_adders.ipynb #70661521
 @torch.inference_mode()
 def accumulator_ranges(
-    net: nn.Module,  # a deployment graph
+    net: nn.Module,  # an integer graph
     x: torch.Tensor,  # (n, ...) input of the net
     batch: int = 20,  # images at a time
 ) -> pd.DataFrame:  # a row a layer
@@ -202,7 +202,7 @@ def _one_by_one(layer, x, y, rows, way, bits, chunk=2**22):
 # %% ../nbs/15_adders.ipynb #459129e5
 @contextlib.contextmanager
 def adder(
-    net: nn.Module,  # a deployment graph; put back when the block ends
+    net: nn.Module,  # an integer graph; put back when the block ends
     way: str,  # one of WAYS
     bits: int = 16,  # of the register, for wrap and saturate: layers with whole-number inputs only
 ):
@@ -231,7 +231,7 @@ def adder(
 # %% ../nbs/15_adders.ipynb #1e093654
 @torch.inference_mode()
 def classes_with(
-    net: nn.Module,  # a deployment graph
+    net: nn.Module,  # an integer graph
     x: torch.Tensor,  # (n, ...) its input
     way: str,  # one of WAYS
     bits: int = 16,  # of the register

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cifar100 import RECIPES
 from .core import MicronetError, record
-from .deployment import Runner
 from .models import create_model
 from .onnx import onnx_session, to_onnx
 from .packing import pack, unpack
+from .runtime import Runner
 from .reproduce import SWIFT
 from .training import study_data
 

@@ -39,7 +39,7 @@ from torch.optim.swa_utils import update_bn
 
 from .activations import quantise_activations, remove_activation_quantisers
 from .data import load_dataset
-from .deployment import lower
+from .lowering import lower
 from .distillation import Ensemble, kd_loss
 from .layers import compressible
 from .models import create_model, num_params

@@ -239,7 +239,8 @@ def _load_weights(net, path):
 def _own_net(args):
     "A net of one's own, lowered, and what is known of it."
     import torch
-    from micronet_nb.deployment import IntWeights, lower
+    from micronet_nb.integer import IntWeights
+    from micronet_nb.lowering import lower
     from torch import fx
 
     size, about = _size(args.size) if args.size else None, {}
@@ -391,7 +392,7 @@ def _fits(net, ds, pixels, name):
 # %% ../nbs/30_cli.ipynb #449e5b01
 def _eval_run(args):
     from micronet_nb.data import load_dataset
-    from micronet_nb.deployment import Runner
+    from micronet_nb.runtime import Runner
     from micronet_nb.packing import top1, unpack
 
     net = unpack(args.file)

@@ -15,17 +15,17 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from micronet_nb.deployment import (
+from micronet_nb.integer import (
     CARRIES,
     IntConv2d,
     IntLinear,
     IntWeights,
     Quantise,
     ScaleBias,
+    as_graph,
     check_integers,
     shapes_of,
 )
-from .packing import as_graph
 
 # %% ../nbs/18_onnx.ipynb #77e3865b
 def carrier(
@@ -318,7 +318,7 @@ def _model(graph, form, size):
 
 # %% ../nbs/18_onnx.ipynb #bd45dffb
 def to_onnx(
-    graph,  # fx.GraphModule of `lower` or `unpack`, or a model of deployment modules that torch.fx can trace
+    graph,  # fx.GraphModule of `lower` or `unpack`, or a model of integer modules that torch.fx can trace
     path,  # file to make or replace, atomically
     form: str = 'qdq',  # 'qdq': integers behind QuantizeLinear and DequantizeLinear; 'float': float32 weights, Round and Clip
     size: tuple = None,  # of one input, such as (3, 32, 32); None: as `lower` or the packed file says

@@ -25,7 +25,7 @@ from timm.layers import ConvNormAct, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
 
-from .deployment import IntConv2d, IntLinear, Quantise, ScaleBias, check_integers
+from .integer import IntConv2d, IntLinear, Quantise, ScaleBias, check_integers
 from .layers import compressible
 from .pruning import put_masks
 
@@ -95,7 +95,7 @@ class ReleasedDenseNet(nn.Module):
 def load_released(
     root=None,  # data folder that has riair/densenet-100.pth.tar; None: MICRONET_DATA, data/, the cache, else a download
 ) -> nn.Module:
-    "RIAIR's checkpoint as deployment modules, in evaluation mode; MicronetError where it is missing, altered or not what it should be."
+    "RIAIR's checkpoint as integer modules, in evaluation mode; MicronetError where it is missing, altered or not what it should be."
     source = released_figures()['files']['densenet-100.pth.tar']
     path = fetch('riair/densenet-100.pth.tar', source['url'], source['sha256'], root)
     state = torch.load(path, map_location='cpu', weights_only=True)

@@ -161,7 +161,7 @@ class Node:
     "One operation on activations, as it was seen to happen."
 
     name: str  # qualified name of the module that did it
-    op: str  # 'convolution', 'relu', ...: the dispatcher's name, or what a deployment module counts as
+    op: str  # 'convolution', 'relu', ...: the dispatcher's name, or what an integer module counts as
     inputs: list  # nodes that made its inputs
     shape: tuple  # of its output, without the batch
     in_shape: tuple  # of its largest input, without the batch

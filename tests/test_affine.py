@@ -15,9 +15,11 @@ from micronet_nb.activations import (
     solve_window,
 )
 from micronet_nb.core import MicronetError
-from micronet_nb.deployment import IntConv2d, Quantise, Runner, ScaleBias, int_sums, kernel_ranges, lower, run_integer
+from micronet_nb.integer import IntConv2d, Quantise, ScaleBias, int_sums, kernel_ranges, run_integer
+from micronet_nb.lowering import lower
 from micronet_nb.onnx import onnx_session, to_onnx
 from micronet_nb.packing import pack, unpack
+from micronet_nb.runtime import Runner
 from micronet_nb.scoring import score
 from micronet_nb.weights import quantise_weights
 

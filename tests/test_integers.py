@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from micronet_nb import deployment
+from micronet_nb import lowering
 from micronet_nb.adders import accumulate, accumulator_ranges, bits_for
 from micronet_nb.core import MicronetError
-from micronet_nb.deployment import Int8Conv, IntConv2d, IntLinear, Quantise, ScaleBias, ToBytes
-from micronet_nb.deployment import check_integers, int_sums, kernel_ranges, lower, register_bits
+from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias
+from micronet_nb.integer import check_integers, int_sums, kernel_ranges, register_bits
+from micronet_nb.lowering import lower
 from micronet_nb.packing import decode, encode, form_of, from_bits, half_scales, pack, to_bits, unpack
+from micronet_nb.runtime import Int8Conv, ToBytes
 from micronet_nb.weights import quantise_weights
 
 
@@ -65,7 +67,7 @@ def test_biases_and_norms_are_folded_in():
 
 
 def test_a_lowering_that_computes_something_else_is_refused(monkeypatch):
-    monkeypatch.setitem(deployment.RULES, "relu", lambda low, node: low.values[node.args[0]])
+    monkeypatch.setitem(lowering.RULES, "relu", lambda low, node: low.values[node.args[0]])
     x = torch.tensor([[-1.0], [1.0]])
     with pytest.raises(MicronetError, match="off by 1 on the example"):
         lower(nn.Sequential(nn.ReLU()), x)

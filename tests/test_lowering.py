@@ -12,23 +12,20 @@ from torch.nn.utils.parametrize import register_parametrization
 from micronet_nb.activations import ActivationQuantiser, attach_quantiser, quantise_activations
 from micronet_nb.adders import _one_by_one, accumulator_ranges, adder, partial_bounds
 from micronet_nb.core import MicronetError
-from micronet_nb.deployment import (
+from micronet_nb.integer import (
     IntConv2d,
     IntWeights,
     Quantise,
-    Runner,
     ScaleBias,
-    SideBySide,
-    capture,
-    holds,
+    as_graph,
     int_sums,
-    lower,
-    powers,
     run_integer,
     sum_widths,
 )
-from micronet_nb.packing import as_graph, pack, unpack
+from micronet_nb.lowering import SideBySide, capture, dtype_holds, lower, powers
+from micronet_nb.packing import pack, unpack
 from micronet_nb.pruning import prune
+from micronet_nb.runtime import Runner
 from micronet_nb.scoring import score
 from micronet_nb.weights import WeightQuantiser, quantise_weights
 
@@ -465,7 +462,7 @@ def test_a_clamp_needs_no_scale_of_its_own(between, left):
 
 
 class Parts(nn.Module):
-    "A net of deployment and plain modules, one of which drops values in training."
+    "A net of integer and plain modules, one of which drops values in training."
 
     def __init__(self):
         super().__init__()
@@ -652,7 +649,7 @@ def test_a_scale_is_held_as_its_own_channel_needs_it():
     "Small floats beside large integer sums: the sums do not excuse what rounding does to the others."
     scale, bias = torch.tensor([136.0, 4e-6], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     top = torch.tensor([0.93, 2.3e7], dtype=torch.float64)
-    assert not holds(scale, bias, top, torch.float16)  # 4e-6 is subnormal, 0.6 % off
+    assert not dtype_holds(scale, bias, top, torch.float16)  # 4e-6 is subnormal, 0.6 % off
     i, j = powers(scale, bias, top, torch.float16)
     rounded = (scale * 2.0 ** -(i + j)).half().double() * 2.0 ** (i + j)
     assert ((rounded - scale).abs() <= scale * 2.0**-11).all()

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from micronet_nb.activations import quantise_activations
 from micronet_nb.core import MicronetError
-from micronet_nb.deployment import IntConv2d, IntLinear, Quantise, ScaleBias, lower
+from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias
+from micronet_nb.lowering import lower
 from micronet_nb.models import create_model
 from micronet_nb.onnx import carrier, onnx_session, to_onnx
 from micronet_nb.packing import pack, unpack

@@ -19,12 +19,12 @@ from micronet_nb import packing, scoring
 from micronet_nb.activations import quantise_activations
 from micronet_nb.cli import load_packed, micronet_eval, micronet_pack, micronet_score
 from micronet_nb.core import MicronetError, find_file, released_figures
-from micronet_nb.deployment import IntConv2d, IntLinear, Quantise, ScaleBias, lower, run_integer
+from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias, as_graph, run_integer
 from micronet_nb.layers import compressible
+from micronet_nb.lowering import lower
 from micronet_nb.models import create_model
 from micronet_nb.packing import (
     FORMAT,
-    as_graph,
     bill,
     compare_charges,
     compress,

@@ -8,8 +8,8 @@ import torch
 from micronet_nb.cli import micronet_score
 from micronet_nb.core import MicronetError, find_file, released_figures
 from micronet_nb.data import load_dataset
-from micronet_nb.deployment import Runner
 from micronet_nb.released import load_released, predict, prepare
+from micronet_nb.runtime import Runner
 from micronet_nb.scoring import score
 
 CHECKPOINT = 'riair/densenet-100.pth.tar'

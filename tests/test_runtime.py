@@ -8,10 +8,12 @@ from torch import nn
 
 from micronet_nb.activations import quantise_activations
 from micronet_nb.core import MicronetError
-from micronet_nb.deployment import IntConv2d, IntLinear, Quantise, Runner, ScaleBias, lower
+from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias
+from micronet_nb.lowering import lower
 from micronet_nb.models import create_model
 from micronet_nb.packing import pack, unpack
 from micronet_nb.pruning import prune
+from micronet_nb.runtime import Runner
 from micronet_nb.weights import quantise_weights
 
 
@@ -57,8 +59,8 @@ def test_plans_do_fuse():
     runner = Runner(graph)
     runner(x)
     calls = [n for n in graph.graph.nodes if n.op.startswith('call')]
-    assert len(runner.steps) < 0.8 * len(calls) and 2 <= runner.memories < sum(s.work is not None for s in runner.steps)
-    assert sum(bool(s.places) for s in runner.steps) > 5
+    assert len(runner.tasks) < 0.8 * len(calls) and 2 <= runner.memories < sum(t.work is not None for t in runner.tasks)
+    assert sum(bool(t.places) for t in runner.tasks) > 5
 
 
 def test_batches_and_sizes_change_between_calls():
