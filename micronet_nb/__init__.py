@@ -14,6 +14,7 @@ _MODULE_OF = {
     'FitConfig': 'training',
     'fit': 'training',
     'evaluate': 'training',
+    'normalised': 'training',
     'kd_loss': 'distillation',
     'Ensemble': 'distillation',
     # pruning

@@ -28,7 +28,7 @@ from micronet_nb.layers import (
     tell_untouched,
     untouched,
 )
-from .quantizers import fake_quantise, grid, solve_scale
+from .quantisers import fake_quantise, grid, solve_scale
 
 # %% ../nbs/10_activations.ipynb #d633513b
 class _FakeQuantise(torch.autograd.Function):

@@ -30,7 +30,7 @@ from .activations import calibrate, solve_step
 from .data import dataset_stats
 from .layers import compressible, computes_otherwise, dense_weight, matching, require_shapes
 from .pruning import layer_positions, magnitude_mask
-from .quantizers import fake_quantise, grid, solve_scales
+from .quantisers import fake_quantise, grid, solve_scales
 from .scoring import TRACKS, score, trace
 from .training import as_logits, normalised
 

@@ -35,7 +35,7 @@ from micronet_nb.layers import (
     untouched,
 )
 from .pruning import prune
-from .quantizers import fake_quantise, grid, quantise, solve_scales
+from .quantisers import fake_quantise, grid, quantise, solve_scales
 from .scoring import LayerSpec, weight_storage
 from .training import STUDIES, as_logits, fit_stage, normalised, student, student_config, study_data
 

@@ -291,17 +291,17 @@ def test_an_opened_notebook_is_saved_unchanged(told):
 
     prefix, checkout, _ = told
     (checkout / "nbs").mkdir(exist_ok=True)
-    path = shutil.copy(ROOT / "nbs" / "09_quantizers.ipynb", checkout / "nbs")
+    path = shutil.copy(ROOT / "nbs" / "09_quantisers.ipynb", checkout / "nbs")
     manager = LargeFileManager(
         root_dir=str(checkout),
         config=Config(json.loads((prefix / "etc" / "jupyter" / "jupyter_server_config.json").read_text())),
     )
-    model = manager.get("nbs/09_quantizers.ipynb")
+    model = manager.get("nbs/09_quantisers.ipynb")
     model["content"]["metadata"]["language_info"] = {"name": "python", "version": "3.99.0"}
     for i, c in enumerate(c for c in model["content"]["cells"] if c["cell_type"] == "code"):
         c["execution_count"] = i
-    manager.save(model, "nbs/09_quantizers.ipynb")
-    assert Path(path).read_bytes() == (ROOT / "nbs" / "09_quantizers.ipynb").read_bytes()
+    manager.save(model, "nbs/09_quantisers.ipynb")
+    assert Path(path).read_bytes() == (ROOT / "nbs" / "09_quantisers.ipynb").read_bytes()
 
 
 def test_git_merges_notebooks_cell_by_cell(told):

@@ -17,7 +17,7 @@ from micronet_nb.layers import dense_weight
 from micronet_nb.models import densenet_bc, num_params, wrn
 from micronet_nb.pruning import Pruner, at_least, erk_rates, magnitude_mask, mask_of
 from micronet_nb.pruning import op_sparsity, param_sparsity, prune, sparsity
-from micronet_nb.quantizers import fake_quantise, grid, quantise, solve_scale, solve_scales
+from micronet_nb.quantisers import fake_quantise, grid, quantise, solve_scale, solve_scales
 from micronet_nb.released import prepare, truncate
 from micronet_nb.scoring import TRACKS, LayerSpec, Score, average_adds, cifar_root_bits, kernel_adds
 from micronet_nb.scoring import root_bits, schedule_specs, score, tree_adds, weight_storage

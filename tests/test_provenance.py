@@ -56,8 +56,8 @@ NEEDED = {  # what the numbers depend on, by record
         "n_test",
     }
     | DENSE,
-    "09_quantizers.search": {"rows", "weights", "bits"},
-    "09_quantizers.speed": {"model", "bits", "sampled_kernels_a_layer"},
+    "09_quantisers.search": {"rows", "weights", "bits"},
+    "09_quantisers.speed": {"model", "bits", "sampled_kernels_a_layer"},
     "10_activations.sampling": {"layer", "inputs", "samples", "images"} | DENSE,
     "10_activations.untuned": CALIBRATED,
     "10_activations.accuracy": {"plan", "rate", "method", "tune"} | CALIBRATED,

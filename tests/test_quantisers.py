@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from micronet_nb.core import MicronetError
-from micronet_nb.quantizers import fake_quantise, grid, quantise, solve_scale, solve_scales
+from micronet_nb.quantisers import fake_quantise, grid, quantise, solve_scale, solve_scales
 
 BIG = 2.0**100
 number = st.floats(-BIG, BIG, width=32, allow_nan=False, allow_subnormal=False)
