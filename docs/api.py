@@ -63,7 +63,8 @@ def _targets(node):
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     if isinstance(node, ast.Assign):
-        return [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        targets = [e for t in node.targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+        return [t.id for t in targets if isinstance(t, ast.Name)]
     if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         return [node.target.id]
     return []
@@ -130,7 +131,7 @@ def table(rows):
     coded = lambda s: f"<code>{html.escape(s, quote=False)}</code>" if s else ""
     lines = [line.format(html.escape(n), coded(k), coded(d), _text(t)) for n, k, d, t in rows]
     return (
-        "<table>\n<thead><tr><th></th><th>type</th><th>default</th><th></th></tr></thead>\n<tbody>\n"
+        "<table>\n<thead><tr><th>parameter</th><th>type</th><th>default</th><th>what it is</th></tr></thead>\n<tbody>\n"
         + "\n".join(lines)
         + "\n</tbody></table>"
     )

@@ -2,10 +2,10 @@
 
 import base64
 import hashlib
-import html
 import re
 import sys
 from configparser import ConfigParser
+from html import escape, unescape
 from pathlib import Path
 
 import nbformat
@@ -76,10 +76,21 @@ def relink(page, text):
 # --- results
 
 
+def at_headings(cells):
+    "The cells, with a new one at each heading."
+    for c in cells:
+        if c.cell_type != "markdown":
+            yield c
+            continue
+        for part in re.split(r"(?m)^(?=#+ )", c.source):
+            if part.strip():
+                yield nbformat.v4.new_markdown_cell(part.strip())
+
+
 def section(nb, heading):
     "The cells below a heading, to the next of its level; none where there is no such heading."
     found, level = [], 0
-    for c in nb.cells:
+    for c in at_headings(nb.cells):
         head = re.match(r"(#+) (.+)", c.source) if c.cell_type == "markdown" else None
         if head and level and len(head[1]) <= level:
             break
@@ -111,14 +122,14 @@ def results(found):
     page, cards = ["<h1 id='Results'>Results</h1><p>The tables and pictures that the study is judged by; each stands in its notebook, with the code that makes it.</p>"], []  # fmt: skip
     for stem, headings in yaml.safe_load((HERE / "results.yml").read_text(encoding="utf-8")).items():
         title, subtitle, nb = found[stem]
-        page.append(f'<h2 id="{stem}">{stem}</h2><p>{html.escape(subtitle)}</p>')
+        page.append(f'<h2 id="{stem}">{stem}</h2><p>{escape(subtitle)}</p>')
         for heading in headings:
             cells = section(nb, heading)
             if not cells:
                 log.warning(f"results.yml: {stem} has no heading {heading!r}")
                 continue
             at = f'{stem}.html#{heading.replace(" ", "-")}'
-            page.append(f'<h3 id="{stem}-{heading.replace(" ", "-")}"><a href="{at}">{html.escape(heading)}</a></h3>')
+            page.append(f'<h3 id="{stem}-{heading.replace(" ", "-")}"><a href="{at}">{escape(heading)}</a></h3>')
             page.append(pages.body(nbformat.v4.new_notebook(cells=list(outputs_of(cells)))))
         cards.append(card(stem, title, subtitle, [c for h in headings for c in section(nb, h)]))
     return "\n".join(page), "\n".join(cards)
@@ -131,7 +142,9 @@ def card(stem, title, subtitle, cells):
     if kinds:
         output = nbformat.from_dict({**kinds[0][0], "data": {kinds[0][1]: kinds[0][0]["data"][kinds[0][1]]}})
         shown = pages.body(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])]))
-    return f'<div class="card"><p><a href="{stem}.html"><b>{html.escape(title)}</b></a><br>{html.escape(subtitle)}</p>{shown}</div>'
+    return (
+        f'<div class="card"><p><a href="{stem}.html"><b>{escape(title)}</b></a><br>{escape(subtitle)}</p>{shown}</div>'
+    )
 
 
 # --- all of it
@@ -192,11 +205,12 @@ def _nested(flat):
     return top
 
 
-def on_page_content(text, page, config, files):
+def on_page_content(html, page, config, files):
     "The page that was made, instead of what MkDocs read."
     text = relink(page.file.src_uri, made[page.file.src_uri])
     text = text.replace('class="anchor-link"', 'class="headerlink"')
+    text = re.sub(r'(<div class=" ?highlight[^>]*>)<pre>(.*?)</pre>', r"\1<pre><code>\2</code></pre>", text, flags=re.S)
     heads = re.findall(r"<h([1-3]) id=[\"'](.*?)[\"']>(.*?)</h\1>", text, re.S)
     plain = lambda s: re.sub(r"<.*?>", "", re.sub(r'<a class="headerlink".*?</a>', "", s, flags=re.S)).strip()
-    page.toc = get_toc(_nested([(int(level), html.unescape(at), plain(name)) for level, at, name in heads]))
+    page.toc = get_toc(_nested([(int(level), unescape(at), plain(name)) for level, at, name in heads]))
     return text

@@ -8,7 +8,10 @@ __all__ = ['STYLE', 'mathml', 'directives', 'is_hidden', 'defined', 'for_reading
 # %% ../nbs/94_pages.ipynb #6685433c
 import ast, copy, functools, html, re
 
-# %% ../nbs/94_pages.ipynb #eb042c38
+# %% ../nbs/94_pages.ipynb #fe4bc975
+_BRACKETS = dict(lceil='⌈', rceil='⌉', lfloor='⌊', rfloor='⌋', langle='⟨', rangle='⟩')  # left alone behind \Big
+
+
 def mathml(
     tex: str,  # a formula without its dollar signs
     block: bool = False,  # on a line of its own?
@@ -20,7 +23,9 @@ def mathml(
         made = convert(tex.strip(), display='block' if block else 'inline')
     except Exception:  # its errors have no common class
         return f'<code>{html.escape(tex)}</code>'
-    return made.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', '')
+    made = made.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', '')
+    made = re.sub(r'>\\(\w+)<', lambda m: f'>{_BRACKETS.get(m[1], m[0][1:-1])}<', made)
+    return f'<code>{html.escape(tex)}</code>' if '\\' in made else made
 
 # %% ../nbs/94_pages.ipynb #a838733d
 _DIRECTIVE = re.compile(r'^#\|[ \t]*(\w+):?[ \t]*(.*?)[ \t]*\n?$', re.M)
@@ -95,12 +100,12 @@ def for_reading(
 
 # %% ../nbs/94_pages.ipynb #2f00e2ba
 _TEMPLATE = """{% extends 'base/display_priority.j2' %}
-{% block codecell %}<div id="cell-id={{ cell.id }}" class="cell">{{ super() }}</div>
+{% block codecell %}<div class="cell"{% if not cell.metadata.fold %} id="cell-id={{ cell.id }}"{% endif %}>{{ super() }}</div>
 {% endblock %}
 {% block input_group %}{% if cell.source %}
-{% if cell.metadata.fold %}<details class="fold"><summary>{{ cell.metadata.fold }}</summary>{% endif %}
+{% if cell.metadata.fold %}<details class="fold"><summary>{{ cell.metadata.fold }}</summary><div id="cell-id={{ cell.id }}">{% endif %}
 {{ cell.source | highlight_code(metadata=cell.metadata) }}
-{% if cell.metadata.fold %}</details>{% endif %}{% endif %}{% endblock %}
+{% if cell.metadata.fold %}</div></details>{% endif %}{% endif %}{% endblock %}
 {% block markdowncell %}<div id="cell-id={{ cell.id }}" class="text">{{ cell.source | markdown2html }}</div>
 {% endblock %}
 {% block stream %}<pre class="printed">{{ output.text | ansi2html }}</pre>{% endblock %}
@@ -123,6 +128,7 @@ def _exporter():
     from nbconvert.exporters import TemplateExporter
     from nbconvert.filters import Highlight2HTML
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+    from traitlets.config import Config
 
     class Renderer(IPythonRenderer):
         def inline_math(self, body):
@@ -131,8 +137,12 @@ def _exporter():
         def block_math(self, body):
             return f'<span class="formula">{mathml(body, block=True)}</span>'
 
+    kinds = ['text/html', 'text/markdown', 'image/svg+xml', 'image/png', 'image/jpeg', 'text/plain']
     exporter = TemplateExporter(
-        extra_loaders=[DictLoader({'body.html.j2': _TEMPLATE})], template_name='base', template_file='body.html.j2'
+        config=Config(NbConvertBase=dict(display_data_priority=kinds)),
+        extra_loaders=[DictLoader({'body.html.j2': _TEMPLATE})],
+        template_name='base',
+        template_file='body.html.j2',
     )
     exporter.register_filter('highlight_code', Highlight2HTML(pygments_lexer='ipython3'))
     exporter.register_filter(

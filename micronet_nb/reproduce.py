@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Notebook', 'find_notebooks', 'parameters_of', 'imports_of', 'needs', 'choose', 'parse_value', 'parse_settings',
-           'assign', 'digest', 'library_key', 'run_key', 'to_html', 'proof', 'on_this_machine', 'run_notebook',
-           'headline_html', 'took', 'write_index', 'report_folder', 'first_line', 'jobs_for', 'reproduce',
-           'keep_outputs', 'to_markdown', 'readme', 'out_of_sync', 'main']
+           'assign', 'digest', 'library_key', 'run_key', 'proof', 'on_this_machine', 'run_notebook', 'headline_html',
+           'took', 'write_index', 'report_folder', 'first_line', 'jobs_for', 'reproduce', 'keep_outputs', 'to_markdown',
+           'readme', 'out_of_sync', 'main']
 
 # %% ../nbs/95_reproduce.ipynb #c0cff1d9
 import argparse, ast, contextlib, difflib, hashlib, importlib.util, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, textwrap, threading, time
@@ -316,23 +316,7 @@ def _papermill(job, tell):
     return _fault(nbformat.read(job['part'], 4).cells, at[-1], raised)
 
 # %% ../nbs/95_reproduce.ipynb #99dc2ede
-_PAGE = """{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}
-{% block html_head_js_mathjax %}{% if resources.has_math %}{{ super() | replace('<script src=', '<script async src=') }}{% endif %}{% endblock %}"""
-
-
-def to_html(
-    nb,  # nbformat's notebook
-    title: str,  # of the page
-) -> str:
-    "The notebook as one page that needs no other file."
-    from jinja2 import DictLoader
-    from nbconvert import HTMLExporter
-
-    math = any('$' in c.source or '\\begin{' in c.source for c in nb.cells if c.cell_type == 'markdown')
-    exporter = HTMLExporter(
-        extra_loaders=[DictLoader({'page.html.j2': _PAGE})], template_file='page.html.j2', embed_images=True
-    )
-    return exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=title), has_math=math))[0]
+from .pages import to_html
 
 # %% ../nbs/95_reproduce.ipynb #988a9ea9
 def _is_empty(output):

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 WIDTH = 390
-SECONDS = 300
+SECONDS = 900
 HARNESS = """<!doctype html><meta charset="utf-8"><title>check</title><body><script>
 const pause = ms => new Promise(done => setTimeout(done, ms));
 async function opened(page) {
@@ -101,7 +101,9 @@ def chromium():
     names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome", "chrome"]
     found = next((at for n in names if n and (at := shutil.which(n))), None)
     if not found:
-        sys.exit("No Chromium found: install it (on Debian and Ubuntu: apt install chromium) or name it with CHROMIUM=...")
+        sys.exit(
+            "No Chromium found: install it (on Debian and Ubuntu: apt install chromium) or name it with CHROMIUM=..."
+        )
     return found
 
 
@@ -113,7 +115,14 @@ def look_at(folder):
     server.said, server.done = {}, threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, open(Path(profile, "log"), "w+") as log:
-        command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        command = [
+            chromium(),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+        ]
         command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--log-level=0", "--window-size=1000,900"]
         command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
         browser = subprocess.Popen(
