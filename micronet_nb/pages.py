@@ -108,6 +108,7 @@ _TEMPLATE = """{% extends 'base/display_priority.j2' %}
 {% if cell.metadata.fold %}</div></details>{% endif %}{% endif %}{% endblock %}
 {% block markdowncell %}<div id="cell-id={{ cell.id }}" class="text">{{ cell.source | markdown2html }}</div>
 {% endblock %}
+{% block execute_result %}{% block data_priority scoped %}{{ super() }}{% endblock %}{% endblock %}
 {% block stream %}<pre class="printed">{{ output.text | ansi2html }}</pre>{% endblock %}
 {% block error %}<pre class="error">{{ output.traceback | join('\n') | ansi2html }}</pre>{% endblock %}
 {% block data_text %}<pre class="printed">{{ output.data['text/plain'] | ansi2html }}</pre>{% endblock %}

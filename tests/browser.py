@@ -46,8 +46,8 @@ async function look(page) {
     hosts: [...new Set(asked)].filter(h => h && h != location.host),
     raw: (prose(doc).match(/\\$[^$\\n]{1,80}\\$/g) || []).slice(0, 3),
     formulas: math.length, invisible: math.filter(m => !m.getBoundingClientRect().height).length,
-    dead: [...doc.querySelectorAll('a[href^="#"]')].map(a => decodeURIComponent(a.getAttribute('href').slice(1)))
-      .filter(id => id && !doc.getElementById(id)).slice(0, 3),
+    dead: [...doc.querySelectorAll('a[href^="#"]')].map(a => a.getAttribute('href').slice(1))
+      .filter(id => id && !doc.getElementById(id) && !doc.getElementById(decodeURIComponent(id))).slice(0, 3),
   };
   frame.remove();
   return found;
