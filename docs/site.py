@@ -7,6 +7,7 @@ import sys
 from configparser import ConfigParser
 from html import escape, unescape
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import yaml
@@ -117,6 +118,11 @@ def outputs_of(cells):
             )
 
 
+def anchor(heading):
+    "What nbconvert calls a heading."
+    return escape(quote(heading.replace(" ", "-"), safe="?/:@!$&'()*+,;=~"))
+
+
 def results(found):
     "The page Results, and the cards of the first page."
     page, cards = ["<h1 id='Results'>Results</h1><p>The tables and pictures that the study is judged by; each stands in its notebook, with the code that makes it.</p>"], []  # fmt: skip
@@ -128,8 +134,8 @@ def results(found):
             if not cells:
                 log.warning(f"results.yml: {stem} has no heading {heading!r}")
                 continue
-            at = f'{stem}.html#{heading.replace(" ", "-")}'
-            page.append(f'<h3 id="{stem}-{heading.replace(" ", "-")}"><a href="{at}">{escape(heading)}</a></h3>')
+            at = f"{stem}.html#{anchor(heading)}"
+            page.append(f'<h3 id="{stem}-{anchor(heading)}"><a href="{at}">{escape(heading)}</a></h3>')
             page.append(pages.body(nbformat.v4.new_notebook(cells=list(outputs_of(cells)))))
         cards.append(card(stem, title, subtitle, [c for h in headings for c in section(nb, h)]))
     return "\n".join(page), "\n".join(cards)
