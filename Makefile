@@ -13,13 +13,15 @@ DONE = .venv/.installed
 ARGS = --profile '$(PROFILE)' --out '$(OUT)' $(if $(strip $(ONLY)),--only '$(ONLY)') $(foreach s,$(SET),--set '$(s)') $(if $(filter-out 0 no,$(FRESH)),--fresh)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test mutants check lab readme export record clean .venv
+.PHONY: help reproduce test mutants check docs docs-check lab readme export record clean .venv
 
 help:
 	@echo 'make reproduce   run every notebook and make $(OUT)/$(PROFILE)/index.html; killed, the same command continues'
 	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="seed=1 n_images=50"  FRESH=1  OUT=folder'
 	@echo 'make test        all checks: generated files in sync, every notebook at embedded, pytest; SCRATCH=folder keeps and reuses what ran'
 	@echo 'make mutants     break the library on purpose, some 150 times, in memory: the tests must notice each time  ONLY="tree dynamic"'
+	@echo 'make docs        a site of the notebooks as committed, with an API reference: _docs/index.html'
+	@echo 'make docs-check  that site in headless Chromium: no error, no foreign host, nothing wider than a phone'
 	@echo 'make lab         open JupyterLab on nbs/'
 	@echo 'make export      after editing a notebook: write micronet_nb/*.py and clean the notebooks'
 	@echo 'make readme      after editing nbs/index.ipynb: write README.md'
@@ -83,10 +85,23 @@ test: check
 	 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 -rs --no-fold-skipped tests; tested=$$?; \
 	 exit $$((ran | tested))
 
+# Only the site needs MkDocs.
+$(BIN)/mkdocs: $(DONE)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(BIN)/mkdocs
+	$(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+	@echo '_docs/index.html'
+
+docs-check: docs
+	$(BIN)/python tests/browser.py _docs
+
 # Not a part of `test`: it asks whether the tests would notice.
 mutants: $(DONE)
 	$(BIN)/python tests/mutants.py $(ONLY)
 
 clean:
-	rm -rf .venv reports build *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv reports build _docs *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Notebook', 'find_notebooks', 'parameters_of', 'imports_of', 'needs', 'choose', 'parse_value', 'parse_settings',
-           'assign', 'digest', 'library_key', 'run_key', 'to_html', 'proof', 'on_this_machine', 'run_notebook',
-           'headline_html', 'took', 'write_index', 'report_folder', 'first_line', 'jobs_for', 'reproduce',
-           'keep_outputs', 'to_markdown', 'readme', 'out_of_sync', 'main']
+           'assign', 'digest', 'library_key', 'run_key', 'proof', 'on_this_machine', 'run_notebook', 'headline_html',
+           'took', 'write_index', 'report_folder', 'first_line', 'jobs_for', 'reproduce', 'keep_outputs', 'to_markdown',
+           'readme', 'out_of_sync', 'main']
 
 # %% ../nbs/95_reproduce.ipynb #c0cff1d9
 import argparse, ast, base64, contextlib, difflib, hashlib, importlib.util, json, os, platform, re, shutil
@@ -308,23 +308,15 @@ def _papermill(job, tell):
     return _fault(nbformat.read(job['part'], 4).cells, at[-1], raised)
 
 # %% ../nbs/95_reproduce.ipynb #99dc2ede
+from .pages import to_html
+
+
 def _templates():
     "Loads the pages' templates, which lie beside the library."
     from jinja2 import PackageLoader
 
     return PackageLoader('micronet_nb', 'templates')
 
-
-def to_html(
-    nb,  # nbformat's notebook
-    title: str,  # of the page
-) -> str:
-    "The notebook as one page that needs no other file."
-    from nbconvert import HTMLExporter
-
-    math = any('$' in c.source or '\\begin{' in c.source for c in nb.cells if c.cell_type == 'markdown')
-    exporter = HTMLExporter(extra_loaders=[_templates()], template_file='notebook.html.j2', embed_images=True)
-    return exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=title), has_math=math))[0]
 
 # %% ../nbs/95_reproduce.ipynb #988a9ea9
 def _is_empty(output):
