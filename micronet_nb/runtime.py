@@ -490,10 +490,7 @@ def _check_graph(graph):
 
 
 class Runner:
-    """A lowered graph on integer units, in memory that is used again; it gives the graph's bits.
-
-    Where gates or layers work on floats, whose last digit depends on the batch, those at the same batch size.
-    """
+    "A lowered graph on integer units, in memory that is used again: the graph's bits, floats at the same batch size."
 
     def __init__(
         self,
