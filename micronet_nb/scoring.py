@@ -114,7 +114,7 @@ class Node:
     "One operation on activations, as it was seen to happen."
 
     name: str  # qualified name of the module that did it
-    op: str  # 'convolution', 'relu', ...: the dispatcher's name, or what an integer module counts as
+    op: str  # 'convolution', 'relu', ...: the dispatcher's name, or the `counts_as` of an integer module
     inputs: list  # nodes that made its inputs
     shape: tuple  # of its output, without the batch
     in_shape: tuple  # of its largest input, without the batch
@@ -897,7 +897,7 @@ def _count_quantiser(c, node, spec):
 def _folds(
     norm: Node,  # a batch norm with statistics of its own
 ) -> list:
-    "The layers that a batch norm _folds into, those of its channels in order; empty where it cannot fold."
+    "The layers that a batch norm folds into, those of its channels in order; empty where it cannot fold."
     value = norm.reads['input']
     if value.consumers == 1 and value.op == 'convolution' and value.weight is not None:
         return [value]
@@ -945,13 +945,13 @@ def _channels(node, starts):
 def _pool_size(
     node: Node,  # a pool
 ) -> int:
-    "Inputs that one output of a pool reads; where its _windows differ, most of them."
+    "Inputs that one output of a pool reads; where its windows differ, most of them."
     return int(_windows(node)[0].max())
 
 
 def _windows(
     node: Node,  # a pool
-) -> tuple:  # (inputs that it reads, what an average divides by): (_windows,) each
+) -> tuple:  # (inputs that it reads, what an average divides by): (windows,) each
     "Every window of a pool in one plane, as far as it lies on the image."
     if '_pool' not in node.op:
         return (torch.tensor([max(node.in_elements // max(node.elements, 1), 1)]),) * 2
