@@ -67,7 +67,7 @@ def test_every_level_of_the_tree_fits(n, bw, ba, signed, random):
     ]
     paid = level = 0
     while len(x) > 1:
-        # +-2^(l-1) itself occurs for the lowest weight with the lowest signed activation; RIAIR's quantiser is symmetric
+        # +-2^(l-1) itself occurs for the lowest weight and signed activation; quantisers of RIAIR are symmetric
         assert all(-(2 ** (l + level - 1)) <= v <= 2 ** (l + level - 1) for v in x)
         paid += len(x) // 2 * (l + level)
         x = [sum(x[i : i + 2]) for i in range(0, len(x), 2)]
@@ -748,8 +748,8 @@ def test_a_width_lasts_as_long_as_the_grid(name):
 
 
 NEVER = set(
-    '''reshape expand_as contiguous detach narrow chunk unsafe_chunk unsafe_split flatten t split_with_sizes pad lift_fresh
-    as_strided pixel_unshuffle embedding permute squeeze alias split unsafe_view'''.split()
+    '''reshape expand_as contiguous detach narrow chunk unsafe_chunk unsafe_split flatten t split_with_sizes pad
+    lift_fresh as_strided pixel_unshuffle embedding permute squeeze alias split unsafe_view'''.split()
 )
 
 
