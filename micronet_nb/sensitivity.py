@@ -7,17 +7,11 @@ __all__ = ['degrade', 'Replay', 'measure_sensitivity', 'show_sensitivity', 'plan
 
 # %% ../nbs/06_sensitivity.ipynb #3eb760dd
 import contextlib, copy, hashlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-from micronet_nb.core import (
-    MicronetError,
-    config_key,
-    progress,
-    read_json,
-    write_json,
-)  # before timm: it silences a warning of tqdm's
-from fastcore.basics import patch
+# before timm: it silences a warning of tqdm's
+from .core import MicronetError, config_key, progress, read_json, write_json
 import numpy as np
 import pandas as pd
 import torch
@@ -40,15 +34,15 @@ def degrade(
     weight: torch.Tensor,  # (out, ...) floating point
     kind: str,  # 'sparsity' or 'weight bits'
     level,  # fraction in [0,1] that becomes zero, or bits 1 to 16
-    per: str = 'kernel',  # one step a 'kernel' or one a 'layer'
+    per: str = 'kernel',  # one scale a 'kernel' or one a 'layer'
 ) -> torch.Tensor:
-    "The weight with its smallest values zero, or on the least-squares grid. MicronetError for another kind."
+    "The weight with its smallest values zero, or on the least-squares grid."
     if kind == 'sparsity':
         return weight * magnitude_mask(weight, level)
     if kind != 'weight bits':
         raise MicronetError(f"kind must be 'sparsity' or 'weight bits', not {kind!r}")
-    steps = solve_scales([weight.float()], level, per=per)[0]
-    return fake_quantise(weight, steps.view(-1, *[1] * (weight.dim() - 1)), level)
+    scales = solve_scales([weight.float()], level, per=per)[0]
+    return fake_quantise(weight, scales.view(-1, *[1] * (weight.dim() - 1)), level)
 
 # %% ../nbs/06_sensitivity.ipynb #ba7574a6
 @contextlib.contextmanager
@@ -70,6 +64,43 @@ def _stand_in(module, outputs):
         else:
             module.forward = own
 
+# %% ../nbs/06_sensitivity.ipynb #4b032697
+def _versions(out):
+    return [t._version for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+
+
+def _clone(out):
+    return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, out)
+
+
+def _watch(net, starts, changing, x):
+    "Runs a net; returns its output, and (module, output, versions, call) of what was complete before a start."
+    records, marks, began, calls = [], [], False, 0
+
+    def enter(module, args):
+        nonlocal began
+        began = began or module in starts
+        marks.append(len(records))
+
+    def leave(module, args, out):
+        nonlocal calls
+        first = marks.pop()
+        if began:
+            return
+        kept = _clone(out) if calls in changing else out
+        records[first:] = [(module, kept, _versions(kept), calls)]  # instead of what completed inside it
+        calls += 1
+
+    handles = []
+    for m in net.modules():
+        handles += [m.register_forward_pre_hook(enter), m.register_forward_hook(leave, prepend=True)]
+    try:
+        out = net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out, records if began else []  # starts that never ran: everything may depend on them
+
 # %% ../nbs/06_sensitivity.ipynb #4e87c0ca
 class Replay:
     "A net that can be run again from some modules on. Between `record` and the calls only those may change."
@@ -85,7 +116,7 @@ class Replay:
     def record(self, x):
         "Runs the whole net, remembers, and returns the output."
         while True:
-            out = self._watch(x)
+            out, self.records = _watch(self.net, self.starts, self.changing, x)
             changed = {call for _, kept, versions, call in self.records if _versions(kept) != versions}
             if not changed:
                 return out
@@ -102,52 +133,10 @@ class Replay:
                 stack.enter_context(_stand_in(module, given))
             return self.net(x)
 
-
-def _versions(out):
-    return [t._version for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-
-
-def _clone(out):
-    return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, out)
-
-# %% ../nbs/06_sensitivity.ipynb #4b032697
-@patch
-def _watch(self: Replay, x):
-    "One run; a module that completes replaces what completed inside it."
-    self.records, began, marks, calls = [], False, [], 0
-
-    def enter(module, args):
-        nonlocal began
-        began = began or module in self.starts
-        marks.append(len(self.records))
-
-    def leave(module, args, out):
-        nonlocal calls
-        first = marks.pop()
-        if began:
-            return
-        kept = _clone(out) if calls in self.changing else out
-        self.records[first:] = [(module, kept, _versions(kept), calls)]
-        calls += 1
-
-    hooks = [
-        h
-        for m in self.net.modules()
-        for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave, prepend=True))
-    ]
-    try:
-        out = self.net(x)
-    finally:
-        for h in hooks:
-            h.remove()
-    if not began:
-        self.records = []  # they never ran: everything may depend on them
-    return out
-
 # %% ../nbs/06_sensitivity.ipynb #26660d73
 @torch.no_grad()
 def _working_copy(model):
-    "The net in evaluation mode with plain weights. MicronetError where it cannot be copied."
+    "The net in evaluation mode with plain weights."
     require_shapes(model, 'a sensitivity')
     for n, m in compressible(model).items():
         if not parametrize.is_parametrized(m, 'weight'):
@@ -155,9 +144,8 @@ def _working_copy(model):
     try:
         net = copy.deepcopy(getattr(model, '_orig_mod', model)).eval()  # torch.compile keeps the net there
     except (RuntimeError, TypeError) as e:
-        raise MicronetError(
-            f'{type(model).__name__} cannot be copied ({str(e).splitlines()[0]}): detach the tensors that it keeps as attributes'
-        ) from None
+        message = f'{type(model).__name__} cannot be copied ({str(e).splitlines()[0]})'
+        raise MicronetError(f'{message}: detach the tensors that it keeps as attributes') from None
     for m in [m for m in net.modules() if parametrize.is_parametrized(m)]:
         _resolve(m)
     for p in net.parameters():
@@ -167,7 +155,7 @@ def _working_copy(model):
 
 
 def _resolve(module):
-    "Plain weights instead of parametrized ones. Not by torch's own removal: it edits a class, which a module shares with its copies."
+    "Plain weights instead of parametrized ones."  # torch's own removal edits a class that copies share
     values = {n: getattr(module, n).detach().clone() for n in module.parametrizations}
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations
@@ -176,7 +164,7 @@ def _resolve(module):
 
 # %% ../nbs/06_sensitivity.ipynb #c17e040d
 def _with_change(layer, change, run):
-    "run() with a layer's weight replaced, or its input quantised by (step, bits, signed)."
+    "run() with a layer's weight replaced, or its input quantised by (scale, bits, signed)."
     if isinstance(change, torch.Tensor):
         was, layer.weight.data = layer.weight.data, change
         try:
@@ -199,53 +187,50 @@ def _with_change(layer, change, run):
 # %% ../nbs/06_sensitivity.ipynb #df7d95b6
 def _changes(layer, sample, levels, per):
     "(kind, level) to change. A layer that calibration did not see has no activation levels."
-    made = {
-        (kind, level): degrade(layer.weight.detach(), kind, level, per)
-        for kind in ('sparsity', 'weight bits')
-        for level in levels[kind]
-    }
-    if sample is not None:
-        made |= {('activation bits', b): (solve_step(sample, b), b, sample.signed) for b in levels['activation bits']}
-    return made
+    changes = {}
+    for kind in ('sparsity', 'weight bits'):
+        for level in levels[kind]:
+            changes[kind, level] = degrade(layer.weight.detach(), kind, level, per)
+    for bits in levels['activation bits'] if sample is not None else []:
+        changes['activation bits', bits] = solve_step(sample, bits), bits, sample.signed
+    return changes
 
 
 def _judge(out, labels):
     "(2, n) cross-entropy, and whether it is right, of each image."
     out = out.float()
-    return (
-        torch.stack([F.cross_entropy(out, labels, reduction='none'), (out.argmax(1) == labels).float()]).double().cpu()
-    )
+    losses, right = F.cross_entropy(out, labels, reduction='none'), (out.argmax(1) == labels).float()
+    return torch.stack([losses, right]).double().cpu()
 
 # %% ../nbs/06_sensitivity.ipynb #d44d1632
 def _batch(net, images, first, size, stats):
     "Normalised images and labels, where the net is and as it likes them."
     like = next(net.parameters())
-    x = normalised(images.images[first : first + size].to(like.device).float() / 255, stats)
-    return x.to(like.dtype).contiguous(memory_format=torch.channels_last), images.labels[first : first + size].to(
-        like.device
-    )
+    pixels, labels = images.images[first : first + size], images.labels[first : first + size]
+    x = normalised(pixels.to(like.device).float() / 255, stats)
+    return x.to(like.dtype).contiguous(memory_format=torch.channels_last), labels.to(like.device)
 
 # %% ../nbs/06_sensitivity.ipynb #b608a3ec
 @torch.no_grad()
 def _measure(net, layer, changes, images, stats, batch_size, reuse):
     "(2, n) of `_judge` for the intact net, and for each change."
-    weight_users = [
-        m for m in net.modules() if any(p is layer.weight for p in m._parameters.values())
-    ]  # more than one where weights are tied
-    replay, clean, found = Replay(net, weight_users), [], {c: [] for c in changes}
+    # where weights are tied, more than one module uses this one
+    weight_users = [m for m in net.modules() if any(p is layer.weight for p in m._parameters.values())]
+    replay, clean, changed = Replay(net, weight_users), [], {c: [] for c in changes}
     for first in range(0, len(images), batch_size):
         x, y = _batch(net, images, first, batch_size, stats)
         clean.append(_judge(as_logits(replay.record(x) if reuse else net(x), x, net), y))
         reuse = reuse and (first > 0 or _faithful(replay, layer, x))
         for c, change in changes.items():
-            found[c].append(_judge(_with_change(layer, change, partial(replay if reuse else net, x)), y))
-    return torch.cat(clean, 1), {c: torch.cat(v, 1) for c, v in found.items()}
+            changed[c].append(_judge(_with_change(layer, change, partial(replay if reuse else net, x)), y))
+    return torch.cat(clean, 1), {c: torch.cat(v, 1) for c, v in changed.items()}
 
 
 @torch.no_grad()
 def _faithful(replay, layer, x):
     "Does a replay give what the whole net gives, with this layer's weight half as large again?"
-    a, b = (_with_change(layer, 1.5 * layer.weight.detach(), partial(run, x)).float() for run in (replay, replay.net))
+    larger = 1.5 * layer.weight.detach()
+    a, b = (_with_change(layer, larger, partial(run, x)).float() for run in (replay, replay.net))
     return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 # %% ../nbs/06_sensitivity.ipynb #f84d7b45
@@ -254,24 +239,23 @@ def _images_at_once(net, image, limit=2**24):
     if image.device.type != 'cpu':
         return 500
     sizes = [1]
-    hooks = [
-        m.register_forward_hook(
-            lambda m, a, out: sizes.extend(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-        )
-        for m in net.modules()
-    ]
+
+    def weigh(module, args, out):
+        sizes.extend(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+
+    handles = [m.register_forward_hook(weigh) for m in net.modules()]
     try:
         net(image)
     finally:
-        for h in hooks:
-            h.remove()
+        for handle in handles:
+            handle.remove()
     return int(min(max(limit // max(sizes), 1), 250))
 
 # %% ../nbs/06_sensitivity.ipynb #ff1ec2c7
-def _rows(name, clean, found):
-    "A row a change. MicronetError where a loss is not finite."
+def _rows(name, clean, changed):
+    "A row a change."
     rows = []
-    for (kind, level), (loss, right) in found.items():
+    for (kind, level), (loss, right) in changed.items():
         more = loss - clean[0]
         row = dict(
             layer=name,
@@ -293,23 +277,13 @@ def _rows(name, clean, found):
 # %% ../nbs/06_sensitivity.ipynb #5c098b4b
 def _settings(module):
     "What a module is, its tensors aside: class, plain attributes, names of hooks."
-    plain = {
-        k: v
-        for k, v in vars(module).items()
-        if k[0] != '_'
-        and k != 'training'
-        and isinstance(v, (bool, int, float, str))
-        or isinstance(v, tuple)
-        and all(isinstance(i, (int, float, str)) for i in v)
-    }
-    return [
-        type(module).__qualname__,
-        plain,
-        [
-            getattr(h, '__qualname__', type(h).__name__)
-            for h in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        ],
-    ]
+    plain = {}
+    for name, value in vars(module).items():
+        is_setting = name[0] != '_' and name != 'training' and isinstance(value, (bool, int, float, str))
+        if is_setting or isinstance(value, tuple) and all(isinstance(i, (int, float, str)) for i in value):
+            plain[name] = value
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [type(module).__qualname__, plain, [getattr(h, '__qualname__', type(h).__name__) for h in hooks]]
 
 
 def _net_key(net):
@@ -322,7 +296,7 @@ def _net_key(net):
 
 # %% ../nbs/06_sensitivity.ipynb #12e7c19d
 def _levels(sparsities, weight_bits, activation_bits):
-    "Kind to levels. MicronetError for one that makes no sense."
+    "Kind to levels."
     for s in sparsities:
         if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 1:
             raise MicronetError(f'a sparsity is a fraction from 0 to 1, not {s!r}')
@@ -333,85 +307,95 @@ def _levels(sparsities, weight_bits, activation_bits):
         raise MicronetError('nothing to measure: give sparsities, weight_bits or activation_bits')
     return levels
 
-# %% ../nbs/06_sensitivity.ipynb #7f5af63d
+# %% ../nbs/06_sensitivity.ipynb #97462ddf
 def _some(dataset, n):
+    "n examples, spread evenly; None: all."
     return dataset if n is None or n >= len(dataset) else dataset.subset(n)
 
 
-def _check_changeable(layer, name, levels):
-    "MicronetError where a layer's forward would make another weight of the changed one."
-    if not (levels['sparsity'] or levels['weight bits']) or not computes_otherwise(layer, name):
-        return
-    raise MicronetError(
-        f'{type(layer).__name__} {name!r} makes another weight of the one that is changed: '
-        'name the other layers in layers=..., or measure its activation bits alone'
-    )
+def _check_changeable(layers, levels):
+    "Refuses a layer whose forward would make another weight of the changed one."
+    for name, layer in layers.items():
+        if (levels['sparsity'] or levels['weight bits']) and computes_otherwise(layer, name):
+            raise MicronetError(
+                f'{type(layer).__name__} {name!r} makes another weight of the one that is changed: '
+                'name the other layers in layers=..., or measure its activation bits alone'
+            )
 
 
+def _kept_rows(measure, names, place, every, quiet):
+    "measure(name) of all layers; at `place`, if there is one, the rows of each layer are kept, and read again."
+    rows = []
+    for name in names if quiet else progress(names, 'sensitivity', unit='layer'):
+        plain = ''.join(c if c.isalnum() else '_' for c in name)[-80:]
+        file = place and place / f'{every.index(name):04d}-{plain}.json'
+        if file and file.exists():
+            rows += read_json(file)
+            continue
+        fresh = measure(name)
+        if file:
+            write_json(file, fresh)
+        rows += fresh
+    return pd.DataFrame(rows, columns=['layer', 'kind', 'level', 'top1', 'loss', 'drop', 'increase', 'se'])
+
+# %% ../nbs/06_sensitivity.ipynb #7f5af63d
 @torch.no_grad()
 def measure_sensitivity(
     model: nn.Module,  # any, also masked or quantised; left exactly as it is
-    data,  # (train, valid) data sets: steps of activations are solved on train, damage is measured on valid
+    data,  # (train, valid) data sets: scales of activations are solved on train, damage is measured on valid
     sparsities=(0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0),  # fractions in [0,1]; 1: the layer is empty
     weight_bits=(8, 6, 5, 4, 3, 2),  # bits
     activation_bits=(8, 6, 4, 3, 2),  # bits of the layer's input
     n: int = None,  # validation images, spread evenly; None: all
     layers=None,  # names or patterns; None: every Conv2d and Linear
     stats=None,  # (mean, std); None: those that `fit` left with the net, else of the training set
-    per: str = 'kernel',  # a step a 'kernel' or a 'layer' for weight bits
-    n_train: int = 256,  # training images for the steps
+    per: str = 'kernel',  # a scale a 'kernel' or a 'layer' for weight bits
+    n_train: int = 256,  # training images for the scales
     batch_size: int = None,  # images at a time; None: see `_images_at_once`
     folder=None,  # keeps each finished layer; a run that finds its own there goes on; None: keeps nothing
     reuse: bool = True,  # do not run again what comes before a layer
     quiet: bool = False,  # no progress bar
 ) -> pd.DataFrame:  # layer, kind, level, top1 and drop in %, loss, increase and its standard error se
-    "Accuracy and loss with one layer at a time degraded. Slide 'Robust Analysis'; MicronetError for levels or layers that make no sense."
+    "Accuracy and loss with one layer at a time degraded. Slide 'Robust Analysis'."
     levels, (train, valid) = _levels(sparsities, weight_bits, activation_bits), data
-    net, images, shown, stats = (
-        _working_copy(model),
-        _some(valid, n),
-        _some(train, n_train),
-        stats or getattr(model, 'input_stats', None) or dataset_stats(train),
-    )
-    every = compressible(net)
-    names, batch_size = (
-        matching(every, layers),
-        batch_size or _images_at_once(net, _batch(net, images, 0, 1, stats)[0]),
-    )
-    place = folder and Path(folder) / config_key(
-        [_net_key(net), images.describe(), shown.describe(), stats, levels, per, batch_size]
-    )
-    samples, rows = None, []
-    for name in names:
-        _check_changeable(every[name], name, levels)
-    for name in names if quiet else progress(names, 'sensitivity', unit='layer'):
-        file = (
-            place
-            and place / f"{list(every).index(name):04d}-{''.join(c if c.isalnum() else '_' for c in name)[-80:]}.json"
-        )
-        if file and file.exists():
-            rows += read_json(file)
-            continue
-        if samples is None:
-            samples = (
-                calibrate(net, _batch(net, shown, 0, len(shown), stats)[0], limit=2**16) if activation_bits else {}
-            )
-        fresh = _rows(
-            name,
-            *_measure(
-                net,
-                every[name],
-                _changes(every[name], samples.get(name), levels, per),
-                images,
-                stats,
-                batch_size,
-                reuse,
-            ),
-        )
-        if file:
-            write_json(file, fresh)
-        rows += fresh
-    return pd.DataFrame(rows, columns=['layer', 'kind', 'level', 'top1', 'loss', 'drop', 'increase', 'se'])
+    net, images, shown = _working_copy(model), _some(valid, n), _some(train, n_train)
+    stats = stats or getattr(model, 'input_stats', None) or dataset_stats(train)
+    every, names = compressible(net), matching(compressible(net), layers)
+    _check_changeable({name: every[name] for name in names}, levels)
+    batch_size = batch_size or _images_at_once(net, _batch(net, images, 0, 1, stats)[0])
+    key = [_net_key(net), images.describe(), shown.describe(), stats, levels, per, batch_size]
+    place = folder and Path(folder) / config_key(key)
+
+    @cache
+    def samples():
+        return calibrate(net, _batch(net, shown, 0, len(shown), stats)[0], limit=2**16) if activation_bits else {}
+
+    def measure(name):
+        changes = _changes(every[name], samples().get(name), levels, per)
+        return _rows(name, *_measure(net, every[name], changes, images, stats, batch_size, reuse))
+
+    return _kept_rows(measure, names, place, list(every), quiet)
+
+# %% ../nbs/06_sensitivity.ipynb #75d219cd
+def _pivot(table, kind, value='increase'):
+    "Layers by levels, from the mildest level on."
+    rows = table[table.kind == kind]
+    if not len(rows):
+        kinds = ', '.join(table.kind.unique()) or 'nothing'
+        raise MicronetError(f'the table has no rows of kind {kind!r}, only {kinds}: measure them first')
+    levels = rows.pivot(index='layer', columns='level', values=value).reindex(rows.layer.unique())
+    return levels[sorted(levels.columns, reverse=kind != 'sparsity')]
+
+
+def _short(names, most=32):
+    "Layer names without what comes before a dot, as long as they are too long and stay distinct."
+    short = list(names)
+    while max(map(len, short), default=0) > most:
+        cut = [n.split('.', 1)[-1] if len(n) > most else n for n in short]
+        if cut == short or len({*cut}) < len(cut):
+            break
+        short = cut
+    return short
 
 # %% ../nbs/06_sensitivity.ipynb #ce9543e1
 def show_sensitivity(
@@ -425,9 +409,8 @@ def show_sensitivity(
 
     levels = _pivot(table, kind, value)
     if axes is None:
-        axes = plt.subplots(
-            1, 2, figsize=(8, max(3, min(8, 1 + 0.2 * len(levels)))), width_ratios=[1, 1.1], layout='constrained'
-        )[1]
+        height = max(3, min(8, 1 + 0.2 * len(levels)))
+        axes = plt.subplots(1, 2, figsize=(8, height), width_ratios=[1, 1.1], layout='constrained')[1]
     _heat(axes[0], levels, value)
     for i, row in enumerate(levels.values):
         axes[1].plot(row, color=plt.cm.viridis_r(0.1 + 0.9 * i / max(1, len(levels) - 1)), lw=1)
@@ -440,53 +423,25 @@ def show_sensitivity(
         axes[1].set_ylim(bottom=1.3 * min(-0.01, levels.values.min()))
     return axes[0].figure
 
-# %% ../nbs/06_sensitivity.ipynb #75d219cd
-def _pivot(table, kind, value='increase'):
-    "Layers by levels, from the mildest level on. MicronetError where the table has none of the kind."
-    rows = table[table.kind == kind]
-    if not len(rows):
-        raise MicronetError(
-            f"the table has no rows of kind {kind!r}, only {', '.join(table.kind.unique()) or 'nothing'}: measure them first"
-        )
-    levels = rows.pivot(index='layer', columns='level', values=value).reindex(rows.layer.unique())
-    return levels[sorted(levels.columns, reverse=kind != 'sparsity')]
-
 
 def _heat(ax, levels, value):
     "The heat map; of more than 40 layers every so many get a label."
     from matplotlib.colors import PowerNorm
 
     names = {'increase': 'increase of the loss', 'drop': 'top-1 lost, points', 'loss': 'loss', 'top1': 'top-1 %'}
-    low, high = (
-        0.0 if value in ('increase', 'drop') else float(levels.min().min()),
-        max(float(levels.max().max()), 1e-6),
-    )
-    image = ax.imshow(
-        levels.clip(lower=low),
-        aspect='auto',
-        interpolation='nearest',
-        cmap='viridis' if value == 'top1' else 'viridis_r',
-        norm=PowerNorm(0.4 if value in ('increase', 'loss') else 1, low, high),
-    )
+    low = 0.0 if value in ('increase', 'drop') else float(levels.min().min())
+    high = max(float(levels.max().max()), 1e-6)
+    norm = PowerNorm(0.4 if value in ('increase', 'loss') else 1, low, high)
+    colours = 'viridis' if value == 'top1' else 'viridis_r'
+    image = ax.imshow(levels.clip(lower=low), aspect='auto', interpolation='nearest', cmap=colours, norm=norm)
     every = -(-len(levels) // 40)
     ax.set_yticks(range(0, len(levels), every), _short(levels.index)[::every], fontsize=7)
     ax.set_title(names[value])
     ax.figure.colorbar(image, ax=ax, shrink=0.8)
 
-
-def _short(names, most=32):
-    "Layer names without what comes before a dot, as long as they are too long and stay distinct."
-    short = list(names)
-    while max(map(len, short), default=0) > most:
-        cut = [n.split('.', 1)[-1] if len(n) > most else n for n in short]
-        if cut == short or len({*cut}) < len(cut):
-            break
-        short = cut
-    return short
-
 # %% ../nbs/06_sensitivity.ipynb #f83149ae
 def _curves(table, kind, most=1.0):
-    "Layer to (x, y): what is given up, from nothing on (fraction of weights, or bits), and the loss added, never falling."
+    "Layer to (x, y): what is given up, in fractions of weights or in bits, and the loss added, never falling."
     levels, curves = _pivot(table, kind), {}
     for name, row in levels.iterrows():
         row = row.dropna()
@@ -515,14 +470,14 @@ def _pieces(curves, worth):
     pieces = []
     for name, (x, y) in curves.items():
         corners = _hull(x, y) if worth[name] > 0 else []
-        pieces += [
-            ((y[b] - y[a]) / (x[b] - x[a]) / worth[name], name, x[a], x[b]) for a, b in zip(corners, corners[1:])
-        ]
+        for a, b in zip(corners, corners[1:]):
+            price = (y[b] - y[a]) / (x[b] - x[a]) / worth[name]
+            pieces.append((price, name, x[a], x[b]))
     return sorted(pieces, key=lambda p: p[0])
 
 
 def _buy(curves, worth, amount, whole):
-    "What each layer gives up when pieces worth `amount` are bought, cheapest first; the last one in part, unless `whole`."
+    "What each layer gives up when pieces worth `amount` are bought, cheapest first; the last in part, unless `whole`."
     plan = dict.fromkeys(curves, 0.0)
     for _, name, a, b in _pieces(curves, worth):
         if amount <= 1e-12 * worth[name]:
@@ -585,73 +540,26 @@ def _scorer(model, input_size, scoring):
 
     return cost
 
-# %% ../nbs/06_sensitivity.ipynb #3ccae2d4
-def plan_from_sensitivity(
-    table: pd.DataFrame,  # as `measure_sensitivity` gives it
-    model: nn.Module,  # the net that it was measured on
-    budget: float,  # sparsity: least fraction of weights, or of operations, that goes, or largest score; weight bits: largest mean bits a weight that is not zero
-    kind: str = 'sparsity',  # 'sparsity' or 'weight bits'
-    of: str = 'weights',  # for sparsity: 'weights', 'operations' (multiply-accumulates) or 'score'
-    how: str = 'greedy',  # 'greedy': least predicted loss; 'equal': the same added loss for every layer
-    most: float = 0.98,  # for sparsity: fraction that no layer goes beyond
-    input_size: tuple = None,  # (channels, height, width), for operations and score
-    **scoring,  # for `score`: track, accounting, adder, specs, ...
-) -> dict:  # layer name to fraction in [0,1], or to bits
-    "A rate for `prune`, or a width for `quantise_weights`, for each layer of the table. MicronetError for a budget that cannot be met."
-    for what, value, known in (
-        ('kind', kind, ('sparsity', 'weight bits')),
-        ('of', of, ('weights', 'operations', 'score')),
-        ('how', how, ('greedy', 'equal')),
-    ):
-        if value not in known:
-            raise MicronetError(f"{what} must be one of {', '.join(known)}, not {value!r}")
-    curves, whole = _curves(table, kind, most), kind == 'weight bits'
-    if stray := sorted({*curves} - {*compressible(model)}):
-        raise MicronetError(
-            f'the table has a layer {stray[0]!r}, which this model has not: they do not belong together'
-        )
-    worth = _worth(model, curves, of, kind, input_size, scoring)
-    enough = _enough(model, curves, worth, budget, of, table, whole, input_size, scoring)
-    made = (lambda t: _buy(curves, worth, t, whole)) if how == 'greedy' else (lambda t: _equal(curves, t, whole))
-    high = (
-        sum(worth[n] * x[-1] for n, (x, _) in curves.items())
-        if how == 'greedy'
-        else max(y[-1] for _, y in curves.values())
-    )
-    if not enough(made(high)):
-        raise MicronetError(_out_of_reach(budget, of, kind))
-    turns = 20 if of == 'score' and not whole else 60
-    low, high = _least(lambda t: enough(made(t)), high, turns)
-    plan = made(high)
-    if how == 'equal' and not whole:  # where a curve is flat the plan jumps: go only as far as needed
-        plan = _between(
-            made(low), plan, _least(lambda part: enough(_between(made(low), made(high), part)), 1.0, turns)[1]
-        )
-    if not whole:
-        return plan
-    if how == 'greedy':
-        plan = _refill(plan, curves, worth, enough)
-    return {n: int(_widest(table)[n] - given) for n, given in plan.items()}
-
 # %% ../nbs/06_sensitivity.ipynb #568a4107
 def _enough(model, curves, worth, budget, of, table, whole, input_size, scoring):
     "A function from a plan to whether it meets the budget."
+    total = sum(worth.values())
     if whole:
         top = _widest(table)
-        return lambda plan: (
-            sum(worth[n] * (top[n] - g) for n, g in plan.items()) <= budget * sum(worth.values()) * (1 + 1e-12)
-        )
+        return lambda plan: sum(worth[n] * (top[n] - g) for n, g in plan.items()) <= budget * total * (1 + 1e-12)
     if of == 'score':
         cost = _scorer(model, input_size, scoring)
         return lambda plan: cost(plan) <= budget
-    return lambda plan: sum(worth[n] * g for n, g in plan.items()) >= budget * sum(worth.values()) * (1 - 1e-12)
+    return lambda plan: sum(worth[n] * g for n, g in plan.items()) >= budget * total * (1 - 1e-12)
 
 
 def _widest(table):
+    "The most bits that were measured of each layer."
     return table[table.kind == 'weight bits'].groupby('layer')['level'].max()
 
 
 def _out_of_reach(budget, of, kind):
+    "What to say of a budget that cannot be met."
     if kind == 'weight bits':
         return f'a mean of {budget} bits is out of reach: measure fewer bits, or ask for more'
     if of == 'score':
@@ -666,25 +574,69 @@ def _refill(plan, curves, worth, enough):
             plan = plan | {name: float(a)}
     return plan
 
+# %% ../nbs/06_sensitivity.ipynb #c408f656
+def _cheapest(curves, worth, enough, how, whole, turns):
+    "The plan that just meets the budget; None where none does."
+    if how == 'greedy':
+        rule, high = partial(_buy, curves, worth), sum(worth[n] * x[-1] for n, (x, _) in curves.items())
+    else:
+        rule, high = partial(_equal, curves), max(y[-1] for _, y in curves.values())
+    if not enough(rule(high, whole)):
+        return None
+    low, high = _least(lambda t: enough(rule(t, whole)), high, turns)
+    below, plan = rule(low, whole), rule(high, whole)
+    if how == 'equal' and not whole:  # where a curve is flat the plan jumps: go only as far as needed
+        part = _least(lambda part: enough(_between(below, plan, part)), 1.0, turns)[1]
+        return _between(below, plan, part)
+    return _refill(plan, curves, worth, enough) if how == 'greedy' and whole else plan
+
+# %% ../nbs/06_sensitivity.ipynb #3ccae2d4
+def plan_from_sensitivity(
+    table: pd.DataFrame,  # as `measure_sensitivity` gives it
+    model: nn.Module,  # the net that it was measured on
+    budget: float,  # sparsity: least fraction that goes, or largest score; weight bits: largest mean of nonzero weights
+    kind: str = 'sparsity',  # 'sparsity' or 'weight bits'
+    of: str = 'weights',  # for sparsity: 'weights', 'operations' (multiply-accumulates) or 'score'
+    how: str = 'greedy',  # 'greedy': least predicted loss; 'equal': the same added loss for every layer
+    most: float = 0.98,  # for sparsity: fraction that no layer goes beyond
+    input_size: tuple = None,  # (channels, height, width), for operations and score
+    **scoring,  # for `score`: track, accounting, adder, specs, ...
+) -> dict:  # layer name to fraction in [0,1], or to bits
+    "A rate for `prune`, or a width for `quantise_weights`, for each layer of the table, under a budget."
+    kinds, scarce, rules = ('sparsity', 'weight bits'), ('weights', 'operations', 'score'), ('greedy', 'equal')
+    for name, value, known in (('kind', kind, kinds), ('of', of, scarce), ('how', how, rules)):
+        if value not in known:
+            raise MicronetError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    curves, whole = _curves(table, kind, most), kind == 'weight bits'
+    if stray := sorted({*curves} - {*compressible(model)}):
+        message = f'the table has a layer {stray[0]!r}, which this model has not'
+        raise MicronetError(f'{message}: they do not belong together')
+    worth = _worth(model, curves, of, kind, input_size, scoring)
+    enough = _enough(model, curves, worth, budget, of, table, whole, input_size, scoring)
+    plan = _cheapest(curves, worth, enough, how, whole, turns=20 if of == 'score' and not whole else 60)
+    if plan is None:
+        raise MicronetError(_out_of_reach(budget, of, kind))
+    top = _widest(table)
+    return {n: int(top[n] - given) for n, given in plan.items()} if whole else plan
+
 # %% ../nbs/06_sensitivity.ipynb #efb253e6
 def predicted_increase(
     table: pd.DataFrame,  # as `measure_sensitivity` gives it
     plan: dict,  # layer name to fraction, or to bits
     kind: str = 'sparsity',  # 'sparsity' or 'weight bits'
 ) -> float:  # of the loss
-    "The sum of the measured increases, between two levels by a straight line. MicronetError for a level beyond the measured ones."
+    "The sum of the measured increases, between two levels by a straight line; beyond them it is refused."
     total, levels = 0.0, _pivot(table, kind)
     for name, level in plan.items():
         if kind == 'weight bits' and level == 32:
             continue
         if name not in levels.index:
-            raise MicronetError(f'the table has no layer {name!r}')
+            raise MicronetError(f'the table has no layer {name!r}: measure it, or leave it out of the plan')
         row = levels.loc[name].dropna().sort_index()
         if kind == 'sparsity' and 0.0 not in row.index:
             row = pd.concat([pd.Series({0.0: 0.0}), row])
         if not row.index[0] <= level <= row.index[-1]:
-            raise MicronetError(
-                f'{kind} {level} of {name!r} was not measured: the table goes from {row.index[0]:g} to {row.index[-1]:g}'
-            )
+            ends = f'from {row.index[0]:g} to {row.index[-1]:g}'
+            raise MicronetError(f'{kind} {level} of {name!r} was not measured: the table goes {ends}')
         total += float(np.interp(level, row.index, row))
     return total

@@ -95,9 +95,8 @@ def test_learned_steps_have_their_gradient_divided_by_the_root_of_n_times_qmax()
     assert close(q.scale.grad, STEP / math.sqrt(4 * 3))
     w, q = torch.cat([INSIDE, INSIDE]).requires_grad_(), WeightQuantiser(3, torch.ones(2, 1), learn=True)
     q(w).sum().backward()
-    assert w.grad.tolist() == 2 * [[1, 1, 1, 0]] and close(
-        q.scale.grad, [[STEP / math.sqrt(4 * 3)]] * 2
-    )  # 4 weights a step
+    assert w.grad.tolist() == 2 * [[1, 1, 1, 0]]
+    assert close(q.scale.grad, [[STEP / math.sqrt(4 * 3)]] * 2)  # 4 weights a scale
 
 
 # ------------------------------------------------------------------ Slides '... Quantization'
@@ -106,11 +105,11 @@ def test_learned_steps_have_their_gradient_divided_by_the_root_of_n_times_qmax()
 def test_the_layer_that_sees_the_image_has_8_bits_and_a_sign():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)), torch.randn(8, 3, 4, 4)
-    made = quantise_activations(net, x, 4)
-    assert [(q.bits, q.signed) for q in made.values()] == [(8, True), (4, False)]
+    quantisers = quantise_activations(net, x, 4)
+    assert [(q.bits, q.signed) for q in quantisers.values()] == [(8, True), (4, False)]
     assert [q.bits for q in quantise_activations(net, x, 4, first_bits=None).values()] == [4, 4]
     inputs = F.relu(F.conv2d(x, net[0].weight, net[0].bias)).detach()  # in full precision
-    assert close(made["2"].scale, solve_scale(inputs.flatten()[None], 4, False)[0], 1e-5)
+    assert close(quantisers["2"].scale, solve_scale(inputs.flatten()[None], 4, False)[0], 1e-5)
 
 
 def test_7_5_4_3():
@@ -140,12 +139,12 @@ def test_the_answers_of_the_whole_net_come_first_in_the_divergence():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.randn(5, 1, 2, 2)
     p = net(x).softmax(1).detach().double()
-    found = bit_table(net, x, widths=(2,), quiet=True).kl.iloc[0]
+    divergence = bit_table(net, x, widths=(2,), quiet=True).kl.iloc[0]
     quantise_weights(net, 2)
     q = net(x).softmax(1).detach().double()
     assert (
-        abs(found - float((p * (p / q).log()).sum()) / 5) < 1e-6
-        and abs(found - float((q * (q / p).log()).sum()) / 5) > 1e-4
+        abs(divergence - float((p * (p / q).log()).sum()) / 5) < 1e-6
+        and abs(divergence - float((q * (q / p).log()).sum()) / 5) > 1e-4
     )
 
 
@@ -284,9 +283,9 @@ def test_the_teacher_sees_its_own_normalisation():
 def test_baselines():
     assert TRACKS == {"imagenet": (6.9e6, 1170e6), "cifar100": (36.5e6, 10.49e9)}
     rows = pd.DataFrame([dict(multiplies=1e9, adds=49e7, storage=36.5e5)])
-    found = Score(rows, "cifar100", "official", "tree")
-    assert abs(found.op_score - 1.49 / 10.49) < 1e-12 and abs(found.param_score - 0.1) < 1e-12
-    assert abs(found.score - (0.1 + 1.49 / 10.49)) < 1e-12
+    counted = Score(rows, "cifar100", "official", "tree")
+    assert abs(counted.op_score - 1.49 / 10.49) < 1e-12 and abs(counted.param_score - 0.1) < 1e-12
+    assert abs(counted.score - (0.1 + 1.49 / 10.49)) < 1e-12
 
 
 def test_tree_adder():
@@ -320,18 +319,16 @@ def small(accounting, signed=False):
     layer = nn.Linear(4, 2)
     layer.weight.data = torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 3]])
     net = nn.Sequential(nn.Flatten(), layer)
-    found = score(net, (4, 1, 1), accounting=accounting, specs={"1": LayerSpec(4, 5, signed)}).layers.set_index("kind")
-    return {k: tuple(found.loc[k, ["multiplies", "adds", "storage"]]) for k in found.index}
+    specs = {"1": LayerSpec(4, 5, signed)}
+    counted = score(net, (4, 1, 1), accounting=accounting, specs=specs).layers.set_index("kind")
+    return {k: tuple(counted.loc[k, ["multiplies", "adds", "storage"]]) for k in counted.index}
 
 
 def test_a_layer_by_the_official_rules():
     "3 multiplies of 5 bits, an add of 4 + 5; a bitmask and 3 weights; 2 scales and 2 biases of 16 bits, 2 adds of 16."
     assert small("official") == {"linear": (15 / 32, 9 / 32, (8 + 12) / 32), "scale": (1, 1, 2)}
-    assert small("official", signed=True)["linear"] == (
-        15 / 32,
-        8 / 32,
-        (8 + 12) / 32,
-    )  # a signed product has a bit less
+    # a signed product has a bit less
+    assert small("official", signed=True)["linear"] == (15 / 32, 8 / 32, (8 + 12) / 32)
 
 
 def test_a_layer_as_its_winner_counted():
@@ -391,10 +388,10 @@ def test_pools_add_up_what_lies_in_their_windows():
 def test_a_convolution_with_made_weights_is_a_product():
     "3 to 8 channels, 3x3, at 16x16 places: 27 multiplies and 26 adds for each output."
 
-    def made(net, x):
+    def by_image(net, x):
         return F.conv2d(x, net.make(x.mean((2, 3))).view(8, 3, 3, 3), padding=1)
 
-    row = score(Net(made, make=nn.Linear(3, 216)), (3, 16, 16)).layers.set_index("kind").loc["product"]
+    row = score(Net(by_image, make=nn.Linear(3, 216)), (3, 16, 16)).layers.set_index("kind").loc["product"]
     assert (row.multiplies, row["adds"], row.storage) == (8 * 256 * 27, 8 * 256 * 26, 0)
 
 
@@ -409,9 +406,9 @@ def test_a_released_schedule_says_bits_and_signs():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
     widths = dict(weight_bits=[7, 5, 3], activation_bits=4, first_layer_activation_bits=8)
     schedule = widths | dict(activation_signed=[None, 0, 1])
-    found = schedule_specs(net, schedule, scales=[0.5, 0.25, 0.125])
+    specs = schedule_specs(net, schedule, scales=[0.5, 0.25, 0.125])
     wanted = [LayerSpec(7, 8, False, 1.0), LayerSpec(5, 4, False, 0.25), LayerSpec(3, 4, True, 0.125)]
-    assert list(found.values()) == wanted
+    assert list(specs.values()) == wanted
 
 
 # ------------------------------------------------------------------ Slide 'Robust Analysis'
@@ -490,8 +487,8 @@ def test_the_8_bit_round_trip_drops_some_values_by_one():
     mean, std = (np.float32(v).reshape(3, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
     p = np.arange(256, dtype=np.float32)
     want = ((((p * np.float32(1 / 255) - mean) / std) * std + mean) * np.float32(255)).astype(np.uint8)
-    found = truncate(images).view(3, 256).numpy()
-    assert (found == want).all() and {*(np.arange(256) - found).ravel().tolist()} == {0, 1}
+    pixels = truncate(images).view(3, 256).numpy()
+    assert (pixels == want).all() and {*(np.arange(256) - pixels).ravel().tolist()} == {0, 1}
 
 
 def test_pixels_as_the_released_net_wants_them():

@@ -67,7 +67,7 @@ def test_every_level_of_the_tree_fits(n, bw, ba, signed, random):
     ]
     paid = level = 0
     while len(x) > 1:
-        # +-2^(l-1) itself occurs for the lowest weight with the lowest signed activation: a quantiser of RIAIR's is symmetric, so its weights are not that low there
+        # +-2^(l-1) itself occurs for the lowest weight and signed activation; quantisers of RIAIR are symmetric
         assert all(-(2 ** (l + level - 1)) <= v <= 2 ** (l + level - 1) for v in x)
         paid += len(x) // 2 * (l + level)
         x = [sum(x[i : i + 2]) for i in range(0, len(x), 2)]
@@ -346,17 +346,17 @@ def test_a_tied_layer_is_stored_once(cut, right):
 
 
 def read_by(net, size):
-    "What a net stores, by hooks alone: parameters and buffers, less what norms right behind a layer bring along and what does not depend on the image."
-    made, less, outs, hooks = {}, [0], ({}, {}), []
+    "What a net stores, by hooks alone: parameters and buffers, less what norms right behind a layer bring along."
+    makers, less, outs, hooks = {}, [0], ({}, {}), []
 
     def behind(m, a):
-        layer, out = made.get(a[0].data_ptr(), (None, None))
+        layer, out = makers.get(a[0].data_ptr(), (None, None))
         if out is not None and out.numel() == a[0].numel():
             less[0] += m.num_features * (1 + (layer.bias is not None))
 
     for n, m in net.named_modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
-            hooks.append(m.register_forward_hook(lambda m, a, out: made.update({out.data_ptr(): (m, out)})))
+            hooks.append(m.register_forward_hook(lambda m, a, out: makers.update({out.data_ptr(): (m, out)})))
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             hooks.append(m.register_forward_pre_hook(behind))
     with torch.no_grad():
@@ -364,10 +364,9 @@ def read_by(net, size):
     for h in hooks:
         h.remove()
     buffers = sum(b.numel() for n, b in net.named_buffers() if b.is_floating_point() and 'running' not in n)
-    gains = sum(
-        m.gain.numel() for m in net.modules() if isinstance(getattr(m, 'gain', None), nn.Parameter)
-    )  # of standardised weights, which are stored as they come out
-    return sum(p.numel() for p in net.parameters()) + buffers - less[0] - gains
+    gains = [m.gain for m in net.modules() if isinstance(getattr(m, 'gain', None), nn.Parameter)]
+    standardised = sum(gain.numel() for gain in gains)  # such weights are stored as they come out
+    return sum(p.numel() for p in net.parameters()) + buffers - less[0] - standardised
 
 
 def constants_of(net, size):
@@ -385,8 +384,9 @@ def constants_of(net, size):
     return {n: seen[0][n].numel() for n in same if not any(n.startswith(f'{o}.') for o in same)}
 
 
-SMALL = '''test_vit test_resnet test_convnext test_byobnet test_efficientnet mobilenetv3_small_050 levit_128s pvt_v2_b0 coat_lite_tiny gcvit_xxtiny
- efficientnet_cc_b0_4e repghostnet_050 efficientvit_b0 fastvit_t8 nf_regnet_b0 edgenext_xx_small swin_tiny_patch4_window7_224'''.split()
+SMALL = '''test_vit test_resnet test_convnext test_byobnet test_efficientnet mobilenetv3_small_050 levit_128s pvt_v2_b0
+    coat_lite_tiny gcvit_xxtiny efficientnet_cc_b0_4e repghostnet_050 efficientvit_b0 fastvit_t8 nf_regnet_b0
+    edgenext_xx_small swin_tiny_patch4_window7_224'''.split()
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -475,13 +475,12 @@ def test_small_nets(made):
         if isinstance(m, nn.BatchNorm2d) and isinstance(before, nn.ChannelShuffle)
     )
     right = read_by(net, (channels, 12, 12))
-    assert (
-        right - shuffled <= s.storage <= right
-    )  # a norm behind a shuffle of a conv's channels folds too, which hooks do not see
+    # a norm behind a shuffle of a conv's channels folds too, which hooks do not see
+    assert right - shuffled <= s.storage <= right
 
 
 def reads_of(pool, size):
-    "Which inputs each output of a pool reads, by changing one after the other: (outputs, inputs), and what it multiplies them by."
+    "(outputs, inputs): what each output of a pool multiplies each input by, 0 where it does not read it."
     base = torch.zeros(1, 1, *size, dtype=torch.float64)
     at_rest, columns = pool(base).flatten(), []
     for i in range(base.numel()):
@@ -749,12 +748,13 @@ def test_a_width_lasts_as_long_as_the_grid(name):
 
 
 NEVER = set(
-    'reshape expand_as contiguous detach narrow chunk unsafe_chunk unsafe_split flatten t split_with_sizes pad lift_fresh as_strided pixel_unshuffle embedding permute squeeze alias split unsafe_view'.split()
+    '''reshape expand_as contiguous detach narrow chunk unsafe_chunk unsafe_split flatten t split_with_sizes pad
+    lift_fresh as_strided pixel_unshuffle embedding permute squeeze alias split unsafe_view'''.split()
 )
 
 
 def test_every_operation_that_stays_on_the_grid_was_tried():
-    "An operation that is new on the list needs a case in GRID; those that never get as far as the dispatcher here are named."
+    "An operation that is new on the list needs a case in GRID; NEVER names those that do not reach the dispatcher."
     tried = {n.op for f, _ in GRID.values() for n in grid_nodes(f)}
     assert set(ON_GRID) - tried - NEVER - {'max_pool3d_with_indices'} == set()
 
@@ -789,15 +789,14 @@ def test_a_weight_that_is_computed_from_a_quantised_one_is_a_float():
     plain = nn.Sequential(nn.Conv2d(3, 8, 3))
     quantise_weights(plain, 4)
     standardised = nn.Sequential(Standardised(3, 8, 3))  # refused by quantise_weights: made by hand
-    step = torch.full((8, 1, 1, 1), 0.05)
-    nn.utils.parametrize.register_parametrization(standardised[0], 'weight', WeightQuantiser(4, step), unsafe=True)
+    quantiser = WeightQuantiser(4, torch.full((8, 1, 1, 1), 0.05))
+    nn.utils.parametrize.register_parametrization(standardised[0], 'weight', quantiser, unsafe=True)
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)))
     for net, bits in ((plain, 4), (standardised, 32), (normed, 32)):
         row = score(net, (3, 6, 6)).layers.iloc[0]
         assert row.bits == f'{bits}w 32a'
-        assert (
-            row.storage == 216 * bits / 32 or bits == 4 and row.storage < 216 * bits / 32
-        )  # zeros of rounding pay for a mask
+        whole = 216 * bits / 32
+        assert row.storage == whole or bits == 4 and row.storage < whole  # zeros of rounding pay for a mask
     after = nn.Sequential(nn.Conv2d(3, 8, 3))
     quantise_weights(after, 4)
     nn.utils.parametrize.register_parametrization(after[0], 'weight', Do(lambda m, w: w * m.g, g=some(8, 1, 1, 1)))

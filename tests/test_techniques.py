@@ -1,4 +1,4 @@
-"One contract for every technique on every net: shapes, finite numbers, no growth, idempotence, removal to the bit, and training in between."
+"One contract for every technique on every net: shapes, finite numbers, no growth, idempotence, removal to the bit."
 
 import copy
 import warnings
@@ -140,8 +140,8 @@ def test_the_scorer_needs_no_telling(net, name):
     size = tuple(x.shape[1:])
     graph = trace(model, size)
     for accounting in ("official", "riair-cifar100"):
-        told, seen = (score(graph, size, "cifar100", accounting, specs=s) for s in (specs_of(model), None))
-        assert told.layers.equals(seen.layers) and told.score == seen.score, accounting
+        by_specs, by_modules = (score(graph, size, "cifar100", accounting, specs=s) for s in (specs_of(model), None))
+        assert by_specs.layers.equals(by_modules.layers) and by_specs.score == by_modules.score, accounting
 
 
 def state(model):
@@ -158,7 +158,7 @@ def answers(model, x):
 
 
 class Clip:
-    "An untrained mixnet_s of few bits has gradients of 1e18: batch norms of nearly constant channels, a hundred in a row."
+    "An untrained mixnet_s of few bits has gradients of 1e18: a hundred batch norms of nearly constant channels."
 
     def on_gradients(self, run):
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -183,9 +183,8 @@ def test_contract(net, name):
     after = cost(model, x)
     assert after.storage <= size.storage + ("activations" in name) * len(compressible(model))  # a scale a quantiser
     if name in ("static", "weights", "all"):
-        assert (
-            after.storage < 0.75 * size.storage
-        )  # a gradual mask begins with nothing, a scale is all that activations store
+        # not the others: a gradual mask begins with nothing, and activations store their scales
+        assert after.storage < 0.75 * size.storage
     once = state(model)
     (again if name == "all" else technique.apply)(model, x)
     assert same(state(model), once) and torch.equal(answers(model, x), out)
@@ -456,9 +455,9 @@ def test_a_weight_that_torch_makes_of_others_is_named_with_its_remedy(name):
         lambda: erk_rates(model, 0.5),
     ]
     if name != "remove_parametrizations":
-        calls.append(
-            lambda: measure_sensitivity(model, (digits, digits), weight_bits=(), activation_bits=(), quiet=True)
-        )  # a parametrization is resolved there
+        # left out there because `measure_sensitivity` resolves a parametrization
+        none = dict(weight_bits=(), activation_bits=())
+        calls.append(lambda: measure_sensitivity(model, (digits, digits), quiet=True, **none))
     for call in calls:
         with pytest.raises(MicronetError, match=f"keeps no dense weight of '1': undo it first, with .*{name}"):
             call()
@@ -588,14 +587,14 @@ class Steps:
 @pytest.fixture(scope="module")
 def trained():
     "Method to (what was seen step by step, the net after `fit`, its pruner)."
-    digits, found = some_digits("train", 192, 8), {}
+    digits, runs = some_digits("train", 192, 8), {}
     for method in METHODS:
         model, steps = tiny(), Steps()
         model[0].register_forward_pre_hook(lambda m, args: setattr(steps, "x", args[0].clone()))
         pruner = prune(model, 0.8, method)
         fit(model, (digits, None), TINY, callbacks=[pruner, steps], loss=steps.loss, quiet=True)
-        found[method] = steps, model, pruner
-    return found
+        runs[method] = steps, model, pruner
+    return runs
 
 
 @pytest.mark.parametrize("method", METHODS)
