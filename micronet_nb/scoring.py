@@ -9,7 +9,7 @@ __all__ = ['ELEMENTWISE', 'WHOLE', 'FREE', 'PADS', 'SHAPES', 'BLANK', 'GATES', '
            'kernel_adds', 'LayerSpec', 'schedule_specs', 'Accounting', 'Counting', 'weight_storage', 'average_adds',
            'cifar_root_bits', 'count_layer', 'count_beta', 'count_layer_scale', 'count_scale', 'folds', 'pool_size',
            'windows', 'count_pool', 'count_statistics', 'count_elementwise', 'count_product', 'count_constants',
-           'Value', 'value_bits', 'operand_bits', 'weight_width', 'on_steps', 'layer_bits', 'quantiser_step',
+           'Value', 'value_bits', 'operand_bits', 'weight_width', 'on_grid', 'layer_bits', 'quantiser_scale',
            'absorbed', 'count', 'Score', 'summary', 'score', 'apply_schedule']
 
 # %% ../nbs/05_scoring.ipynb #0eb7af73
@@ -718,7 +718,7 @@ class LayerSpec:
     weight_bits: int = 32  # bits
     activation_bits: int = 32  # bits of its input
     activation_signed: bool = False  # does the input's quantiser have a sign?
-    activation_scale: float = None  # step of the input's quantiser; None: some number other than 1
+    activation_scale: float = None  # scale of the input's quantiser; None: some number other than 1
 
     def __post_init__(self):
         for b in ('weight_bits', 'activation_bits'):
@@ -736,9 +736,9 @@ def schedule_specs(
     bits = per_layer(layers, schedule['weight_bits'], what='layers of the schedule')
     signed = per_layer(layers, schedule['activation_signed'], what='signs of the schedule')
     scales = schedule.get('activation_scale') if scales is None else scales
-    step = per_layer(layers, None if scales is None else [1.0, *map(float, scales[1:])], what='scales')
+    scale = per_layer(layers, None if scales is None else [1.0, *map(float, scales[1:])], what='scales')
     few, first = schedule['activation_bits'], schedule['first_layer_activation_bits']
-    return {n: LayerSpec(bits[n], first if s is None else few, bool(s), step[n]) for n, s in signed.items()}
+    return {n: LayerSpec(bits[n], first if s is None else few, bool(s), scale[n]) for n, s in signed.items()}
 
 # %% ../nbs/05_scoring.ipynb #c856de44
 @dataclass(frozen=True)
@@ -1133,7 +1133,7 @@ def count_product(c, node, wide, known=()):
     "A product of two activations, such as attention: its multiplies and adds at the inputs' width; sums of products of quantised values in the adder."
     a, factors, products, sums, bias = _factors(node)
     values = [known.get(node.reads[k], Value(32, True)) for k in factors if k in node.reads] if known else []
-    exact = len(values) == 2 and all(v.step is not None and v.bits < 16 for v in values)
+    exact = len(values) == 2 and all(v.scale is not None and v.bits < 16 for v in values)
     wide = max(v.bits for v in values) if exact else wide
     multiplied = 16 if c.freebie else wide
     if node.op in ATTENTION:
@@ -1189,11 +1189,11 @@ def count_constants(c, node):
 
 # %% ../nbs/05_scoring.ipynb #f6ed8087
 class Value(NamedTuple):
-    "How wide a value is; on a grid, if it has a step."
+    "How wide a value is; on a grid, if it has a scale."
 
     bits: int
     signed: bool
-    step: object = None  # of its quantiser (a number, or the quantiser itself where it has several); None: a float
+    scale: object = None  # of its quantiser (a number, or the quantiser itself where it has several); None: a float
     low: int = 0  # smallest integer of an unsigned grid
 
     @property
@@ -1202,15 +1202,15 @@ class Value(NamedTuple):
 
     @property
     def float_bits(self):
-        return self.bits if self.step is None else 32
+        return self.bits if self.scale is None else 32
 
 
 def _merged(values):
     "The grid that holds several values, None where they have none in common."
-    if not values or any(v.step is None for v in values) or len({(v.step, v.low) for v in values}) > 1:
+    if not values or any(v.scale is None for v in values) or len({(v.scale, v.low) for v in values}) > 1:
         return None
     signed = any(v.signed for v in values)
-    return Value(max(v.bits + (signed and not v.signed) for v in values), signed, values[0].step, values[0].low)
+    return Value(max(v.bits + (signed and not v.signed) for v in values), signed, values[0].scale, values[0].low)
 
 # %% ../nbs/05_scoring.ipynb #7ecc7855
 def _stays(node, v):
@@ -1223,9 +1223,9 @@ def _clamped(node, v):
     for end, sign in ((a.get('min', a.get('min_val')), -1), (a.get('max', a.get('max_val')), 1)):
         if end is None:
             continue
-        if isinstance(end, torch.Tensor) or not isinstance(v.step, float):
+        if isinstance(end, torch.Tensor) or not isinstance(v.scale, float):
             return None
-        places, low = end / v.step, -v.top if v.signed else v.low
+        places, low = end / v.scale, -v.top if v.signed else v.low
         if places >= v.top if sign > 0 else places <= low:
             continue  # cuts nothing off
         if not low <= places <= v.top or abs(places - round(places)) > 1e-6:
@@ -1238,7 +1238,7 @@ def _summed(node, v):
     if len(node.inputs) != 2 or node.bound.get('alpha', 1) != 1 or v.low:
         return None
     return Value(
-        max(v.bits, 1 + v.signed) + 1, v.signed or node.op == 'sub', v.step
+        max(v.bits, 1 + v.signed) + 1, v.signed or node.op == 'sub', v.scale
     )  # one signed bit is -1 to 1, as two are
 
 
@@ -1262,12 +1262,12 @@ def value_bits(
     known: dict,  # Node to Value of the operations before it
     layer=None,  # (weight bits, activation bits, signed, spec) where it is a layer
 ) -> Value:
-    "Width and sign of the value that an operation makes, and the step of its grid, if it lies on one."
+    "Width and sign of the value that an operation makes, and the scale of its grid, if it lies on one."
     if node.op == 'quantise':
         return Value(
             node.module.bits,
             bool(node.module.signed),
-            quantiser_step(node) or node.module,
+            quantiser_scale(node) or node.module,
             getattr(node.module, 'low', 0),
         )
     if node.op == 'scale' or (layer and min(layer[:2]) < 32):
@@ -1285,7 +1285,9 @@ def value_bits(
 def operand_bits(node, known):
     "Width at which an operation works: its inputs' where it stays on their grid, else that of floats."
     values = [known.get(i, Value(32, True)) for i in node.inputs]
-    return max((v.bits if node in known and known[node].step is not None else v.float_bits for v in values), default=32)
+    return max(
+        (v.bits if node in known and known[node].scale is not None else v.float_bits for v in values), default=32
+    )
 
 # %% ../nbs/05_scoring.ipynb #00516a9e
 def weight_width(
@@ -1297,17 +1299,17 @@ def weight_width(
     return getattr(module, 'weight_bits', None) or min((p.bits for p in chain if hasattr(p, 'bits')), default=32)
 
 
-def on_steps(module, name='weight'):
-    "Are a layer's weights still whole multiples of their quantiser's steps, after all that follows it?"
+def on_grid(module, name='weight'):
+    "Are a layer's weights still whole multiples of their quantiser's scales, after all that follows it?"
     chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else []
     weight = getattr(module, name).detach()
     for p in chain:
         if (
             hasattr(p, 'bits')
-            and isinstance(step := getattr(p, 'scale', None), torch.Tensor)
-            and step.dim() in (0, weight.dim())
+            and isinstance(scale := getattr(p, 'scale', None), torch.Tensor)
+            and scale.dim() in (0, weight.dim())
         ):
-            q = weight / step.detach()
+            q = weight / scale.detach()
             if bool(((q - q.round()).abs() > 0.01).any()):
                 return False
     return True
@@ -1319,21 +1321,21 @@ def layer_bits(c, node, known):
     if spec:
         return spec.weight_bits, spec.activation_bits, spec.activation_signed, spec
     v = known.get(node.data, Value(32, True))
-    whole = node.own and on_steps(
+    whole = node.own and on_grid(
         node.module, node.own
     )  # a weight that is computed from the quantised one is a float again
     widths = (
         weight_width(node.module, node.own) if whole else 32,
-        v.bits if v.bits < 16 and v.step is not None else 32,
+        v.bits if v.bits < 16 and v.scale is not None else 32,
         v.signed,
     )
-    return *widths, LayerSpec(*widths, v.step if isinstance(v.step, float) else None) if v.step is not None else None
+    return *widths, LayerSpec(*widths, v.scale if isinstance(v.scale, float) else None) if v.scale is not None else None
 
 
-def quantiser_step(node):
-    "The step of a quantiser module: 1 where it is folded away, None where it is not one number."
-    step = getattr(node.module, 'scale', 1)
-    return float(step) if not isinstance(step, torch.Tensor) or step.numel() == 1 else None
+def quantiser_scale(node):
+    "The scale of a quantiser module: 1 where it is folded away, None where it is not one number."
+    scale = getattr(node.module, 'scale', 1)
+    return float(scale) if not isinstance(scale, torch.Tensor) or scale.numel() == 1 else None
 
 # %% ../nbs/05_scoring.ipynb #dcdfe7ea
 def absorbed(c, node, readers):

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .activations import calibrate, solve_step
+from .activations import calibrate, sample_scale
 from .data import dataset_stats
 from .layers import compressible, computes_otherwise, dense_weight, matching, require_shapes
 from .pruning import layer_positions, magnitude_mask
-from .quantisers import fake_quantise, grid, solve_scales
+from .quantisers import fake_quantise, grid, kept_word, solve_scales
 from .scoring import TRACKS, score, trace
 from .training import as_logits, normalised
 
@@ -40,15 +40,15 @@ def degrade(
     weight: torch.Tensor,  # (out, ...) floating point
     kind: str,  # 'sparsity' or 'weight bits'
     level,  # fraction in [0,1] that becomes zero, or bits 1 to 16
-    per: str = 'kernel',  # one step a 'kernel' or one a 'layer'
+    per: str = 'channel',  # a scale for each 'channel' (kernel) or one for the 'tensor'
 ) -> torch.Tensor:
     "The weight with its smallest values zero, or on the least-squares grid. MicronetError for another kind."
     if kind == 'sparsity':
         return weight * magnitude_mask(weight, level)
     if kind != 'weight bits':
         raise MicronetError(f"kind must be 'sparsity' or 'weight bits', not {kind!r}")
-    steps = solve_scales([weight.float()], level, per=per)[0]
-    return fake_quantise(weight, steps.view(-1, *[1] * (weight.dim() - 1)), level)
+    scales = solve_scales([weight.float()], level, per=per)[0]
+    return fake_quantise(weight, scales.view(-1, *[1] * (weight.dim() - 1)), level)
 
 # %% ../nbs/06_sensitivity.ipynb #ba7574a6
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def _resolve(module):
 
 # %% ../nbs/06_sensitivity.ipynb #c17e040d
 def _with_change(layer, change, run):
-    "run() with a layer's weight replaced, or its input quantised by (step, bits, signed)."
+    "run() with a layer's weight replaced, or its input quantised by (scale, bits, signed)."
     if isinstance(change, torch.Tensor):
         was, layer.weight.data = layer.weight.data, change
         try:
@@ -205,7 +205,7 @@ def _changes(layer, sample, levels, per):
         for level in levels[kind]
     }
     if sample is not None:
-        made |= {('activation bits', b): (solve_step(sample, b), b, sample.signed) for b in levels['activation bits']}
+        made |= {('activation bits', b): (sample_scale(sample, b), b, sample.signed) for b in levels['activation bits']}
     return made
 
 
@@ -351,15 +351,15 @@ def _check_changeable(layer, name, levels):
 @torch.no_grad()
 def measure_sensitivity(
     model: nn.Module,  # any, also masked or quantised; left exactly as it is
-    data,  # (train, valid) data sets: steps of activations are solved on train, damage is measured on valid
+    data,  # (train, valid) data sets: scales of activations are solved on train, damage is measured on valid
     sparsities=(0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0),  # fractions in [0,1]; 1: the layer is empty
     weight_bits=(8, 6, 5, 4, 3, 2),  # bits
     activation_bits=(8, 6, 4, 3, 2),  # bits of the layer's input
     n: int = None,  # validation images, spread evenly; None: all
     layers=None,  # names or patterns; None: every Conv2d and Linear
     stats=None,  # (mean, std); None: those that `fit` left with the net, else of the training set
-    per: str = 'kernel',  # a step a 'kernel' or a 'layer' for weight bits
-    n_train: int = 256,  # training images for the steps
+    per: str = 'channel',  # a scale for each 'channel' or one for the 'tensor', for weight bits
+    n_train: int = 256,  # training images for the scales
     batch_size: int = None,  # images at a time; None: see `_images_at_once`
     folder=None,  # keeps each finished layer; a run that finds its own there goes on; None: keeps nothing
     reuse: bool = True,  # do not run again what comes before a layer
@@ -379,7 +379,7 @@ def measure_sensitivity(
         batch_size or _images_at_once(net, _batch(net, images, 0, 1, stats)[0]),
     )
     place = folder and Path(folder) / config_key(
-        [_net_key(net), images.describe(), shown.describe(), stats, levels, per, batch_size]
+        [_net_key(net), images.describe(), shown.describe(), stats, levels, kept_word(per), batch_size]
     )
     samples, rows = None, []
     for name in names:
