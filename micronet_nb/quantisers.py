@@ -15,15 +15,18 @@ def grid(
     bits: int,  # 1 to 16
     signed: bool = True,  # symmetric around 0, or from 0 up
 ) -> tuple:
-    "(Qmin, Qmax) of a `bits`-bit grid. Slide 'Quantization'; MicronetError for a width that makes no sense."
+    "(Qmin, Qmax) of a `bits`-bit grid. Slide 'Quantization'."
     if not isinstance(bits, int) or not 1 <= bits <= 16:
         raise MicronetError(f'bits must be a whole number from 1 to 16, not {bits!r}')
-    return (-max(2 ** (bits - 1) - 1, 1), max(2 ** (bits - 1) - 1, 1)) if signed else (0, 2**bits - 1)
+    if not signed:
+        return 0, 2**bits - 1
+    top = max(2 ** (bits - 1) - 1, 1)
+    return -top, top
 
 # %% ../nbs/09_quantisers.ipynb #96eca553
 def quantise(
     x: torch.Tensor,  # any shape, floating point
-    scale,  # step a > 0: a number, or a tensor that broadcasts to x
+    scale,  # scale a > 0: a number, or a tensor that broadcasts to x
     bits: int,  # 1 to 16
     signed: bool = True,  # see `grid`
 ) -> torch.Tensor:
@@ -33,14 +36,14 @@ def quantise(
 
 # %% ../nbs/09_quantisers.ipynb #4756dbce
 def _project(x, inverse, lo, hi):
-    "X'Q and Q'Q of each row (rows,) for the integers of step 1/inverse: their ratio is the next step, X'Q X'Q / Q'Q the gain."
+    "X'Q and Q'Q of each row (rows,), Q the integers at scale 1/inverse: their ratio is the next scale."
     q = (x * inverse).round_().clamp_(lo, hi)
     xq = (x * q).sum(1)
     return xq, q.mul_(q).sum(1)
 
 # %% ../nbs/09_quantisers.ipynb #6958365f
 def _settle(x, a, lo, hi, turns=100):
-    "Alternates integers and step, row by row, to the fixed point; returns the steps (rows,)."
+    "Alternates integers and scale, row by row, to the fixed point; returns the scales (rows,)."
     a, rows = a.clone(), torch.arange(len(a), device=a.device)
     for _ in range(turns):
         old = a[rows]
@@ -58,39 +61,37 @@ def best_scale(
     x: torch.Tensor,  # (rows, n) floating point, largest magnitude about 1
     hi: int,  # Qmax
     signed: bool = True,  # see `grid`
-) -> torch.Tensor:  # (rows,) steps
-    "The least-squares step, exactly: every place where an integer changes is tried. Memory and time grow with n Qmax."
+) -> torch.Tensor:  # (rows,) scales
+    "The least-squares scale, exactly: each at which an integer changes is tried. Memory and time grow with n Qmax."
     m = x.abs() if signed else x.clamp(min=0)
-    places = (m[:, :, None] / (torch.arange(1, hi + 1, dtype=x.dtype, device=x.device) - 0.5)).flatten(1)
-    order = places.argsort(1, descending=True)
-    xq, qq = m.gather(1, order // hi).double().cumsum(1), (2 * (order % hi) + 1).double().cumsum(1)
+    halves = torch.arange(1, hi + 1, dtype=x.dtype, device=x.device) - 0.5
+    order = (m[:, :, None] / halves).flatten(1).argsort(1, descending=True)
+    xq = m.gather(1, order // hi).double().cumsum(1)
+    qq = (2 * (order % hi) + 1).double().cumsum(1)
     best = (xq * xq / qq).argmax(1, keepdim=True)
     return (xq.gather(1, best) / qq.gather(1, best))[:, 0].to(x.dtype)
 
 # %% ../nbs/09_quantisers.ipynb #69a6cc05
 def _look_around(x, lo, hi, n=128):
-    "The best of n steps from 2 to 0.16 times max/Qmax, for rows whose largest magnitude is 1."
-    a, best = (
-        torch.full((len(x),), 1 / hi, dtype=x.dtype, device=x.device),
-        torch.zeros(len(x), dtype=x.dtype, device=x.device),
-    )
-    for step in torch.logspace(0.3, -0.8, n).tolist():
-        xq, qq = _project(x, hi / step, lo, hi)
+    "The best of n scales from 2 to 0.16 times max/Qmax, for rows whose largest magnitude is 1."
+    a = torch.full((len(x),), 1 / hi, dtype=x.dtype, device=x.device)
+    best = torch.zeros_like(a)
+    for factor in torch.logspace(0.3, -0.8, n).tolist():
+        xq, qq = _project(x, hi / factor, lo, hi)
         gain = xq * xq / qq.clamp(min=1)
-        a, best = torch.where(gain > best, xq / qq.clamp(min=1), a), torch.maximum(gain, best)
+        a = torch.where(gain > best, xq / qq.clamp(min=1), a)
+        best = torch.maximum(gain, best)
     return a
 
 # %% ../nbs/09_quantisers.ipynb #9603045c
-def _check_finite(x):
-    bad = ~torch.isfinite(x).all(1)
-    if bool(bad.any()):
-        raise MicronetError(
-            f'row {int(bad.nonzero()[0])} holds NaN or infinity: find where the training went wrong before quantising'
-        )
+def _error(x, a, lo, hi):
+    "Squared error of each row (rows,): a difference of gains would drown in float32's last digits."
+    q = (x / a[:, None]).round_().clamp_(lo, hi)
+    return q.mul_(a[:, None]).sub_(x).square_().sum(1)
 
 
 def _solve(x, lo, hi, search):
-    "(rows,) steps for rows whose largest magnitude is 1."
+    "(rows,) scales for rows whose largest magnitude is 1."
     a = _settle(x, torch.full((len(x),), 1 / hi, dtype=x.dtype, device=x.device), lo, hi)
     if search == 'plain':
         return a
@@ -98,21 +99,29 @@ def _solve(x, lo, hi, search):
     other = _settle(x, best_scale(x, hi, lo < 0) if exact else _look_around(x, lo, hi), lo, hi)
     return torch.where(_error(x, other, lo, hi) < _error(x, a, lo, hi), other, a)
 
+# %% ../nbs/09_quantisers.ipynb #6d1c0a57
+def _binary(x):
+    "One signed bit: the mean magnitude of what is not zero, 1 where all is zero."
+    unit = x.abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)
+    mean = (x / unit[:, None]).abs().sum(1) / (x != 0).sum(1).clamp(min=1) * unit
+    return torch.where((x != 0).any(1), mean, 1.0)
 
-def _error(x, a, lo, hi):
-    "Squared error of each row (rows,): a difference of gains would drown in float32's last digits."
-    q = (x / a[:, None]).round_().clamp_(lo, hi)
-    return q.mul_(a[:, None]).sub_(x).square_().sum(1)
+
+def _check_finite(x):
+    bad = ~torch.isfinite(x).all(1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise MicronetError(f'row {row} holds NaN or infinity: find where the training went wrong before quantising')
 
 # %% ../nbs/09_quantisers.ipynb #d112e0e7
 @torch.no_grad()
 def solve_scale(
-    x: torch.Tensor,  # (rows, n) floating point: a kernel, or a layer, in each row
+    x: torch.Tensor,  # (rows, n) floating point: a channel, or a whole tensor, in each row
     bits: int,  # 1 to 16
     signed: bool = True,  # see `grid`
-    search: str = 'auto',  # 'plain': the slides' iteration; 'exact': `best_scale` for every row; 'auto': exact for short rows, 128 starts for long ones
-) -> torch.Tensor:  # (rows,) steps a > 0
-    "The step that minimises ||x - a q(x)||^2 in each row, never worse than the plain iteration. Slide 'Quantization'; MicronetError for NaN."
+    search: str = 'auto',  # 'plain': the slides'; 'exact': `best_scale`; 'auto': exact for short rows, 128 starts for long
+) -> torch.Tensor:  # (rows,) scales a > 0
+    "The scale that minimises ||x - a q(x)||^2 in each row, never worse than the plain iteration. Slide 'Quantization'."
     if search not in ('plain', 'exact', 'auto'):
         raise MicronetError(f"search must be 'plain', 'exact' or 'auto', not {search!r}")
     lo, hi = grid(bits, signed)
@@ -121,19 +130,12 @@ def solve_scale(
     if bits == 1 and signed:
         return _binary(x)
     if not signed:
-        x = x.clamp(min=0)  # what is below becomes 0 whatever the step
+        x = x.clamp(min=0)  # what is below becomes 0 whatever the scale
     largest = x.abs().amax(1)
     unit = torch.where(largest > 0, largest, 1.0)
     rows = max(1, 32768 // max(x.shape[1] * (hi if search == 'exact' else 1), 1))
     blocks = [_solve(b / u[:, None], lo, hi, search) for b, u in zip(x.split(rows), unit.split(rows))]
     return torch.where(largest > 0, torch.cat(blocks) * unit, 1.0)
-
-# %% ../nbs/09_quantisers.ipynb #4fed5f8c
-def _binary(x):
-    "One signed bit: the mean magnitude of what is not zero (closed form), 1 where all is zero."
-    unit = x.abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)
-    mean = (x / unit[:, None]).abs().sum(1) / (x != 0).sum(1).clamp(min=1) * unit
-    return torch.where((x != 0).any(1), mean, 1.0)
 
 # %% ../nbs/09_quantisers.ipynb #4b454ed5
 def solve_scales(
@@ -142,23 +144,21 @@ def solve_scales(
     signed: bool = True,  # see `grid`
     per='channel',  # a scale for each 'channel' or one for the 'tensor': a string, or one a tensor
     search: str = 'auto',  # see `solve_scale`
-) -> list:  # of (out,) or (1,) steps
-    "Least-squares steps of many weights at once: rows of equal length and bits are solved together."
-    bits, per = (
-        [bits] * len(tensors) if isinstance(bits, int) else bits,
-        [per] * len(tensors) if isinstance(per, str) else per,
-    )
+) -> list:  # of (out,) or (1,) scales
+    "Least-squares scales of many weights at once: rows of equal length and bits are solved together."
+    bits = [bits] * len(tensors) if isinstance(bits, int) else bits
+    per = [per] * len(tensors) if isinstance(per, str) else per
     if bad := {*per} - {'channel', 'tensor'}:
         raise MicronetError(f"per must be 'channel' or 'tensor', not {bad.pop()!r}")
     rows = [t.detach().reshape(len(t) if p == 'channel' else 1, -1) for t, p in zip(tensors, per)]
-    groups, out = {}, [None] * len(rows)
+    groups, scales = {}, [None] * len(rows)
     for i, r in enumerate(rows):
         groups.setdefault((r.shape[1], bits[i]), []).append(i)
     for (_, b), members in groups.items():
         a = solve_scale(torch.cat([rows[i] for i in members]), b, signed, search)
         for i, part in zip(members, a.split([len(rows[i]) for i in members])):
-            out[i] = part
-    return out
+            scales[i] = part
+    return scales
 
 # %% ../nbs/09_quantisers.ipynb #6d1c0a53
 def kept_word(per):
@@ -175,17 +175,14 @@ def round_ste(
 # %% ../nbs/09_quantisers.ipynb #6835b148
 def fake_quantise(
     x: torch.Tensor,  # any shape, any floating dtype
-    scale: torch.Tensor,  # step a > 0; broadcasts to x; gets a gradient where it asks for one
+    scale: torch.Tensor,  # scale a > 0; broadcasts to x; gets a gradient where it asks for one
     bits: int,  # 1 to 16
     signed: bool = True,  # see `grid`
 ) -> torch.Tensor:
     "a q(x), in x's dtype, with straight-through gradients for x and LSQ's for a. Computed in float32 at least."
     lo, hi = grid(bits, signed)
-    wide = x if x.dtype == torch.float64 else x.float()
-    scaled = wide / scale
-    q = (
-        scaled.clamp(-1, 1) + (scaled.sign() - scaled.clamp(-1, 1)).detach()
-        if bits == 1 and signed
-        else round_ste(scaled.clamp(lo, hi))
-    )
+    scaled = (x if x.dtype == torch.float64 else x.float()) / scale
+    clamped = scaled.clamp(-1, 1)
+    binary = bits == 1 and signed
+    q = clamped + (scaled.sign() - clamped).detach() if binary else round_ste(scaled.clamp(lo, hi))
     return (q * scale).to(x.dtype)
