@@ -38,20 +38,20 @@ MUTANTS = [
     # Slide 'Quantization'
     Mutant(
         "the signed grid reaches one further down",
-        "return (-max(2**(bits - 1) - 1, 1),",
-        "return (-2**(bits - 1),",
+        "return -top, top",
+        "return -2**(bits - 1), top",
         "definitions::test_grids_are_symmetric_or_from_zero_up",
     ),
     Mutant(
         "Qmax is a power of two",
-        "max(2**(bits - 1) - 1, 1)) if signed",
-        "2**(bits - 1)) if signed",
+        "top = max(2**(bits - 1) - 1, 1); return",
+        "top = 2**(bits - 1); return",
         "definitions::test_grids_are_symmetric_or_from_zero_up definitions::test_rounds_half_to_even_and_clamps",
     ),
     Mutant(
         "the unsigned grid is half as long",
-        "else (0, 2**bits - 1)",
-        "else (0, 2**(bits - 1) - 1)",
+        "return 0, 2**bits - 1",
+        "return 0, 2**(bits - 1) - 1",
         "definitions::test_grids_are_symmetric_or_from_zero_up definitions::test_rounds_half_to_even_and_clamps",
     ),
     Mutant(
@@ -172,8 +172,8 @@ MUTANTS = [
     ),
     Mutant(
         "the divergence of the bit table is turned round",
-        "F.kl_div(_answers(net, images), told,",
-        "F.kl_div(told, _answers(net, images),",
+        "F.kl_div(_answers(net, images), clean,",
+        "F.kl_div(clean, _answers(net, images),",
         "definitions::test_the_answers_of_the_whole_net_come_first_in_the_divergence",
     ),
     # Slide 'Pruning'
@@ -300,8 +300,8 @@ MUTANTS = [
     ),
     Mutant(
         "the teacher's share does not shrink",
-        "(1 - hard if soft is None else soft)",
-        "(1 if soft is None else soft)",
+        "1 - hard if soft is None else soft",
+        "1 if soft is None else soft",
         "definitions::test_labels_have_their_share",
     ),
     Mutant(
