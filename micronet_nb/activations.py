@@ -377,7 +377,7 @@ def _unquantised_inputs(model, samples):
 def quantise_activations(
     model: nn.Module,  # changed in place
     batches,  # images, see `calibrate`; or what it returned
-    bits=8,  # 1 to 16 or 32 (none): a number; layer names or patterns to numbers (the last counts); a list, module order
+    bits=8,  # 1 to 16 or 32 (none): a number; names or patterns to numbers (the last counts); a list in module order
     first_bits: int = 8,  # of the layer that sees the image; None: as `bits` says
     learn: bool = False,  # learned scales instead of fixed ones
     layers=None,  # names or patterns; None: every Conv2d and Linear that ran

@@ -195,7 +195,7 @@ def _check_grid(module, name, bits):
 def quantise_weights(
     model: nn.Module,  # changed in place
     bits,  # see `plan_bits`; 1 binary, 2 ternary, to 16; 32: the layer is left in (or returned to) floating point
-    per: str = 'channel',  # a scale a 'channel', a 'tensor', or 'auto': a channel in depthwise layers only, as RIAIR's nets
+    per: str = 'channel',  # a scale a 'channel', a 'tensor', or 'auto': channels in depthwise layers only (RIAIR)
     learn: bool = False,  # learn the scales (LSQ) instead of keeping them
 ) -> dict:  # layer name to bits; `untouched` is a table of the weights that it passes by
     "A quantiser behind each layer's mask, unless it has just that; the scales solved. Slide 'Weight Quantization'."
@@ -283,7 +283,7 @@ def _answers(net, images):
 
 @torch.no_grad()
 def bit_table(
-    model: nn.Module,  # any, also masked or with quantised activations; left as it is, its weight quantisers are ignored
+    model: nn.Module,  # any, also masked or with quantised activations; left as it is; weight quantisers are ignored
     images: torch.Tensor,  # (n, c, h, w) normalised
     widths=(2, 3, 4, 5, 6, 7, 8),  # bits
     per: str = 'channel',  # see `quantise_weights`
