@@ -528,7 +528,7 @@ def _imagenet_parser():
         ('--workers', None, 'decoding processes of each process (default: one a core)'),
         ('--size', 224, 'pixels a side'),
         ('--resize', 256, 'shorter side before the centre crop'),
-        ('--calibration', 250, 'training images for the activation steps'),
+        ('--calibration', 250, 'training images for the activation scales'),
         ('--seed', 0, 'of order and crops'),
     )
     for flag, default, text in numbers:

@@ -18,6 +18,7 @@ from .training import hard_loss
 
 # %% ../nbs/08_distillation.ipynb #b9fdfb88
 def _full(logits):
+    "float32, or float64 where it is that already."
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -25,10 +26,11 @@ def kl(
     p_logits: torch.Tensor,  # (n, classes) any floating dtype
     q_logits: torch.Tensor,  # (n, classes)
 ) -> torch.Tensor:  # (n,) float32, or float64 where asked in it
-    "KL(p || q) of each row, p and q the softmax of the logits. MicronetError where the classes differ."
+    "KL(p || q) of each row, p and q the softmax of the logits."
     if p_logits.shape != q_logits.shape:
         raise MicronetError(
-            f'logits of shapes {tuple(p_logits.shape)} and {tuple(q_logits.shape)}: student and teacher must have the same classes'
+            f'logits of shapes {tuple(p_logits.shape)} and {tuple(q_logits.shape)}: '
+            'student and teacher must have the same classes'
         )
     log_p, log_q = _full(p_logits).log_softmax(-1), _full(q_logits).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -57,21 +59,21 @@ def distil(
     standardise: bool = False,  # `z_score` both logits first?
     soft: float = None,  # weight of the teacher's share; None: 1 - hard
 ) -> torch.Tensor:  # scalar
-    "hard CE + soft T^2 KL. Slide 'Knowledge Distillation'; Hinton et al. 2015. MicronetError without a teacher."
+    "hard CE + soft T^2 KL. Slide 'Knowledge Distillation'; Hinton et al. 2015."
     if teacher_logits is None:
         raise MicronetError('there are no teacher logits: give fit(..., teacher=...) a teacher, or use hard_loss')
-    s, t = (
-        z / temperature
-        for z in ((z_score(logits), z_score(teacher_logits)) if standardise else (_full(logits), _full(teacher_logits)))
-    )
-    taught = (
-        (1 - hard if soft is None else soft)
-        * temperature**2
-        * (kl(s, t) if direction == DIRECTIONS[0] else kl(t, s)).mean()
-    )
-    return hard * hard_loss(logits, target, None, config) + taught if hard else taught
+    scaled = z_score if standardise else _full
+    s, t = scaled(logits) / temperature, scaled(teacher_logits) / temperature
+    divergence = kl(s, t) if direction == DIRECTIONS[0] else kl(t, s)
+    weight = 1 - hard if soft is None else soft
+    from_teacher = weight * temperature**2 * divergence.mean()
+    return hard * hard_loss(logits, target, None, config) + from_teacher if hard else from_teacher
 
 # %% ../nbs/08_distillation.ipynb #75bff135
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def kd_loss(
     direction: str = 'student||teacher',  # or 'teacher||student'
     temperature: float = 1.0,  # > 0
@@ -79,29 +81,28 @@ def kd_loss(
     standardise: bool = False,  # logits by `z_score`?
     soft: float = None,  # weight of the teacher's share, >= 0; None: 1 - hard
 ):
-    "`distil` with these choices, for `fit`; its `keywords` tell them. The default is RIAIR's. MicronetError for a choice that makes no sense."
+    "`distil` with these choices, for `fit`; its `keywords` tell them. The default is RIAIR's."
     if direction not in DIRECTIONS:
         raise MicronetError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < float('inf'):
+    if not _is_number(temperature) or not 0 < temperature < float('inf'):
         raise MicronetError(f'temperature must be a positive number, not {temperature!r}')
-    if isinstance(hard, bool) or not isinstance(hard, (int, float)) or not 0 <= hard <= 1:
+    if not _is_number(hard) or not 0 <= hard <= 1:
         raise MicronetError(f'hard is the share of the label, a fraction from 0 to 1, not {hard!r}')
-    if soft is not None and (
-        isinstance(soft, bool) or not isinstance(soft, (int, float)) or not 0 <= soft < float('inf')
-    ):
+    if soft is not None and (not _is_number(soft) or not 0 <= soft < float('inf')):
         raise MicronetError(f"soft is the weight of the teacher's share, a number from 0 on, or None, not {soft!r}")
-    return partial(
-        distil,
+    choices = dict(
         direction=direction,
         temperature=float(temperature),
         hard=float(hard),
         standardise=bool(standardise),
-        **({} if soft is None else {'soft': float(soft)}),
     )
+    if soft is not None:
+        choices['soft'] = float(soft)
+    return partial(distil, **choices)
 
 # %% ../nbs/08_distillation.ipynb #c5cea12c
 class AsTeacher(nn.Module):
-    "A teacher that takes the student's batch. MicronetError for a deviation that is not positive."
+    "A teacher that takes the student's batch."
 
     def __init__(
         self,
@@ -121,11 +122,9 @@ class AsTeacher(nn.Module):
     def translate(self, x):
         "The student's batch as the teacher wants it."
         x = x * self.scale + self.shift
-        return (
-            x
-            if self.size in (None, x.shape[-1])
-            else F.interpolate(x, size=(self.size, self.size), mode='bilinear', align_corners=False)
-        )
+        if self.size in (None, x.shape[-1]):
+            return x
+        return F.interpolate(x, size=(self.size, self.size), mode='bilinear', align_corners=False)
 
     def forward(self, x):
         return self.model(self.translate(x))
@@ -149,6 +148,5 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(AsTeacher(m, from_stats, s) for m, s in zip(models, stats))
 
     def forward(self, x):
-        return torch.stack([_full(m(x)).log_softmax(-1) for m in self.members]).logsumexp(0) - math.log(
-            len(self.members)
-        )
+        log_p = torch.stack([_full(m(x)).log_softmax(-1) for m in self.members])
+        return log_p.logsumexp(0) - math.log(len(self.members))

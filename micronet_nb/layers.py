@@ -268,7 +268,7 @@ def untouched(
     require_shapes(model, 'a list of what is not reached')
     owners, rows = _owners(model), {}
     for name, p in model.named_parameters():
-        if p.dim() < 2 or _is_step(name):
+        if p.dim() < 2 or _is_scale(name):
             continue
         owner, layer, reached = owners.get(id(p), (model.get_submodule(name.rpartition('.')[0]), None, False))
         why = 'out of reach' if not reached else (left or {}).get(layer)
@@ -281,7 +281,7 @@ def untouched(
     return table.assign(share=table.weights / max(table.weights.sum(), 1))[table.why.notna()]
 
 
-def _is_step(name):
+def _is_scale(name):
     return '.parametrizations.' in f'.{name}' and not name.rpartition('.')[2].startswith('original')
 
 # %% ../nbs/03_layers.ipynb #68a47ad7

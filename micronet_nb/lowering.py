@@ -408,7 +408,7 @@ def integers_of(
     q = (weight / scale).round()
     if not bool(((q * scale - weight).abs() <= 1e-6 * scale.abs()).all()):
         raise MicronetError(
-            f'the weights of {name!r} are no multiples of their steps: something changes them after the quantiser'
+            f'the weights of {name!r} are no multiples of their scales: something changes them after the quantiser'
         )
     return q
 
@@ -585,7 +585,7 @@ def _leaf(low, node):
         low.modules.setdefault(name or 'net', m)
         return Value(low.graph.call_module(name or 'net', (low.plain(x),)))
     if (scale := _quantiser_scale(node)) is None:
-        _refuse(node, f'a module that counts as {m.counts_as!r}, but is no quantiser with one step')
+        _refuse(node, f'a module that counts as {m.counts_as!r}, but is no quantiser with one scale')
     grid = (scale, m.bits, bool(m.signed), getattr(m, 'low', 0))
     if grid not in x.quantised:
         if not x.single and _summed(node.args[0]):

@@ -947,7 +947,7 @@ def compare_charges(
 
 # %% ../nbs/17_packing.ipynb #0570d81f
 def _owners(graph):
-    "ScaleBias of a lowered graph to (what it is, whose): the 'scale' of a layer, the same 'again', the scale of layers that are 'joined' before it, the step of a 'quantiser'."
+    "ScaleBias of a lowered graph to (what it is, whose): the 'scale' of a layer, the same 'again', the scale of layers that are 'joined' before it, the scale of a 'quantiser'."
     made, owners = {}, {}
     for n in graph.graph.nodes:
         m = graph.get_submodule(n.target) if n.op == 'call_module' else None

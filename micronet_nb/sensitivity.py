@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .activations import calibrate, solve_step
+from .activations import calibrate, sample_scale
 from .data import dataset_stats
 from .layers import compressible, computes_otherwise, dense_weight, matching, require_shapes
 from .pruning import layer_positions, magnitude_mask
-from .quantisers import fake_quantise, grid, solve_scales
+from .quantisers import fake_quantise, grid, kept_word, solve_scales
 from .scoring import TRACKS, score, trace
 from .training import as_logits, normalised
 
@@ -34,7 +34,7 @@ def degrade(
     weight: torch.Tensor,  # (out, ...) floating point
     kind: str,  # 'sparsity' or 'weight bits'
     level,  # fraction in [0,1] that becomes zero, or bits 1 to 16
-    per: str = 'kernel',  # one scale a 'kernel' or one a 'layer'
+    per: str = 'channel',  # a scale for each 'channel' (kernel) or one for the 'tensor'
 ) -> torch.Tensor:
     "The weight with its smallest values zero, or on the least-squares grid."
     if kind == 'sparsity':
@@ -192,7 +192,7 @@ def _changes(layer, sample, levels, per):
         for level in levels[kind]:
             changes[kind, level] = degrade(layer.weight.detach(), kind, level, per)
     for bits in levels['activation bits'] if sample is not None else []:
-        changes['activation bits', bits] = solve_step(sample, bits), bits, sample.signed
+        changes['activation bits', bits] = sample_scale(sample, bits), bits, sample.signed
     return changes
 
 
@@ -349,7 +349,7 @@ def measure_sensitivity(
     n: int = None,  # validation images, spread evenly; None: all
     layers=None,  # names or patterns; None: every Conv2d and Linear
     stats=None,  # (mean, std); None: those that `fit` left with the net, else of the training set
-    per: str = 'kernel',  # a scale a 'kernel' or a 'layer' for weight bits
+    per: str = 'channel',  # a scale for each 'channel' or one for the 'tensor', for weight bits
     n_train: int = 256,  # training images for the scales
     batch_size: int = None,  # images at a time; None: see `_images_at_once`
     folder=None,  # keeps each finished layer; a run that finds its own there goes on; None: keeps nothing
@@ -363,7 +363,7 @@ def measure_sensitivity(
     every, names = compressible(net), matching(compressible(net), layers)
     _check_changeable({name: every[name] for name in names}, levels)
     batch_size = batch_size or _images_at_once(net, _batch(net, images, 0, 1, stats)[0])
-    key = [_net_key(net), images.describe(), shown.describe(), stats, levels, per, batch_size]
+    key = [_net_key(net), images.describe(), shown.describe(), stats, levels, kept_word(per), batch_size]
     place = folder and Path(folder) / config_key(key)
 
     @cache
@@ -375,6 +375,7 @@ def measure_sensitivity(
         return _rows(name, *_measure(net, every[name], changes, images, stats, batch_size, reuse))
 
     return _kept_rows(measure, names, place, list(every), quiet)
+
 
 # %% ../nbs/06_sensitivity.ipynb #75d219cd
 def _pivot(table, kind, value='increase'):

@@ -38,20 +38,20 @@ MUTANTS = [
     # Slide 'Quantization'
     Mutant(
         "the signed grid reaches one further down",
-        "return (-max(2**(bits - 1) - 1, 1),",
-        "return (-2**(bits - 1),",
+        "return -top, top",
+        "return -2**(bits - 1), top",
         "definitions::test_grids_are_symmetric_or_from_zero_up",
     ),
     Mutant(
         "Qmax is a power of two",
-        "max(2**(bits - 1) - 1, 1)) if signed",
-        "2**(bits - 1)) if signed",
+        "top = max(2**(bits - 1) - 1, 1); return",
+        "top = 2**(bits - 1); return",
         "definitions::test_grids_are_symmetric_or_from_zero_up definitions::test_rounds_half_to_even_and_clamps",
     ),
     Mutant(
         "the unsigned grid is half as long",
-        "else (0, 2**bits - 1)",
-        "else (0, 2**(bits - 1) - 1)",
+        "return 0, 2**bits - 1",
+        "return 0, 2**(bits - 1) - 1",
         "definitions::test_grids_are_symmetric_or_from_zero_up definitions::test_rounds_half_to_even_and_clamps",
     ),
     Mutant(
@@ -67,10 +67,10 @@ MUTANTS = [
         "definitions::test_rounds_half_to_even_and_clamps",
     ),
     Mutant(
-        "the step is the largest magnitude over Qmax",
+        "the scale is the largest magnitude over Qmax",
         "a[rows] = new = torch.where(qq > 0, xq/qq.clamp(min=1), old)",
         "new = old",
-        "definitions::test_the_step_is_the_least_squares_one",
+        "definitions::test_the_scale_is_the_least_squares_one",
     ),
     Mutant(
         "the mean magnitude counts zeros",
@@ -79,10 +79,10 @@ MUTANTS = [
         "definitions::test_one_signed_bit_has_the_mean_magnitude_of_what_is_not_zero",
     ),
     Mutant(
-        "a step a layer where a kernel was asked for",
-        "len(t) if p == 'kernel' else 1, -1",
+        "a scale a tensor where a channel was asked for",
+        "len(t) if p == 'channel' else 1, -1",
         "1, -1",
-        "definitions::test_a_step_a_kernel_or_a_layer",
+        "definitions::test_a_scale_a_channel_or_a_tensor",
     ),
     Mutant(
         "gradients pass outside of the grid",
@@ -101,13 +101,13 @@ MUTANTS = [
         "gradients of activations pass outside of the grid",
         "inside = torch.ops.aten.hardtanh_backward(grad, v, lo, hi)",
         "inside = grad.clone()",
-        "definitions::test_learned_steps_have_their_gradient_divided_by_the_root_of_n_times_qmax",
+        "definitions::test_learned_scales_have_their_gradient_divided_by_the_root_of_n_times_qmax",
     ),
     Mutant(
-        "the gradient of an activation's step forgets n",
+        "the gradient of an activation's scale forgets n",
         "(max(x[0].numel(), 1)*",
         "(",
-        "definitions::test_learned_steps_have_their_gradient_divided_by_the_root_of_n_times_qmax",
+        "definitions::test_learned_scales_have_their_gradient_divided_by_the_root_of_n_times_qmax",
     ),
     Mutant(
         "the layer that sees the image is as narrow as the others",
@@ -123,16 +123,16 @@ MUTANTS = [
     ),
     # Slide 'Weight Quantization'
     Mutant(
-        "the gradient of a weight's step forgets Qmax",
+        "the gradient of a weight's scale forgets Qmax",
         "(w.numel()/still.numel()*grid(self.bits)[1])**-.5",
         "(w.numel()/still.numel())**-.5",
-        "definitions::test_learned_steps_have_their_gradient_divided_by_the_root_of_n_times_qmax",
+        "definitions::test_learned_scales_have_their_gradient_divided_by_the_root_of_n_times_qmax",
     ),
     Mutant(
-        "the gradient of a weight's step counts the weights of all kernels",
+        "the gradient of a weight's scale counts the weights of all kernels",
         "(w.numel()/still.numel()*grid",
         "(w.numel()*grid",
-        "definitions::test_learned_steps_have_their_gradient_divided_by_the_root_of_n_times_qmax",
+        "definitions::test_learned_scales_have_their_gradient_divided_by_the_root_of_n_times_qmax",
     ),
     Mutant(
         "5-4 of 7-5-4-3 changed places",
@@ -153,16 +153,16 @@ MUTANTS = [
         "definitions::test_7_5_4_3",
     ),
     Mutant(
-        "'auto' is a step a layer everywhere",
-        "'kernel' if getattr(module, 'groups', 1) > 1",
-        "'kernel' if False",
-        "definitions::test_a_step_a_kernel_or_a_layer",
+        "'auto' is a scale a tensor everywhere",
+        "'channel' if getattr(module, 'groups', 1) > 1",
+        "'channel' if False",
+        "definitions::test_a_scale_a_channel_or_a_tensor",
     ),
     Mutant(
-        "steps are solved on what a mask hides, too",
+        "scales are solved on what a mask hides, too",
         "for p in module.parametrizations.weight: w = w if",
         "for p in module.parametrizations.weight: w = w if True or",
-        "definitions::test_what_a_mask_hides_has_no_say_in_the_step_and_stays_zero",
+        "definitions::test_what_a_mask_hides_has_no_say_in_the_scale_and_stays_zero",
     ),
     Mutant(
         "widths go beyond the storage budget",
@@ -172,8 +172,8 @@ MUTANTS = [
     ),
     Mutant(
         "the divergence of the bit table is turned round",
-        "F.kl_div(_answers(net, images), told,",
-        "F.kl_div(told, _answers(net, images),",
+        "F.kl_div(_answers(net, images), clean,",
+        "F.kl_div(clean, _answers(net, images),",
         "definitions::test_the_answers_of_the_whole_net_come_first_in_the_divergence",
     ),
     # Slide 'Pruning'
@@ -300,8 +300,8 @@ MUTANTS = [
     ),
     Mutant(
         "the teacher's share does not shrink",
-        "(1 - hard if soft is None else soft)",
-        "(1 if soft is None else soft)",
+        "1 - hard if soft is None else soft",
+        "1 if soft is None else soft",
         "definitions::test_labels_have_their_share",
     ),
     Mutant(

@@ -54,7 +54,8 @@ def test_the_window_is_taken_where_values_have_a_sign(lowered):
     net, x, graph, _ = lowered
     inside = activation_quantisers(net)
     assert all(q.low < 0 and q.ends[1] - q.ends[0] == 2**q.bits - 1 for q in inside.values())
-    assert sorted(m.low for m in graph.modules() if isinstance(m, Quantise)) == sorted(q.low for q in inside.values())
+    lows = sorted(m.low for m in graph.modules() if isinstance(m, Quantise))
+    assert lows == sorted(q.low for q in inside.values())
 
 
 def test_every_form_gives_the_same_answers(lowered):
@@ -94,21 +95,19 @@ def test_it_is_charged_as_unsigned_bits(lowered):
 
 @pytest.mark.parametrize("bits, low", [(3, -2), (4, 0), (8, -31)])
 def test_gradients_are_those_of_simple_operations(bits, low):
-    "Straight through inside the window, and Esser's gradient for the step: against round, clamp and autograd."
+    "Straight through inside the window, and Esser's gradient for the scale: against round, clamp and autograd."
     x, a = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(bits)) * 8, 0.37
     q = ActivationQuantiser(bits, a, learn=True, low=low)
     given = x.clone().requires_grad_()
     weights = torch.linspace(-1, 2, len(x), dtype=torch.float64)
     (q(given) * weights).sum().backward()
-    wanted, step = (
-        x.clone().requires_grad_(),
-        torch.tensor(float(q.scale.detach()), dtype=torch.float64, requires_grad=True),
-    )
-    v = (wanted / step).clamp(*q.ends)
-    ((v + (v.round() - v).detach()) * step * weights).sum().backward()
+    wanted = x.clone().requires_grad_()
+    scale = q.scale.detach().double().requires_grad_()
+    v = (wanted / scale).clamp(*q.ends)
+    ((v + (v.round() - v).detach()) * scale * weights).sum().backward()
     assert torch.allclose(given.grad, wanted.grad)
     factor = max(q.ends[1], 1) ** -0.5  # 1/sqrt(n Qmax), n = 1 input an image
-    assert q.scale.grad.item() == pytest.approx(step.grad.item() * factor, rel=1e-4)
+    assert q.scale.grad.item() == pytest.approx(scale.grad.item() * factor, rel=1e-4)
 
 
 def test_it_travels_in_a_state_dict():
@@ -127,8 +126,8 @@ def test_the_search_finds_what_brute_force_finds():
         def error(a, low):
             return float(((x / a).round().clamp(low, low + 2**bits - 1) * a - x).square().sum())
 
-        steps = torch.logspace(-1.3, 0.7, 300).tolist()
-        best = min(error(a, low) for a in steps for low in range(1 - 2**bits, 1))
+        scales = torch.logspace(-1.3, 0.7, 300).tolist()
+        best = min(error(a, low) for a in scales for low in range(1 - 2**bits, 1))
         assert error(*solve_window(sample, bits)) < 1.01 * best
 
 
@@ -153,19 +152,14 @@ def test_one_bit_below_zero_opens_in_onnxruntime(tmp_path):
     scale, conv = ScaleBias(3), IntConv2d(3, 2, 1)
     scale.weight.data.fill_(0.5), scale.bias.data.fill_(0.1)
     conv.weight.data = torch.randint(-7, 8, conv.weight.shape, generator=torch.Generator().manual_seed(0)).float()
-    net, x = (
-        nn.Sequential(scale, Quantise(1, low=-1), conv).eval(),
-        torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 3,
-    )
-    assert (
-        torch.equal(onnx_session(to_onnx(net, tmp_path / "net.onnx", size=(3, 4, 4)))(x), net(x))
-        and (net[:2](x) == -1).any()
-    )
+    net = nn.Sequential(scale, Quantise(1, low=-1), conv).eval()
+    x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 3
+    session = onnx_session(to_onnx(net, tmp_path / "net.onnx", size=(3, 4, 4)))
+    assert torch.equal(session(x), net(x))
+    assert (net[:2](x) == -1).any()
 
 
-def test_values_too_small_for_a_step_are_left_alone():
+def test_values_too_small_for_a_scale_are_left_alone():
     net = nn.Sequential(nn.Conv2d(3, 2, 1))
-    assert quantise_activations(net, torch.randn(2, 3, 4, 4) * 1e-42, 4, affine=True)["0"].ends == (
-        0,
-        255,
-    )  # the first layer has 8 bits
+    quantisers = quantise_activations(net, torch.randn(2, 3, 4, 4) * 1e-42, 4, affine=True)
+    assert quantisers["0"].ends == (0, 255)  # the first layer has 8 bits

@@ -54,8 +54,8 @@ def test_rounds_half_to_even_and_clamps():
 
 
 @pytest.mark.parametrize("search", ["plain", "auto", "exact"])
-def test_the_step_is_the_least_squares_one(search):
-    "3 bits: the integers of .9, 2.2, 3.1 are 1, 2, 3, and the step is (.9 + 2*2.2 + 3*3.1)/(1 + 4 + 9)."
+def test_the_scale_is_the_least_squares_one(search):
+    "3 bits: the integers of .9, 2.2, 3.1 are 1, 2, 3, and the scale is (.9 + 2*2.2 + 3*3.1)/(1 + 4 + 9)."
     assert close(solve_scale(torch.tensor([[0.9, 2.2, -3.1]]), 3, search=search), [14.6 / 14])
     unsigned = solve_scale(torch.tensor([[-5.0, 0.9, 2.2, 3.1]]), 2, False, search)
     assert close(unsigned, [14.6 / 14])  # what is below 0 has no say
@@ -65,38 +65,38 @@ def test_one_signed_bit_has_the_mean_magnitude_of_what_is_not_zero():
     assert solve_scale(torch.tensor([[2.0, -4.0, 0.0, 0.0]]), 1).tolist() == [3.0]
 
 
-def test_a_step_a_kernel_or_a_layer():
-    "2 bits: the best single step for 1, 1, 3, 3 is 3, which gains 18; all four at 2 gain 16."
+def test_a_scale_a_channel_or_a_tensor():
+    "2 bits: the best single scale for 1, 1, 3, 3 is 3, which gains 18; all four at 2 gain 16."
     weight = torch.tensor([[1.0, -1.0], [3.0, 3.0]])
-    assert [solve_scales([weight], 2, per=p)[0].tolist() for p in ("kernel", "layer")] == [[1.0, 3.0], [3.0]]
+    assert [solve_scales([weight], 2, per=p)[0].tolist() for p in ("channel", "tensor")] == [[1.0, 3.0], [3.0]]
     net = nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 2, 1))
     quantise_weights(net, 4, "auto")
-    assert [weight_integers(m)[1].numel() for m in net] == [2, 1]  # 'auto': a step a kernel for depthwise layers only
+    assert [weight_integers(m)[1].numel() for m in net] == [2, 1]  # 'auto': a scale a channel for depthwise layers only
     quantise_weights(net, 4)
     assert [weight_integers(m)[1].numel() for m in net] == [2, 2]
 
 
-INSIDE = torch.tensor([[-0.3, 0.3, 2.6, 9.0]])  # at step 1 and 3 bits: 0, 0, 3, and 3 at the end of the grid
-STEP = 0.3 - 0.3 + 0.4 + 3  # LSQ: round(v) - v inside, the end of the grid outside
+INSIDE = torch.tensor([[-0.3, 0.3, 2.6, 9.0]])  # at scale 1 and 3 bits: 0, 0, 3, and 3 at the end of the grid
+SCALE_GRADIENT = 0.3 - 0.3 + 0.4 + 3  # LSQ: round(v) - v inside, the end of the grid outside
 
 
 def test_gradients_go_straight_through_inside_of_the_grid_only():
     x, a = INSIDE.clone().requires_grad_(), torch.tensor(1.0, requires_grad=True)
     y = fake_quantise(x, a, 3)
     y.sum().backward()
-    assert y.tolist() == [[0, 0, 3, 3]] and x.grad.tolist() == [[1, 1, 1, 0]] and close(a.grad, STEP)
+    assert y.tolist() == [[0, 0, 3, 3]] and x.grad.tolist() == [[1, 1, 1, 0]] and close(a.grad, SCALE_GRADIENT)
 
 
-def test_learned_steps_have_their_gradient_divided_by_the_root_of_n_times_qmax():
+def test_learned_scales_have_their_gradient_divided_by_the_root_of_n_times_qmax():
     x, q = INSIDE.clone().requires_grad_(), ActivationQuantiser(3, 1.0, signed=True, learn=True)
     y = q(x)
     y.sum().backward()
     assert y.tolist() == [[0, 0, 3, 3]] and x.grad.tolist() == [[1, 1, 1, 0]]
-    assert close(q.scale.grad, STEP / math.sqrt(4 * 3))
+    assert close(q.scale.grad, SCALE_GRADIENT / math.sqrt(4 * 3))
     w, q = torch.cat([INSIDE, INSIDE]).requires_grad_(), WeightQuantiser(3, torch.ones(2, 1), learn=True)
     q(w).sum().backward()
     assert w.grad.tolist() == 2 * [[1, 1, 1, 0]]
-    assert close(q.scale.grad, [[STEP / math.sqrt(4 * 3)]] * 2)  # 4 weights a scale
+    assert close(q.scale.grad, [[SCALE_GRADIENT / math.sqrt(4 * 3)]] * 2)  # 4 weights a scale
 
 
 # ------------------------------------------------------------------ Slides '... Quantization'
@@ -118,7 +118,7 @@ def test_7_5_4_3():
     assert list(size_bits(net).values()) == [7, 3, 4, 4, 5]
 
 
-def test_what_a_mask_hides_has_no_say_in_the_step_and_stays_zero():
+def test_what_a_mask_hides_has_no_say_in_the_scale_and_stays_zero():
     net = nn.Sequential(linear([0.7, 0.9, 2.2, -3.1]))  # .7 would be 1 and make the step 15.3/15
     prune(net, 0.25)
     quantise_weights(net, 3)

@@ -14,23 +14,25 @@ row = st.lists(number, min_size=1, max_size=40)
 
 def errors(x, a, bits, signed):
     "Squared error, in double and relative to the row's largest value."
-    x, unit = x.double(), x.abs().amax(1, keepdim=True).double().clamp(min=1e-300)
-    return (((x - a.double()[:, None] * quantise(x, a.double()[:, None], bits, signed)) / unit) ** 2).sum(1)
+    x, a = x.double(), a.double()[:, None]
+    unit = x.abs().amax(1, keepdim=True).clamp(min=1e-300)
+    return (((x - a * quantise(x, a, bits, signed)) / unit) ** 2).sum(1)
 
 
 @settings(max_examples=300, deadline=None)
 @given(row, st.integers(1, 8), st.booleans())
 def test_never_worse_than_the_plain_iteration(values, bits, signed):
     x = torch.tensor([values])
-    found = {k: solve_scale(x, bits, signed, search=k) for k in ('plain', 'auto', 'exact')}
-    assert all(torch.isfinite(a).all() and (a > 0).all() for a in found.values())
-    e = {k: float(errors(x, a, bits, signed)) for k, a in found.items()}
-    assert e['auto'] <= e['plain'] * (1 + 1e-4) + 1e-9 and e['exact'] <= e['auto'] * (1 + 1e-4) + 1e-9
+    scales = {k: solve_scale(x, bits, signed, search=k) for k in ('plain', 'auto', 'exact')}
+    assert all(torch.isfinite(a).all() and (a > 0).all() for a in scales.values())
+    e = {k: float(errors(x, a, bits, signed)) for k, a in scales.items()}
+    assert e['auto'] <= e['plain'] * (1 + 1e-4) + 1e-9
+    assert e['exact'] <= e['auto'] * (1 + 1e-4) + 1e-9
 
 
 @settings(max_examples=100, deadline=None)
 @given(row, st.integers(2, 6))
-def test_no_step_of_a_fine_search_beats_the_exact_one(values, bits):
+def test_no_scale_of_a_fine_search_beats_the_exact_one(values, bits):
     x = torch.tensor([values])
     best = float(errors(x, solve_scale(x, bits, search='exact'), bits, True))
     top = x.abs().amax(1) / grid(bits)[1]
@@ -46,8 +48,8 @@ def test_scales_with_its_input(values, bits, factor):
     x = torch.tensor([values]).clamp(-1e20, 1e20)
     if x.abs().amax() < 1e-20:
         return
-    a, b = solve_scale(x, bits), solve_scale(x * factor, bits)
-    assert abs(float(errors(x * factor, b, bits, True)) - float(errors(x, a, bits, True))) < 1e-5
+    error = float(errors(x, solve_scale(x, bits), bits, True))
+    assert abs(float(errors(x * factor, solve_scale(x * factor, bits), bits, True)) - error) < 1e-5
 
 
 def test_many_tensors_are_solved_as_one_by_one():
