@@ -1,4 +1,4 @@
-"Lowering: whatever the layers, their widths and their arguments, graph, Runner and integer run give the quantised net's answers, or say why not."
+"Lowering: graph, Runner and integer run give the quantised net's answers, whatever its layers, or say why not."
 
 import copy
 
@@ -35,18 +35,14 @@ def images(n=3, channels=3, side=7, seed=0):
 
 
 def compressed(net, x, weight_bits=4, activation_bits=4):
-    "A net in evaluation mode with seeded norms and quantisers whose steps reach the largest values (the solver takes its time at 16 bits); None: floats."
+    "A net with seeded norms, and quantisers whose scales reach the largest values (no solver); None: floats."
     g = torch.Generator().manual_seed(1)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.weight.data, m.bias.data = (
-                torch.rand(m.num_features, generator=g) + 0.5,
-                torch.randn(m.num_features, generator=g) * 0.3,
-            )
-            m.running_mean, m.running_var = (
-                torch.randn(m.num_features, generator=g) * 0.3,
-                torch.rand(m.num_features, generator=g) + 0.5,
-            )
+            m.weight.data = torch.rand(m.num_features, generator=g) + 0.5
+            m.bias.data = torch.randn(m.num_features, generator=g) * 0.3
+            m.running_mean = torch.randn(m.num_features, generator=g) * 0.3
+            m.running_var = torch.rand(m.num_features, generator=g) + 0.5
     return quantised(net, x, weight_bits, activation_bits)
 
 
@@ -105,11 +101,9 @@ class Conv(nn.Module):
     def __init__(self, channels=8, between=nn.ReLU, **second):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.norm, self.between = (
-            nn.Conv2d(3, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            between(),
-        )
+        self.first = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.between = between()
         self.second, self.fc = nn.Conv2d(channels, 8, **dict(kernel_size=3) | second), nn.Linear(8, 5)
 
     def forward(self, x):
@@ -223,10 +217,8 @@ def test_integer_sums_against_float64(kind):
     "Also of a layer that pads by itself, as one built by hand or read from a file does."
     torch.manual_seed(0)
     for bits in (4, 16):
-        layer, x = (
-            IntConv2d(8, 8, **dict(kernel_size=3) | kind, weight_bits=bits),
-            torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (2, 8, 7, 7), dtype=torch.int32),
-        )
+        layer = IntConv2d(8, 8, **dict(kernel_size=3) | kind, weight_bits=bits)
+        x = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (2, 8, 7, 7), dtype=torch.int32)
         layer.weight.data = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), layer.weight.shape).float()
         want = copy.deepcopy(layer).double()(x.double())
         assert torch.equal(int_sums(layer, x).double(), want)
@@ -310,13 +302,11 @@ class Functional(nn.Module):
     def __init__(self, how):
         super().__init__()
         torch.manual_seed(0)
-        self.how, self.w, self.v, self.c, self.d = (
-            how,
-            nn.Parameter(torch.randn(4, 3, 3, 3)),
-            nn.Parameter(torch.randn(4, 3, 3, 3)),
-            nn.Conv2d(3, 4, 3),
-            nn.Conv2d(3, 4, 3, padding=1),
-        )
+        self.how = how
+        self.w = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.v = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.c = nn.Conv2d(3, 4, 3)
+        self.d = nn.Conv2d(3, 4, 3, padding=1)
         self.e, self.f = nn.Linear(3, 4), nn.Linear(3, 4, bias=False)
         if how == 'tied':
             self.d.weight = self.c.weight
@@ -444,7 +434,7 @@ def test_a_constant_of_every_pixel_is_refused():
 
 @pytest.mark.parametrize('between, left', [(nn.ReLU6, 0), (lambda: nn.Hardtanh(-1.0, 5.0), 0), (nn.LeakyReLU, 1)])
 def test_a_clamp_needs_no_scale_of_its_own(between, left):
-    "relu6 behind a scale, before a quantiser: absorbed where the quantiser ends first, else computed in the quantiser's steps; never two scales."
+    "A clamp between scale and quantiser: absorbed where the quantiser ends first, else done in its scale."
     x = images()
     for factor, kept in ((0.2, left), (9.0, 1)):  # the quantiser ends before the clamp, or behind it
         net = compressed(Conv(between=between), x)

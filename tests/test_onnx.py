@@ -1,4 +1,4 @@
-"ONNX files: every width and function in onnxruntime beside the graph, refusals by name, files that are whole or not there."
+"ONNX files: every width and function as the graph answers, refusals by name, files that are whole or absent."
 
 import onnx
 import pytest
@@ -57,10 +57,8 @@ def compressed(net, x, weight_bits, activation_bits):
     g = torch.Generator().manual_seed(0)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.weight.data, m.bias.data = (
-                torch.rand(m.num_features, generator=g) + 0.5,
-                torch.randn(m.num_features, generator=g) * 0.3,
-            )
+            m.weight.data = torch.rand(m.num_features, generator=g) + 0.5
+            m.bias.data = torch.randn(m.num_features, generator=g) * 0.3
     prune(net.eval(), 0.5)
     quantise_weights(net, weight_bits)
     quantise_activations(net, x, activation_bits, 8)
@@ -99,7 +97,7 @@ class Doubled(nn.Module):
     ids=lambda m: type(m).__name__,
 )
 def test_quantisers_next_to_anything(middle, tmp_path):
-    "onnxruntime moves and fuses 2- and 4-bit quantisers that it then has no kernels for, so the file must not invite it to."
+    "onnxruntime fuses 2- and 4-bit quantisers without having kernels for them: the file must not invite it to."
     torch.manual_seed(0)
 
     def layer(bits):
@@ -241,7 +239,7 @@ GRID = [
 @pytest.mark.parametrize('size', [(7, 8), (5, 9), (4, 6)])
 @pytest.mark.parametrize('kind', ['max', 'max, dilated', 'average', 'average without the padding'])
 def test_every_pool(kind, size, tmp_path):
-    "Kernel, stride, padding and ceil_mode in all combinations: as torch answers, whatever onnxruntime and the standard make of ceil_mode."
+    "Kernel, stride, padding and ceil_mode in all combinations answer as torch does."
     made = {
         'max': lambda k, s, p, c: nn.MaxPool2d(k, s, p, 1, ceil_mode=c),
         'max, dilated': lambda k, s, p, c: nn.MaxPool2d(k, s, p, 2, ceil_mode=c),
@@ -273,12 +271,10 @@ def test_every_pool(kind, size, tmp_path):
 def test_padding_modes(mode, tmp_path):
     "A lowered net pads by a node of its own; a convolution that pads otherwise than with zeros is refused by name."
     torch.manual_seed(0)
-    net, x = (
-        nn.Sequential(
-            nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)
-        ).eval(),
-        torch.randn(3, 2, 5, 6),
-    )
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)
+    ).eval()
+    x = torch.randn(3, 2, 5, 6)
     with pytest.raises(MicronetError, match=f"its padding is '{mode}': lower the net first"):
         to_onnx(nn.Sequential(net[0]), tmp_path / 'x.onnx', size=(2, 5, 6))
     assert not list(tmp_path.iterdir())
@@ -326,12 +322,10 @@ class Does(nn.Module):
 
     def __init__(self, f):
         super().__init__()
-        self.f, self.conv, self.k, self.whole = (
-            f,
-            nn.Conv2d(4, 4, 3),
-            nn.Parameter(torch.tensor(3.0)),
-            nn.Parameter(torch.arange(4).view(4, 1, 1), False),
-        )
+        self.f = f
+        self.conv = nn.Conv2d(4, 4, 3)
+        self.k = nn.Parameter(torch.tensor(3.0))
+        self.whole = nn.Parameter(torch.arange(4).view(4, 1, 1), False)
 
     def forward(self, x):
         return self.f(self, x)

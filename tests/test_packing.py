@@ -68,11 +68,9 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q, self.a, self.s = (
-            Quantise(7, signed=True),
-            IntConv2d(4, 8, (1, 3), stride=(2, 1), padding=(0, 1), groups=2, dilation=(1, 2), weight_bits=16),
-            ScaleBias(8),
-        )
+        self.q = Quantise(7, signed=True)
+        self.a = IntConv2d(4, 8, (1, 3), stride=(2, 1), padding=(0, 1), groups=2, dilation=(1, 2), weight_bits=16)
+        self.s = ScaleBias(8)
         self.b, self.t = IntConv2d(4, 6, 1, weight_bits=1), ScaleBias(6)
         self.fc, self.u = IntLinear(6, 5, weight_bits=2), ScaleBias(5)
         self.shift = nn.Parameter(torch.randn(6, 1, 1))
@@ -308,7 +306,7 @@ def test_half_scales_rounds_scales_and_nothing_else(tmp_path):
 
 
 def modules(rng):
-    "A module of every kind with arguments drawn at random, for 4 channels of 9 x 8 in and out, as far as the kind allows."
+    "A module of every kind, its arguments drawn at random: 4 channels of 9 x 8 in and (mostly) out."
     pick = rng.choice
     pad = pick(['zeros', 'reflect', 'replicate', 'circular'])
     norm = nn.BatchNorm2d(
@@ -360,7 +358,7 @@ def modules(rng):
 
 
 class Drawn(nn.Module):
-    "A random net: modules that are used again, tied or their own child, parameters of any shape, and functions between them."
+    "A random net: modules used again, tied or nested, parameters of any shape, and functions between them."
 
     def __init__(self, seed):
         super().__init__()
@@ -402,7 +400,7 @@ class Drawn(nn.Module):
 
 @pytest.mark.parametrize('seed', range(60))
 def test_what_is_written_is_read(seed, tmp_path):
-    "Of any net that torch.fx traces and the lists know: the file gives its tensors and answers, a second file is the same, and the net stays in its modes."
+    "The file of any net gives its tensors and answers, a second file is the same, and the net stays in its modes."
     net, rng = Drawn(seed), random.Random(seed)
     for m in net.modules():
         m.training = rng.random() < 0.5
@@ -425,23 +423,19 @@ def test_what_is_written_is_read(seed, tmp_path):
 
 
 def test_ties_are_stored_once(tmp_path):
-    "The same memory in the same order, transposed, and in another shape; a square weight and its transpose are not the same."
+    "The same memory in the same order, transposed or in another shape; a square weight is not its transpose."
 
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c, self.d = (
-                nn.Linear(6, 6, bias=False),
-                nn.Linear(6, 6, bias=False),
-                nn.Conv2d(6, 6, 1, bias=False),
-                nn.Linear(6, 6, bias=False),
-            )
+            self.a = nn.Linear(6, 6, bias=False)
+            self.b = nn.Linear(6, 6, bias=False)
+            self.c = nn.Conv2d(6, 6, 1, bias=False)
+            self.d = nn.Linear(6, 6, bias=False)
             w = self.a.weight.detach()
-            self.b.weight, self.c.weight, self.d.weight = (
-                nn.Parameter(w.t()),
-                nn.Parameter(w.view(6, 6, 1, 1)),
-                self.a.weight,
-            )
+            self.b.weight = nn.Parameter(w.t())
+            self.c.weight = nn.Parameter(w.view(6, 6, 1, 1))
+            self.d.weight = self.a.weight
 
         def forward(self, x):
             return self.b(self.a(self.d(self.c(x).flatten(1))))
@@ -622,14 +616,12 @@ def test_a_file_is_what_its_accounting_charges(accounting, density, tmp_path):
 
 @pytest.mark.parametrize('name', ['resnet10t', 'mobilenetv2_050', 'mobilenetv3_small_050', 'wrn_10_1'])
 def test_one_truth(name):
-    "Trained, deployed and packed: the same figures, or a reason a line; weights, scales and everything with a name are the same on both sides."
+    "Trained, lowered and packed: the same figures, or a reason a line; weights and scales agree."
     import timm
 
     torch.manual_seed(0)
-    net, x = (
-        (create_model(name, 10, small=True) if name == 'wrn_10_1' else timm.create_model(name, num_classes=10)).eval(),
-        torch.randn(2, 3, 32, 32),
-    )
+    net = (create_model(name, 10, small=True) if name == 'wrn_10_1' else timm.create_model(name, num_classes=10)).eval()
+    x = torch.randn(2, 3, 32, 32)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.bias.data.normal_(0, 0.3)
@@ -659,7 +651,7 @@ def test_one_truth(name):
     )
     assert 0 <= t['file bytes'].sum() - t['lowered bytes'].sum() < len(t)
     known = {
-        'a step: the rules charge no quantiser of the net that is trained',
+        'a scale: the rules charge no quantiser of the net that is trained',
         'done by the quantiser that reads it, which ends there',
         'the bias is zero everywhere: neither added nor stored',
     }
@@ -672,10 +664,8 @@ def test_one_truth(name):
 
 def test_a_difference_without_a_reason_is_said():
     torch.manual_seed(0)
-    net, x = (
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(),
-        torch.randn(2, 3, 8, 8),
-    )
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
     quantise_weights(net, 4)
     quantise_activations(net, x, 4)
     graph = lower(net, x)
@@ -691,12 +681,10 @@ def test_a_scale_that_is_applied_again_is_said():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.bn, self.a, self.b = (
-                nn.Conv2d(3, 8, 3),
-                nn.BatchNorm2d(8),
-                nn.Conv2d(8, 4, 1),
-                nn.Conv2d(8, 4, 1),
-            )
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.bn = nn.BatchNorm2d(8)
+            self.a = nn.Conv2d(8, 4, 1)
+            self.b = nn.Conv2d(8, 4, 1)
 
         def forward(self, x):
             y = self.bn(self.conv(x))
