@@ -675,8 +675,8 @@ def _check_same_cost(path, of_file, of_net):
     differs = abs(_but_scales(of_file) - _but_scales(of_net)) > 1e-9 * _but_scales(of_net)
     if differs or of_file.score > of_net.score * (1 + 1e-9):
         raise MicronetError(
-            f'{path} scores {of_file.score:.8f}, the net it was made of {of_net.score:.8f}, and not only scales differ: '
-            'they are not the same net'
+            f'{path} scores {of_file.score:.8f}, the net it was made of {of_net.score:.8f}, and not only scales '
+            'differ: they are not the same net'
         )
 
 # %% ../nbs/20_cifar100.ipynb #a2c3b1b4

@@ -724,8 +724,8 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation leaves a net in its mode",
-        "modes = {m: m.training for m in model.modules()}; try",
-        "modes = {}; try",
+        "modes = {m: m.training for m in model.modules()}",
+        "modes = {}",
         "recipe::test_nets_are_evaluated_in_evaluation_mode",
     ),
     Mutant(
