@@ -1,4 +1,4 @@
-"On a machine with nothing: no data set, checkpoint or network; a wheel outside a checkout; a kernel, an editor, a shell."
+"On a machine with nothing: no data, checkpoint or network; a wheel outside a checkout; a kernel, an editor, a shell."
 
 import ast
 import json

@@ -75,6 +75,8 @@ def code_of(path):
     "(where, source) of a module, or of each code cell of a notebook."
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
+        if path in MODULES:  # nbdev writes the subtitle and the names of a module, on lines of its own making
+            text = re.sub(r'(?s)\A""".*?"""$|^__all__ = \[.*?\]$', lambda m: "\n" * m[0].count("\n"), text, flags=re.M)
         return [(path.name, text)]
     cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
     return [(f"{path.name}, cell {c['id']}", "".join(c["source"])) for c in cells]
