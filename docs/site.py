@@ -1,4 +1,4 @@
-"MkDocs' hooks: the site's pages, made of the notebooks as committed, of the modules' source, and of the repository's texts."
+"MkDocs' hooks: the site's pages, made of the committed notebooks, the modules' source and the repository's texts."
 
 import base64
 import hashlib
@@ -125,7 +125,10 @@ def anchor(heading):
 
 def results(found):
     "The page Results, and the cards of the first page."
-    page, cards = ["<h1 id='Results'>Results</h1><p>The tables and pictures that the study is judged by; each stands in its notebook, with the code that makes it.</p>"], []  # fmt: skip
+    purpose = (
+        "The tables and pictures that the study is judged by; each stands in its notebook, with the code that makes it."
+    )
+    page, cards = [f"<h1 id='Results'>Results</h1><p>{purpose}</p>"], []
     for stem, headings in yaml.safe_load((HERE / "results.yml").read_text(encoding="utf-8")).items():
         title, subtitle, nb = found[stem]
         page.append(f'<h2 id="{stem}">{stem}</h2><p>{escape(subtitle)}</p>')
@@ -143,10 +146,12 @@ def results(found):
 
 def card(stem, title, subtitle, cells):
     "A notebook's first picture, else its first table, with its title."
-    kinds = [(o, k) for k in ("image/png", "text/html") for c in cells for o in c.get("outputs", []) if k in o.get("data", {})]  # fmt: skip
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    kinds = [(o, kind) for kind in ("image/png", "text/html") for o in outputs if kind in o.get("data", {})]
     shown = ""
     if kinds:
-        output = nbformat.from_dict({**kinds[0][0], "data": {kinds[0][1]: kinds[0][0]["data"][kinds[0][1]]}})
+        output, kind = kinds[0]
+        output = nbformat.from_dict({**output, "data": {kind: output["data"][kind]}})
         shown = pages.body(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])]))
     return (
         f'<div class="card"><p><a href="{stem}.html"><b>{escape(title)}</b></a><br>{escape(subtitle)}</p>{shown}</div>'
@@ -158,7 +163,8 @@ def card(stem, title, subtitle, cells):
 
 def make():
     "Every page of the site; returns its navigation."
-    made.clear(), pictures.clear()
+    made.clear()
+    pictures.clear()
     found = {stem: (title, subtitle, nb) for stem, title, subtitle, nb in notebooks()}
     for stem, (_, _, nb) in found.items():
         put(f"{stem}.md", pages.body(nb))

@@ -15,12 +15,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cifar100 import RECIPES
-from .core import MicronetError, record
+from .core import MicronetError, SWIFT, record
 from .models import create_model
 from .onnx import onnx_session, to_onnx
 from .packing import pack, unpack
 from .runtime import Runner
-from .reproduce import SWIFT
 from .training import study_data
 
 # %% ../nbs/90_benchmarks.ipynb #7139af9e
@@ -36,13 +35,16 @@ class Subject:
     folder: str = '.'  # for ONNX files
 
 # %% ../nbs/90_benchmarks.ipynb #39fc1ea9
+def _in_onnxruntime(s, form):
+    "The net as an ONNX file of this form, in a session of onnxruntime."
+    return onnx_session(to_onnx(s.graph, Path(s.folder) / f'{form}.onnx', form, s.size), s.threads)
+
+
 WAYS = {
     'module by module': lambda s: s.graph,
     'torch.compile': lambda s: torch.compile(s.graph),
-    'onnxruntime, float32': lambda s: onnx_session(
-        to_onnx(s.graph, Path(s.folder) / 'float.onnx', 'float', s.size), s.threads
-    ),
-    'onnxruntime, QDQ': lambda s: onnx_session(to_onnx(s.graph, Path(s.folder) / 'qdq.onnx', 'qdq', s.size), s.threads),
+    'onnxruntime, float32': lambda s: _in_onnxruntime(s, 'float'),
+    'onnxruntime, QDQ': lambda s: _in_onnxruntime(s, 'qdq'),
     'Runner, float32 sums': lambda s: Runner(s.graph, int8=False),
     'Runner': lambda s: Runner(s.graph),
     'Runner, compiled loops': lambda s: Runner(s.graph, compiled=True),
@@ -69,7 +71,7 @@ def _forget_peak():
     except OSError:
         pass
 
-
+# %% ../nbs/90_benchmarks.ipynb #a4021048
 def _alone(way, file, batch, size, plain, classes, threads):
     "Makes and runs a way in this process; prints how much memory that took at most, bytes, and images a second."
     torch.set_num_threads(threads)
@@ -98,26 +100,11 @@ def alone(
         raise MicronetError(f'{way!r} is none of the ways: {", ".join(WAYS)}')
     env = {**os.environ, **SWIFT} if tuned else {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}
     with tempfile.TemporaryDirectory() as folder:
-        args = [
-            way,
-            str(pack(subject.graph, Path(folder) / 'net.safetensors', {})),
-            batch,
-            subject.size,
-            subject.plain,
-            subject.classes,
-            subject.threads,
-        ]
-        done = subprocess.run(
-            [
-                sys.executable,
-                '-c',
-                'import json, sys; from micronet_nb.benchmarks import _alone; _alone(*json.loads(sys.argv[1]))',
-                json.dumps(args),
-            ],
-            capture_output=True,
-            text=True,
-            env=env,
-        )
+        file = str(pack(subject.graph, Path(folder) / 'net.safetensors', {}))
+        args = way, file, batch, subject.size, subject.plain, subject.classes, subject.threads
+        code = 'import json, sys; from micronet_nb.benchmarks import _alone; _alone(*json.loads(sys.argv[1]))'
+        command = [sys.executable, '-c', code, json.dumps(args)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise MicronetError(f'{way} did not run: {(done.stderr.strip().splitlines() or ["?"])[-1]}')
     return json.loads(done.stdout.splitlines()[-1])

@@ -20,12 +20,12 @@ def mathml(
     from latex2mathml.converter import convert
 
     try:
-        made = convert(tex.strip(), display='block' if block else 'inline')
+        converted = convert(tex.strip(), display='block' if block else 'inline')
     except Exception:  # its errors have no common class
         return f'<code>{html.escape(tex)}</code>'
-    made = made.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', '')
-    made = re.sub(r'>\\(\w+)<', lambda m: f'>{_BRACKETS.get(m[1], m[0][1:-1])}<', made)
-    return f'<code>{html.escape(tex)}</code>' if '\\' in made else made
+    converted = converted.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', '')
+    converted = re.sub(r'>\\(\w+)<', lambda m: f'>{_BRACKETS.get(m[1], m[0][1:-1])}<', converted)
+    return f'<code>{html.escape(tex)}</code>' if '\\' in converted else converted
 
 # %% ../nbs/94_pages.ipynb #a838733d
 _DIRECTIVE = re.compile(r'^#\|[ \t]*(\w+):?[ \t]*(.*?)[ \t]*\n?$', re.M)
@@ -79,7 +79,7 @@ def _code(cell):
     "A code cell for a reader: without directives; folded where it is exported, or the last one, which says `finish`."
     said, cell.source = directives(cell.source), _DIRECTIVE.sub('', cell.source).strip()
     finishes = bool(re.search(r'^finish\(', cell.source, re.M))
-    if 'export' in said or 'exports' in said or finishes:
+    if finishes or {'export', 'exporti', 'exports'} & {*said}:
         cell.metadata['fold'] = 'the result file' if finishes else _title(cell.source)
     if finishes:
         cell.outputs = [o for o in cell.outputs if o['output_type'] != 'execute_result']
@@ -100,10 +100,12 @@ def for_reading(
 
 # %% ../nbs/94_pages.ipynb #2f00e2ba
 _TEMPLATE = """{% extends 'base/display_priority.j2' %}
-{% block codecell %}<div class="cell"{% if not cell.metadata.fold %} id="cell-id={{ cell.id }}"{% endif %}>{{ super() }}</div>
+{% block codecell %}<div class="cell"{% if not cell.metadata.fold %} id="cell-id={{ cell.id }}"{% endif %}>
+{{- super() }}</div>
 {% endblock %}
 {% block input_group %}{% if cell.source %}
-{% if cell.metadata.fold %}<details class="fold"><summary>{{ cell.metadata.fold }}</summary><div id="cell-id={{ cell.id }}">{% endif %}
+{% if cell.metadata.fold %}<details class="fold"><summary>{{ cell.metadata.fold }}</summary>
+<div id="cell-id={{ cell.id }}">{% endif %}
 {{ cell.source | highlight_code(metadata=cell.metadata) }}
 {% if cell.metadata.fold %}</div></details>{% endif %}{% endif %}{% endblock %}
 {% block markdowncell %}<div id="cell-id={{ cell.id }}" class="text">{{ cell.source | markdown2html }}</div>
@@ -156,16 +158,17 @@ def body(
     nb,  # nbformat's notebook, after `for_reading`
 ) -> str:
     "The cells as HTML: links to notebooks lead to their pages, tables scroll in a box of their own."
-    made = _exporter().from_notebook_node(nb)[0]
-    made = re.sub(r'<style scoped.*?</style>', '', made, flags=re.S)
-    made = re.sub(r'<table\b.*?</table>', r'<div class="wide" tabindex="0">\g<0></div>', made, flags=re.S)
-    made = made.replace('<table border="1"', '<table')
-    return re.sub(r'(<a href="[\w./-]*?)\.ipynb(["#])', r'\1.html\2', made)
+    text = _exporter().from_notebook_node(nb)[0]
+    text = re.sub(r'<style scoped.*?</style>', '', text, flags=re.S)
+    text = re.sub(r'<table\b.*?</table>', r'<div class="wide" tabindex="0">\g<0></div>', text, flags=re.S)
+    text = text.replace('<table border="1"', '<table')
+    return re.sub(r'(<a href="[\w./-]*?)\.ipynb(["#])', r'\1.html\2', text)
 
 # %% ../nbs/94_pages.ipynb #a51eb553
 STYLE = """
 .cell { margin: .8rem 0; }
-.cell pre, .text pre { overflow-x: auto; white-space: pre; margin: .4rem 0; padding: .6rem .8rem; border-radius: 6px; line-height: 1.45; }
+.cell pre, .text pre { overflow-x: auto; white-space: pre; margin: .4rem 0; padding: .6rem .8rem; }
+.cell pre, .text pre { border-radius: 6px; line-height: 1.45; }
 .cell .highlight, .text .highlight { margin: 0; border-radius: 6px; }
 .cell pre.printed { background: none; border-left: 3px solid #8884; border-radius: 0; padding: .1rem .8rem; }
 .cell pre.error { border-left: 3px solid #cf222e; }

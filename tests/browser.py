@@ -1,7 +1,8 @@
 """Every page of the site, or of a folder of reports, in headless Chromium: python tests/browser.py FOLDER
 
-A page must say nothing on the console, ask no other host, show its formulas, and not scroll sideways at 390 px, with all that is
-folded open; the site's search must find. Only the standard library is needed, and a Chromium (CHROMIUM names another)."""
+A page must say nothing on the console, ask no other host, show its formulas, and not scroll sideways at 390 px,
+with all that is folded open; the site's search must find. Only the standard library is needed, and a Chromium
+(CHROMIUM names another)."""
 
 import http.server
 import json
@@ -115,14 +116,8 @@ def look_at(folder):
     server.said, server.done = {}, threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, open(Path(profile, "log"), "w+") as log:
-        command = [
-            chromium(),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--no-first-run",
-        ]
+        quiet = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
+        command = [chromium(), *quiet.split()]
         command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--log-level=0", "--window-size=1000,900"]
         command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
         browser = subprocess.Popen(

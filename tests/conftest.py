@@ -65,7 +65,7 @@ def assert_one_line(done, *words):
 def real_run(tmp_path_factory):
     """All notebooks of this checkout at `embedded`: the folder of their reports, and the finished command.
 
-    `make test` runs them just before, into the folder that MICRONET_TEST_REPORTS names: the command then finds each of them done."""
+    `make test` runs them just before, into the folder that MICRONET_TEST_REPORTS names: there each is found done."""
     before = OUTSIDE.get("MICRONET_TEST_REPORTS")
     out = Path(before or tmp_path_factory.mktemp("reports"))
     done = command("--out", out, env=OUTSIDE if before else os.environ)

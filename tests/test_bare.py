@@ -1,4 +1,4 @@
-"On a machine with nothing: no data set, no checkpoint, no network; a wheel outside a checkout; a kernel, an editor and a shell that start as they should."
+"On a machine with nothing: no data, checkpoint or network; a wheel outside a checkout; a kernel, an editor, a shell."
 
 import ast
 import json
@@ -185,7 +185,8 @@ def test_commands_of_the_wheel(installed, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os, torch\nfrom micronet_nb.core import SWIFT\n"
         "def net():\n    print(*(os.environ.get(k) for k in SWIFT))\n    torch.manual_seed(0)\n"
-        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 10))\n"
+        "    conv, linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(144, 10)\n"
+        "    return torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), linear)\n"
     )
     packed = run_installed(
         installed, tmp_path, "micronet-pack", "mine:net", "mine.safetensors", "--size", "3x8x8", "--data", "digits"
@@ -404,10 +405,8 @@ def test_examples_of_the_runner_name_parameters_that_there_are():
 
 def commands(text):
     "Command lines in a text: (name, arguments)."
-    found = re.findall(
-        r"(?:^|[`\s/])(micronet-(?:score|pack|eval|reproduce)|python -m micronet_nb\.\w+|accelerate launch -m micronet_nb\.\w+)((?: +[^`|#\n]*)?)",
-        text,
-    )
+    names = r"micronet-(?:score|pack|eval|reproduce)|(?:python|accelerate launch) -m micronet_nb\.\w+"
+    found = re.findall(rf"(?:^|[`\s/])({names})((?: +[^`|#\n]*)?)", text)
     return [(re.sub(r".* -m micronet_nb\.", "", name), re.split(r" {2,}", args)[0].split()) for name, args in found]
 
 

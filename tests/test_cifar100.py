@@ -1,4 +1,4 @@
-"The CIFAR-100 track: killed and stopped anywhere it ends as if it had not been; it needs no notebook tools; its mistakes are one line."
+"The CIFAR-100 track: killed and stopped anywhere it ends as if it had not been; it needs no notebook tools."
 
 import json
 import os
@@ -45,7 +45,7 @@ RECIPES["embedded"] = {r: [cut(s) for s in steps] for r, steps in RECIPES["embed
 def short():
     "Both recipes at `embedded` with a few steps each, everything else as it is."
     kept = RECIPES["embedded"]
-    exec(SHORT.replace("IMAGES", "128"), {})
+    exec(SHORT.replace("IMAGES", "64"), {})
     yield
     RECIPES["embedded"] = kept
 
@@ -70,7 +70,7 @@ def test_stopped_at_every_stage_it_ends_as_if_it_had_not_been(recipe, short, tmp
 
 def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch, capsys):
     out, runs, other, elsewhere = (tmp_path / n for n in ("out", "runs", "other", "elsewhere"))
-    code = SHORT.replace("IMAGES", "128") + "import sys\nsys.exit(micronet_cifar100())"
+    code = SHORT.replace("IMAGES", "64") + "import sys\nsys.exit(micronet_cifar100())"
     run = subprocess.Popen(
         [sys.executable, "-c", code, "--out", str(out)],
         stdout=subprocess.PIPE,
@@ -106,9 +106,8 @@ def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch,
     shutil.rmtree(runs)
     monkeypatch.setenv("MICRONET_RUNS", str(third))
     assert again(out)[0] == 0
-    assert (
-        json.loads((out / "results" / "20_cifar100.study.json").read_text())["rows"] == told
-    )  # seconds of training, too: nothing was trained anew
+    # seconds of training, too: nothing was trained anew
+    assert json.loads((out / "results" / "20_cifar100.study.json").read_text())["rows"] == told
 
 
 @pytest.mark.parametrize("recipe", ["study", "ours"])
@@ -116,9 +115,8 @@ def test_what_is_under_way_goes_on_elsewhere(recipe, short, tmp_path, monkeypatc
     "A machine a piece: each has only the stages of the one before, and the end is as if one had done it all."
     whole = run_recipe("embedded", recipe, root=tmp_path / "whole", folder=tmp_path / "rw", quiet=True)
     fit_stage = cifar100.fit_stage
-    monkeypatch.setattr(
-        cifar100, "fit_stage", lambda *args, **kwargs: fit_stage(*args, **kwargs | dict(stop=0.0))
-    )  # one batch a machine
+    # one batch a machine
+    monkeypatch.setattr(cifar100, "fit_stage", lambda *args, **kwargs: fit_stage(*args, **kwargs | dict(stop=0.0)))
     out, code, machines = tmp_path / "out", STOPPED, 0
     while code == STOPPED and machines < 60:
         machines += 1
@@ -129,9 +127,8 @@ def test_what_is_under_way_goes_on_elsewhere(recipe, short, tmp_path, monkeypatc
         monkeypatch.setenv("MICRONET_RUNS", str(machine))
         code = micronet_cifar100(["--recipe", recipe, "--out", str(out), "--minutes", "1e-6"])
     assert code == 0 and machines >= 2 * len(whole), capsys.readouterr().err
-    there = run_recipe(
-        "embedded", recipe, root=tmp_path / f"machine{machines}" / "stages", folder=tmp_path / "rt", quiet=True
-    )
+    stages = tmp_path / f"machine{machines}" / "stages"
+    there = run_recipe("embedded", recipe, root=stages, folder=tmp_path / "rt", quiet=True)
     assert [r.key for r in there] == [r.key for r in whole] and figures_of(there) == figures_of(whole)
     for a, b in zip(whole, there):
         for k, v in a.net.state_dict().items():
@@ -149,10 +146,12 @@ from micronet_nb.training import FitConfig
 assert cli.micronet_cifar100(["--recipe", "theirs"]) == 1
 def noise(seed):
     g = torch.Generator().manual_seed(seed)
-    images, labels, classes = torch.randint(0, 256, (128, 3, 8, 8), dtype=torch.uint8, generator=g), torch.arange(128) % 10, [str(i) for i in range(10)]
-    return Dataset(images=images, labels=labels, classes=classes, name="noise", split="train", fingerprint=fingerprint(images, labels, classes))
-fit = FitConfig(epochs=1, batch_size=32, augment="flip")
-steps = cifar100.our_recipe(("densenet_bc_10_4", fit), ("densenet_bc_10_4", fit), fit, fit, norms=64)
+    images = torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8, generator=g)
+    labels, classes = torch.arange(32) % 4, list("abcd")
+    key = fingerprint(images, labels, classes)
+    return Dataset(images=images, labels=labels, classes=classes, name="noise", split="train", fingerprint=key)
+fit = FitConfig(epochs=1, batch_size=16, augment="flip")
+steps = cifar100.our_recipe(("densenet_bc_10_2", fit), ("densenet_bc_10_2", fit), fit, fit, norms=32)
 rows = []
 for s in steps: rows.append(cifar100.run_step(s, rows, (noise(0), noise(1)), ((.5,)*3, (.3,)*3), quiet=True))
 print("steps done:", len(rows))

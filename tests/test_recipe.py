@@ -291,5 +291,5 @@ def test_the_bar_of_the_challenge():
 
 def test_still_batch_norms_learn_nothing():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).train()
-    cifar100.Still().on_step(SimpleNamespace(model=model))
+    cifar100.FrozenNorms().on_step(SimpleNamespace(model=model))
     assert not model[0].training and model[1].training

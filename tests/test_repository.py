@@ -1,10 +1,12 @@
 "What holds for the repository as a whole: its notebooks, its files, its installation."
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
+import tokenize
 from configparser import ConfigParser
 
 import pytest
@@ -25,11 +27,8 @@ def settings():
 
 def committed_files():
     "What Git tracks or would track; without Git, all that is not a build product."
-    listed = (
-        subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-        if shutil.which("git")
-        else None
-    )
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
     if listed and listed.returncode == 0:
         return [p for line in listed.stdout.splitlines() if (p := ROOT / line).is_file()]
     products = re.compile(r"^(\.venv|\.git|reports|runs|data/cache|.*\.egg-info)/|__pycache__|_cache/")
@@ -67,6 +66,51 @@ def test_notebook_says_what_it_is(path):
     assert first["cell_type"] == "markdown" and re.match(r"# \S.*\n\n> \S", "".join(first["source"]))
 
 
+WIDTH = 120
+MODULES = [p for p in sorted((ROOT / "micronet_nb").glob("*.py")) if p.name != "_modidx.py"]  # which nbdev writes
+PAGES = [*NOTEBOOKS, *MODULES, *sorted((ROOT / "tests").glob("*.py"))]
+
+
+def code_of(path):
+    "(where, source) of a module, or of each code cell of a notebook."
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        if path in MODULES:  # nbdev writes the subtitle and the names of a module, on lines of its own making
+            text = re.sub(r'(?s)\A""".*?"""$|^__all__ = \[.*?\]$', lambda m: "\n" * m[0].count("\n"), text, flags=re.M)
+        return [(path.name, text)]
+    cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    return [(f"{path.name}, cell {c['id']}", "".join(c["source"])) for c in cells]
+
+
+def untidy(source):
+    "(line number, what is wrong with it): too wide, or two statements joined by a semicolon."
+    wide = [(i, f"{len(line)} characters") for i, line in enumerate(source.split("\n"), 1) if len(line) > WIDTH]
+    source = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", source)  # magics
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (SyntaxError, tokenize.TokenError):
+        return wide  # a cell magic, another language
+    ends = {
+        tokenize.NEWLINE,
+        tokenize.COMMENT,
+        tokenize.ENDMARKER,
+    }  # behind a last `;` of a cell, which hides its value
+    pairs = [(t, after) for t, after in zip(tokens, tokens[1:]) if t.type == tokenize.OP and t.string == ";"]
+    return wide + [(t.start[0], "two statements") for t, after in pairs if after.type not in ends]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_lines_fit_the_page_and_hold_one_statement(path):
+    wrong = [f"{where}, line {i}: {why}" for where, source in code_of(path) for i, why in untidy(source)]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_an_untidy_line_is_found():
+    assert untidy("x = 'a; b'  # c; d\ny = 1") == [] and untidy("%matplotlib inline; x\nplot();") == []
+    assert untidy("x = 1; y = 2") == [(1, "two statements")]
+    assert untidy("\n" + "x" * 121) == [(2, "121 characters")]
+
+
 def test_conda_and_pip_install_the_same():
     env = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     pip = next(d["pip"] for d in env if isinstance(d, dict))
@@ -81,14 +125,14 @@ def test_no_machine_path_and_no_large_file():
         assert path.stat().st_size <= 2 * 2**20, f"{path} is over 2 MB: data sets and checkpoints of others stay out"
         if path.suffix == ".png":
             continue
-        text = re.sub(
-            r'"image/\w+": "[^"]*"', "", path.read_text(encoding="utf-8")
-        )  # pictures are base64, which holds anything
+        # pictures are base64, which holds anything
+        text = re.sub(r'"image/\w+": "[^"]*"', "", path.read_text(encoding="utf-8"))
         assert not (found := here.search(text)), f"{path.relative_to(ROOT)} holds {found[0]!r}: a path of one machine"
 
 
 STUB = """#!/usr/bin/env bash
-echo "$* data=${MICRONET_DATA-none} offline=${MICRONET_OFFLINE-} in $(pwd) among $(ls -A "$MICRONET_RUNS" "$MICRONET_CACHE" 2>/dev/null | wc -l) files"
+files=$(ls -A "$MICRONET_RUNS" "$MICRONET_CACHE" 2>/dev/null | wc -l)
+echo "$* data=${MICRONET_DATA-none} offline=${MICRONET_OFFLINE-} in $(pwd) among $files files"
 case "$1" in reproduce) exit $REPRODUCE ;; test) echo 'the last word of pytest'; exit $TEST ;; esac
 """
 
@@ -117,10 +161,8 @@ def test_ci_script_runs_both_commands_of_the_readme(tmp_path, data, codes):
     first, second, last = done.stdout.splitlines()
     assert re.fullmatch(f"reproduce OUT=(.*)/reports data=none offline=1 in {tmp_path / 'clone'} among 0 files", first)
     scratch = re.match("reproduce OUT=(.*)/reports", first)[1]
-    assert (
-        second
-        == f"test SCRATCH={scratch} data={tmp_path / 'shared' / 'data' if data else 'elsewhere'} offline=1 in {tmp_path / 'clone'} among 0 files"
-    )
+    where = tmp_path / "shared" / "data" if data else "elsewhere"
+    assert second == f"test SCRATCH={scratch} data={where} offline=1 in {tmp_path / 'clone'} among 0 files"
     assert last == "the last word of pytest"
     assert bool(done.returncode) == any(codes)
     assert not os.path.exists(scratch) and (ROOT / ".ci" / "run").stat().st_mode & 0o111
@@ -128,9 +170,8 @@ def test_ci_script_runs_both_commands_of_the_readme(tmp_path, data, codes):
 
 def make(folder, *args):
     "make, as if it were called from a shell: what `make test` has set for its own recipes is not handed on."
-    env = {
-        k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "SCRATCH")
-    }
+    of_make = "MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL SCRATCH".split()
+    env = {k: v for k, v in os.environ.items() if k not in of_make}
     return subprocess.run(["make", *args], cwd=folder, capture_output=True, text=True, env=env)
 
 
@@ -181,12 +222,13 @@ def test_make_hands_its_variables_on(bare):
 @needs_make
 @pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1)])
 def test_make_test_runs_the_notebooks_and_then_pytest(bare, codes):
-    "With a stand-in for Python: in sync, notebooks, pytest, in this order; what fails stops no other, and makes it fail."
+    "With a stand-in for Python: in sync, notebooks, pytest, in this order; what fails stops no other."
     (bare / ".venv" / "bin").mkdir(parents=True)
     (bare / ".venv" / ".installed").write_text(str(bare.resolve()))
     python = bare / ".venv" / "bin" / "python"
     python.write_text(
-        f'#!/bin/sh\necho "$*; runs=$MICRONET_RUNS reports=$MICRONET_TEST_REPORTS"\ncase "$*" in *check*) ;; *reproduce*) exit {codes[0]} ;; *pytest*) exit {codes[1]} ;; esac\n'
+        '#!/bin/sh\necho "$*; runs=$MICRONET_RUNS reports=$MICRONET_TEST_REPORTS"\n'
+        f'case "$*" in *check*) ;; *reproduce*) exit {codes[0]} ;; *pytest*) exit {codes[1]} ;; esac\n'
     )
     python.chmod(0o755)
     done = make(bare, "-s", "test", "SCRATCH=kept")
@@ -196,11 +238,8 @@ def test_make_test_runs_the_notebooks_and_then_pytest(bare, codes):
         "-m micronet_nb.reproduce --check-sync --readme check",
         f"-m micronet_nb.reproduce --out {kept}/reports",
     ]
-    assert (
-        told[2].startswith("-m pytest")
-        and told[2].endswith(f"tests; runs={kept}/runs reports={kept}/reports")
-        and len(told) == 3
-    )
+    assert len(told) == 3 and told[2].startswith("-m pytest")
+    assert told[2].endswith(f"tests; runs={kept}/runs reports={kept}/reports")
     for shown in ("-rs", "--no-fold-skipped", "--durations 15"):
         assert shown in told[2]
     assert bool(done.returncode) == any(codes)

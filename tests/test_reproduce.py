@@ -35,7 +35,8 @@ def wait_for(condition, what):
 def mixed(tmp_path_factory):
     "One run over notebooks that are well and notebooks that fail, each in its own way."
     root = tmp_path_factory.mktemp("mixed")
-    head = "import pandas as pd\nfinish('{stem}', profile, pd.DataFrame(dict(net=['<i>toy</i>'], score=[12345678.9])), says='Six & seven.')"
+    table = "pd.DataFrame(dict(net=['<i>toy</i>'], score=[12345678.9]))"
+    head = f"import pandas as pd\nfinish('{{stem}}', profile, {table}, says='Six & seven.')"
     toy(root / "nbs", "01_good", end=head)
     toy(root / "nbs", "02_wrong", "x = 1", "#| hide\n\nd = {'<b>': 1}\nd['<u>no</u>']")
     toy(root / "nbs", "03_dead", "os._exit(0)")
@@ -194,8 +195,14 @@ def test_killed_half_way_it_leaves_no_process_and_continues(tmp_path, how, jobs)
 
 
 def test_two_at_a_time_share_the_cores(tmp_path):
-    "Each waits for the other to begin, so that one after the other would never end; the third finds the second's error."
-    meet = "open({here!r}, 'w').write(os.environ['OMP_NUM_THREADS'])\nfor _ in range(1200):\n    if os.path.exists({there!r}): break\n    time.sleep(0.05)\nelse: raise SystemExit"
+    "Each waits for the other to begin: one after the other would never end. The third finds the second's error."
+    meet = (
+        "open({here!r}, 'w').write(os.environ['OMP_NUM_THREADS'])\n"
+        "for _ in range(1200):\n"
+        "    if os.path.exists({there!r}): break\n"
+        "    time.sleep(0.05)\n"
+        "else: raise SystemExit"
+    )
     here, there = str(tmp_path / "here"), str(tmp_path / "there")
     toy(
         tmp_path / "nbs",
@@ -227,11 +234,11 @@ def test_two_at_a_time_share_the_cores(tmp_path):
 
 
 def test_a_result_depends_on_the_files_that_were_looked_for(tmp_path):
-    "What was missing and is there now, or the other way round, runs the notebook again; and it is told what it went without."
-    data, log, end = (
-        tmp_path / "data",
-        tmp_path / "log",
-        "import subprocess\nsubprocess.run([sys.executable, '-c', 'from micronet_nb.core import find_file; find_file(\"sub/b.bin\")'], check=True)",
+    "What was missing and is there now, or the other way round, runs the notebook again; it is told what was missing."
+    data, log = tmp_path / "data", tmp_path / "log"
+    end = (
+        "import subprocess\ncode = 'from micronet_nb.core import find_file; find_file(\"sub/b.bin\")'\n"
+        "subprocess.run([sys.executable, '-c', code], check=True)"
     )
     toy(tmp_path / "nbs", "01_a", f"open({str(log)!r}, 'a').write('a')")
     toy(
@@ -335,7 +342,8 @@ def test_help_teaches():
 
 def test_record_leaves_nothing_to_export_or_clean(tmp_path):
     cells = [
-        "import warnings\nfrom micronet_nb.core import progress\nwarnings.warn('a passing remark')\nfor _ in progress(range(3)): pass\nprint(object())",
+        "import warnings\nfrom micronet_nb.core import progress\nwarnings.warn('a passing remark')\n"
+        "for _ in progress(range(3)): pass\nprint(object())",
         "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()",
         "#| export\ndef twice(x): return 2*x",
         "record('01_good.sums', [dict(sum=twice(n))], profile, config={})\ntwice(n)",
@@ -408,7 +416,7 @@ def test_every_notebook_runs_at_embedded(real_run):
 
 
 def test_no_notebook_leaves_files_where_it_runs(real_run):
-    "Whatever a notebook writes belongs to its results, its stages or the cache, never to the folder that it happens to run in."
+    "Whatever a notebook writes belongs to its results, its stages or the cache, never to the folder it runs in."
     stems = {nb.stem for nb in reproduce.find_notebooks()}
     assert {p.name for p in real_run[0].iterdir()} == {"index.html", "status.json", "results", ".lock"} | {
         f"{s}{x}" for s in stems for x in (".ipynb", ".html")
