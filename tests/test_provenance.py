@@ -135,14 +135,14 @@ def test_a_seed_in_the_name_is_the_seed_of_the_record():
 class Described:
     "A training set that is nothing but its description."
 
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, description):
+        self.description = description
 
     def describe(self):
-        return self.told
+        return self.description
 
     def __len__(self):
-        return self.told["n"]
+        return self.description["n"]
 
 
 def test_the_keys_of_before_are_still_found():
@@ -202,25 +202,20 @@ def test_training_has_the_commit_of_its_own(tmp_path, monkeypatch):
 
     with pytest.raises(training.Stopped):
         train("a" * 12 + "+", stop=0.0)
-    made = train("b" * 12)
-    assert train("c" * 12) == made
-    told = record("x.y", [dict(top1=made["top1"])], "embedded", {}, folder=tmp_path / "out", stages=[made["key"]])
-    (quoted,) = told["stages"].values()
-    assert (told["commit"], quoted["commit"], quoted["pieces"]) == ("c" * 12, "a" * 12 + "+, " + "b" * 12, 2)
-    assert (
-        quoted["seconds"] >= made["seconds"]
-        and quoted["finished"]
-        and quoted["versions"]["torch"]
-        and quoted["device"].startswith("cpu")
-    )
-    assert made["key"] in "".join(
-        record("x.z", [], "embedded", {}, folder=tmp_path / "out")["stages"]
-    )  # without being asked for
-    assert load_record("x.y", "embedded", tmp_path / "out") == told
+    result = train("b" * 12)
+    assert train("c" * 12) == result
+    value = record("x.y", [dict(top1=result["top1"])], "embedded", {}, folder=tmp_path / "out", stages=[result["key"]])
+    (quoted,) = value["stages"].values()
+    assert (value["commit"], quoted["commit"], quoted["pieces"]) == ("c" * 12, "a" * 12 + "+, " + "b" * 12, 2)
+    assert quoted["seconds"] >= result["seconds"] and quoted["finished"]
+    assert quoted["versions"]["torch"] and quoted["device"].startswith("cpu")
+    unasked = record("x.z", [], "embedded", {}, folder=tmp_path / "out")
+    assert result["key"] in "".join(unasked["stages"])
+    assert load_record("x.y", "embedded", tmp_path / "out") == value
     again = train("d" * 12, version=2)
-    assert again["key"] != made["key"]  # other code, another net
+    assert again["key"] != result["key"]  # other code, another net
     monkeypatch.setattr(training, "FIT_VERSION", 2)
-    assert train("d" * 12)["key"] not in (made["key"], again["key"])
+    assert train("d" * 12)["key"] not in (result["key"], again["key"])
 
 
 def test_a_record_keeps_what_it_was_given(tmp_path):
