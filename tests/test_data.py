@@ -550,14 +550,15 @@ def test_odd_files(tmp_path):
 def test_modes_and_sizes(tmp_path):
     rng = np.random.default_rng(0)
     colour = rng.integers(0, 256, (12, 20, 3), dtype=np.uint8)
-    for name, im in {
+    images = {
         'rgb.png': Image.fromarray(colour),
         'grey.PNG': Image.fromarray(colour).convert('L'),
         'alpha.png': Image.fromarray(colour).convert('RGBA'),
         'palette.png': Image.fromarray(colour).quantize(16),
         'photo.JPEG': Image.fromarray(colour),
         'tall.jpg': Image.fromarray(colour.transpose(1, 0, 2).copy()),
-    }.items():
+    }
+    for name, im in images.items():
         (tmp_path / 'images' / 'one').mkdir(parents=True, exist_ok=True)
         im.save(tmp_path / 'images' / 'one' / name)
     ds = load_dataset('imagefolder', 'train', tmp_path / 'images')
