@@ -220,7 +220,7 @@ def computes_otherwise(
     module: nn.Module,  # a Conv2d or Linear
     name: str = None,  # of the layer, for the message
 ) -> bool:
-    "Does a layer multiply by another weight than its `weight`? MicronetError where that cannot be seen."
+    "Does a layer multiply by another weight than its `weight`?"
     return own_weight(module) and not torch.equal(computing_weight(module, name), module.weight)
 
 # %% ../nbs/03_layers.ipynb #b61bf0c8

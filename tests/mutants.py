@@ -724,8 +724,8 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation leaves a net in its mode",
-        "for m, training in modes.items(): m.training = training",
-        "pass",
+        "finally: for m, training in modes.items(): m.training = training",
+        "finally: pass",
         "recipe::test_nets_are_evaluated_in_evaluation_mode",
     ),
     Mutant(
