@@ -530,8 +530,8 @@ MUTANTS = [
     ),
     Mutant(
         "the column of 'paper' is filled from 'laptop'",
-        "(load_record(name, p) or {}).get('rows', [])",
-        "(load_record(name, 'laptop') or {}).get('rows', [])",
+        "{p: load_record(name, p) for",
+        "{p: load_record(name, 'laptop') for",
         "records::test_each_column_is_of_its_own_profile",
     ),
     Mutant(
@@ -560,13 +560,13 @@ MUTANTS = [
     ),
     Mutant(
         "a stage does not say who made it",
-        "made=_whole(made)",
+        "made=_summary(pieces)",
         "made=None",
         "records::test_a_record_quotes_who_made_its_stages",
     ),
     Mutant(
         "a record says nothing of its stages",
-        "stages=_made(stages)",
+        "stages=_provenance_of(stages)",
         "stages={}",
         "records::test_a_record_quotes_who_made_its_stages",
     ),
@@ -669,8 +669,8 @@ MUTANTS = [
     ),
     Mutant(
         "a resumed epoch begins its chunk again",
-        "for i in range(max(first, skip), last): yield",
-        "for i in range(first, last): yield",
+        "for i in range(max(first, skip), last)",
+        "for i in range(first, last)",
         "recipe::test_a_resumed_epoch_goes_on_with_the_batches_that_are_left "
         "recipe::test_a_run_that_was_broken_off_ends_as_if_it_had_not_been[3]",
     ),

@@ -16,7 +16,7 @@ from conftest import ROOT, command, toy
 from test_repository import NOTEBOOKS, each_notebook, settings
 
 from micronet_nb import cli, core, reproduce
-from micronet_nb.core import SWIFT, MicronetError, find_file, released_figures, released_schedule, settle
+from micronet_nb.core import SWIFT, MicronetError, configure_tools, find_file, released_figures, released_schedule
 
 CHECKPOINT = "riair/densenet-100.pth.tar"
 
@@ -264,7 +264,7 @@ def told(tmp_path_factory):
     subprocess.run(["git", "init", "-q", "-b", "main", str(checkout)], check=True)
     for name in (".gitattributes", "settings.ini"):
         shutil.copy(ROOT / name, checkout)
-    return prefix, checkout, settle(prefix, checkout)
+    return prefix, checkout, configure_tools(prefix, checkout)
 
 
 def test_kernel_starts_swiftly(told):
@@ -272,11 +272,11 @@ def test_kernel_starts_swiftly(told):
     assert spec["env"] == SWIFT and spec["argv"][0] == sys.executable
 
 
-def test_settle_keeps_what_is_there_and_needs_no_git(tmp_path):
+def test_configure_tools_keeps_what_is_there_and_needs_no_git(tmp_path):
     config = tmp_path / "etc" / "jupyter" / "jupyter_server_config.json"
     config.parent.mkdir(parents=True)
     config.write_text('{"ServerApp": {"port": 1234}, "ContentsManager": {"allow_hidden": true}}')
-    settle(tmp_path, tmp_path)
+    configure_tools(tmp_path, tmp_path)
     value = json.loads(config.read_text())
     assert (
         value["ServerApp"] == {"port": 1234}

@@ -1,4 +1,4 @@
-"""Data sets when things go wrong: damaged, missing and changed files, killed and concurrent decoding; and the real CIFAR-100 where it is."""
+"""Data sets when things go wrong: damaged, missing or changed files, decoding killed or twice at once; CIFAR-100."""
 
 import dataclasses, io, json, os, signal, subprocess, sys, time, types, warnings
 
@@ -52,7 +52,7 @@ def write_parquet(path, blobs, labels, classes=CLASSES, image='img', label='fine
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    "A set in the layout of CIFAR-100 that `load_dataset` takes for it: 2 shards of 60 images, 30 for testing, 3 classes, 8x8."
+    "A small CIFAR-100 for `load_dataset`: 2 shards of 60 images, 30 for testing, 3 classes, 8x8 pixels."
     images = np.random.default_rng(0).integers(0, 256, (150, 8, 8, 3), dtype=np.uint8)
     root, blobs = tmp_path / 'root', [png(x) for x in images]
     for relative, part in zip([*SHARDS, TEST], (slice(0, 60), slice(60, 120), slice(120, 150))):
@@ -342,7 +342,11 @@ def test_full_disk(tiny, tmp_path, monkeypatch):
     assert not list((tmp_path / 'cache').rglob('*.*'))
 
 
-LOAD = "import sys; from micronet_nb.data import load_dataset; ds = load_dataset('imagefolder', 'train', sys.argv[1], size=int(sys.argv[2])); print(ds.fingerprint)"
+LOAD = """
+import sys
+from micronet_nb.data import load_dataset
+print(load_dataset('imagefolder', 'train', sys.argv[1], size=int(sys.argv[2])).fingerprint)
+"""
 
 
 def start(root, size):
@@ -546,14 +550,15 @@ def test_odd_files(tmp_path):
 def test_modes_and_sizes(tmp_path):
     rng = np.random.default_rng(0)
     colour = rng.integers(0, 256, (12, 20, 3), dtype=np.uint8)
-    for name, im in {
+    images = {
         'rgb.png': Image.fromarray(colour),
         'grey.PNG': Image.fromarray(colour).convert('L'),
         'alpha.png': Image.fromarray(colour).convert('RGBA'),
         'palette.png': Image.fromarray(colour).quantize(16),
         'photo.JPEG': Image.fromarray(colour),
         'tall.jpg': Image.fromarray(colour.transpose(1, 0, 2).copy()),
-    }.items():
+    }
+    for name, im in images.items():
         (tmp_path / 'images' / 'one').mkdir(parents=True, exist_ok=True)
         im.save(tmp_path / 'images' / 'one' / name)
     ds = load_dataset('imagefolder', 'train', tmp_path / 'images')

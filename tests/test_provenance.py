@@ -135,14 +135,14 @@ def test_a_seed_in_the_name_is_the_seed_of_the_record():
 class Described:
     "A training set that is nothing but its description."
 
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, description):
+        self.description = description
 
     def describe(self):
-        return self.told
+        return self.description
 
     def __len__(self):
-        return self.told["n"]
+        return self.description["n"]
 
 
 def test_the_keys_of_before_are_still_found():
@@ -164,17 +164,9 @@ def test_readme_says_what_was_never_run():
         "`paper` run": all(r["profile"] != "paper" for r in records),
         "ImageNet run": not any(r["name"].startswith("21_imagenet.imagenet") for r in records),
     }
-    line = next(
-        (
-            x
-            for x in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-            if x.startswith("**What has not been done.**")
-        ),
-        "",
-    )
-    assert {what for what in never if f"no {what}" in line.replace("No ", "no ")} == {
-        what for what, so in never.items() if so
-    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    line = next((x for x in readme if x.startswith("**What has not been done.**")), "").replace("No ", "no ")
+    assert {name for name in never if f"no {name}" in line} == {name for name, holds in never.items() if holds}
 
 
 def test_columns_come_from_their_own_folders(tmp_path, monkeypatch):
@@ -202,25 +194,20 @@ def test_training_has_the_commit_of_its_own(tmp_path, monkeypatch):
 
     with pytest.raises(training.Stopped):
         train("a" * 12 + "+", stop=0.0)
-    made = train("b" * 12)
-    assert train("c" * 12) == made
-    told = record("x.y", [dict(top1=made["top1"])], "embedded", {}, folder=tmp_path / "out", stages=[made["key"]])
-    (quoted,) = told["stages"].values()
-    assert (told["commit"], quoted["commit"], quoted["pieces"]) == ("c" * 12, "a" * 12 + "+, " + "b" * 12, 2)
-    assert (
-        quoted["seconds"] >= made["seconds"]
-        and quoted["finished"]
-        and quoted["versions"]["torch"]
-        and quoted["device"].startswith("cpu")
-    )
-    assert made["key"] in "".join(
-        record("x.z", [], "embedded", {}, folder=tmp_path / "out")["stages"]
-    )  # without being asked for
-    assert load_record("x.y", "embedded", tmp_path / "out") == told
+    result = train("b" * 12)
+    assert train("c" * 12) == result
+    value = record("x.y", [dict(top1=result["top1"])], "embedded", {}, folder=tmp_path / "out", stages=[result["key"]])
+    (quoted,) = value["stages"].values()
+    assert (value["commit"], quoted["commit"], quoted["pieces"]) == ("c" * 12, "a" * 12 + "+, " + "b" * 12, 2)
+    assert quoted["seconds"] >= result["seconds"] and quoted["finished"]
+    assert quoted["versions"]["torch"] and quoted["device"].startswith("cpu")
+    unasked = record("x.z", [], "embedded", {}, folder=tmp_path / "out")
+    assert result["key"] in "".join(unasked["stages"])
+    assert load_record("x.y", "embedded", tmp_path / "out") == value
     again = train("d" * 12, version=2)
-    assert again["key"] != made["key"]  # other code, another net
+    assert again["key"] != result["key"]  # other code, another net
     monkeypatch.setattr(training, "FIT_VERSION", 2)
-    assert train("d" * 12)["key"] not in (made["key"], again["key"])
+    assert train("d" * 12)["key"] not in (result["key"], again["key"])
 
 
 def test_a_record_keeps_what_it_was_given(tmp_path):

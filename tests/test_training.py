@@ -1,4 +1,4 @@
-"""What needs several processes, or a program of its own: `accelerate launch` on two CPU processes, and a kill in the middle of a checkpoint."""
+"""Training in several processes, or in a program of its own: `accelerate launch`, and kills during a checkpoint."""
 
 import copy
 import json
@@ -42,17 +42,9 @@ def data():
 def normless():
     "A net without batch norm: what an image gives does not depend on the others."
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.GroupNorm(4, 16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, 2, 1),
-        nn.GroupNorm(4, 32),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 10),
-    )
+    first = nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()
+    second = nn.Conv2d(16, 32, 3, 2, 1), nn.GroupNorm(4, 32), nn.ReLU()
+    return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
 def dense(dropout=0.0):
@@ -89,58 +81,39 @@ def figures(run):
     return [{k: v for k, v in row.items() if k not in ("seconds", "data_share")} for row in run.history]
 
 
+def same_state(a, b):
+    "Whether two nets have the same state, bit for bit."
+    return all(torch.equal(v, w) for v, w in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
 def worker(out):
     "Runs in each of the launched processes; leaves what it has seen in a file of its own."
     root, watch = Path(out), Watch()
     alone = fit(normless(), data(), CONFIG, callbacks=[watch], quiet=True)
-    rank, told = alone.world.process_index, dict(processes=alone.world.num_processes, backend=alone.world.backend)
-    told |= dict(history=alone.history, kinds=sorted(watch.kinds), dice=watch.dice)
-    save_file(
-        {k: v.contiguous() for k, v in alone.ema.module.state_dict().items()}, root / f"normless-{rank}.safetensors"
-    )
+    rank, report = alone.world.process_index, dict(processes=alone.world.num_processes, backend=alone.world.backend)
+    report |= dict(history=alone.history, kinds=sorted(watch.kinds), dice=watch.dice)
+    averaged = {k: v.contiguous() for k, v in alone.ema.module.state_dict().items()}
+    save_file(averaged, root / f"normless-{rank}.safetensors")
 
     through = fit(dense(0.2), data(), CONFIG, quiet=True)
     pieces = 0
     while not (piece := fit(dense(0.2), data(), CONFIG, folder=root / "pieces", stop=0.0, every=0.0, quiet=True)).done:
         pieces += 1
-    told |= dict(
-        pieces=pieces,
-        dense=through.history[-1]["valid_loss"],
-        in_pieces=figures(piece) == figures(through),
-        same=all(
-            torch.equal(a, b)
-            for r, s in ((through.model, piece.model), (through.ema.module, piece.ema.module))
-            for a, b in zip(r.state_dict().values(), s.state_dict().values(), strict=True)
-        ),
-    )
+    report |= dict(pieces=pieces, dense=through.history[-1]["valid_loss"], in_pieces=figures(piece) == figures(through))
+    report["same"] = same_state(through.model, piece.model) and same_state(through.ema.module, piece.ema.module)
     save_file({k: v.contiguous() for k, v in through.model.state_dict().items()}, root / f"dense-{rank}.safetensors")
 
-    told["uneven"] = message(
-        lambda: fit(normless(), data(), replace(CONFIG, batch_size=33, mixup=0.0, cutmix=0.0), quiet=True)
-    )
-    told["sync_bn"] = message(lambda: fit(dense(), data(), replace(CONFIG, sync_bn=True), quiet=True))
-    told["poisoned"] = message(
+    uneven = replace(CONFIG, batch_size=33, mixup=0.0, cutmix=0.0)
+    report["uneven"] = message(lambda: fit(normless(), data(), uneven, quiet=True))
+    report["sync_bn"] = message(lambda: fit(dense(), data(), replace(CONFIG, sync_bn=True), quiet=True))
+    report["poisoned"] = message(
         lambda: fit(normless(), data(), CONFIG, loss=poisoned, folder=root / "poisoned", quiet=True)
     )
-    nets = normless(), normless()
-    results = [
-        fit_stage(
-            "launched",
-            net,
-            data(),
-            replace(CONFIG, compile="eager"),
-            dict(model="normless"),
-            root=root / "stages",
-            quiet=True,
-        )
-        for net in nets
-    ]
-    told |= dict(
-        stage=results[0],
-        found=results[0] == results[1],
-        filled=all(torch.equal(a, b) for a, b in zip(*(net.state_dict().values() for net in nets), strict=True)),
-    )
-    (root / f"{rank}.json").write_text(json.dumps(told))
+    nets, eager = (normless(), normless()), replace(CONFIG, compile="eager")
+    stored = dict(what=dict(model="normless"), root=root / "stages", quiet=True)
+    results = [fit_stage("launched", net, data(), eager, **stored) for net in nets]
+    report |= dict(stage=results[0], found=results[0] == results[1], filled=same_state(*nets))
+    (root / f"{rank}.json").write_text(json.dumps(report))
     alone.world.destroy_process_group()
 
 
@@ -184,31 +157,31 @@ def distance(a, b):
 
 
 def test_two_processes_train_as_one(launched):
-    "Without batch norm two processes give the weights and figures of one, up to rounding; and each of them gives the same."
-    out, told = launched
-    assert [t["processes"] for t in told] == [2, 2] and told[0]["backend"] == "gloo"
-    assert told[0]["history"] == told[1]["history"] and len(told[0]["history"]) == 3
+    "Without batch norm two processes give the weights and figures of one, up to rounding, and both the same."
+    out, reports = launched
+    assert [t["processes"] for t in reports] == [2, 2] and reports[0]["backend"] == "gloo"
+    assert reports[0]["history"] == reports[1]["history"] and len(reports[0]["history"]) == 3
     mine = fit(normless(), data(), CONFIG, quiet=True)
     theirs = [load_file(out / f"normless-{rank}.safetensors") for rank in (0, 1)]
     assert distance(theirs[0], theirs[1]) == 0
     assert distance(mine.ema.module.state_dict(), theirs[0]) < 1e-4
     assert distance(normless().state_dict(), theirs[0]) > 1e-2  # it has learnt something
-    for a, b in zip(mine.history, told[0]["history"], strict=True):
+    for a, b in zip(mine.history, reports[0]["history"], strict=True):
         assert a["valid_loss"] == pytest.approx(b["valid_loss"], rel=1e-3) and a["lr"] == b["lr"]
 
 
 def test_callbacks_see_the_net_itself_and_the_same_dice(launched):
-    for told in launched[1]:
-        assert told["kinds"] == ["Sequential"]
+    for report in launched[1]:
+        assert report["kinds"] == ["Sequential"]
     assert launched[1][0]["dice"] == launched[1][1]["dice"] and len(set(launched[1][0]["dice"])) == 36
 
 
 def test_batch_norm_sees_its_share_and_the_processes_end_alike(launched):
-    "Batch norm makes two processes differ from one, but not from each other; cut into pieces they end with the same weights."
-    out, told = launched
+    "With batch norm two processes differ from one, not from each other; in pieces they end with the same weights."
+    out, reports = launched
     ends = [load_file(out / f"dense-{rank}.safetensors") for rank in (0, 1)]
     assert distance(*ends) == 0
-    for t in told:
+    for t in reports:
         assert t["pieces"] >= 3 and t["same"] and t["in_pieces"]
     assert distance(fit(dense(0.2), data(), CONFIG, quiet=True).model.state_dict(), ends[0]) > 1e-3
 
@@ -222,8 +195,8 @@ def test_what_cannot_be_shared_is_refused_in_all_processes(launched):
 
 
 def test_a_stage_is_written_once_and_found_by_all(launched):
-    out, told = launched
-    assert told[0]["stage"] == told[1]["stage"] and all(t["found"] and t["filled"] for t in told)
+    out, reports = launched
+    assert reports[0]["stage"] == reports[1]["stage"] and all(t["found"] and t["filled"] for t in reports)
     (folder,) = (out / "stages").iterdir()
     assert {p.name for p in folder.iterdir()} - {".lock"} == {"done.json", "model.safetensors"}
 
@@ -272,14 +245,16 @@ def test_trains_without_the_notebook_tools():
     "The library needs no nbdev, fastcore, papermill, matplotlib or IPython."
     code = """
 import sys
+ABSENT = 'nbdev fastcore papermill matplotlib IPython ipykernel nbformat nbconvert execnb'.split()
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('nbdev', 'fastcore', 'papermill', 'matplotlib', 'IPython', 'ipykernel', 'nbformat', 'nbconvert', 'execnb'): raise ModuleNotFoundError(name)
+        if name.split('.')[0] in ABSENT: raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 from micronet_nb.training import FitConfig, fit
 from micronet_nb.data import load_dataset
 from torch import nn
-run = fit(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), (load_dataset('digits', 'train'), load_dataset('digits', 'valid')), FitConfig(epochs=1, augment='digits'))
+data = load_dataset('digits', 'train'), load_dataset('digits', 'valid')
+run = fit(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), data, FitConfig(epochs=1, augment='digits'))
 print(run.done, len(run.history))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -343,7 +318,7 @@ def test_sensitivity_takes_the_statistics_that_the_net_was_trained_with():
 
 
 def test_evaluate_evaluates():
-    "As a copy in evaluation mode answers, image by image; and the net is left as it was, mode by mode, after an error too."
+    "As a copy in evaluation mode answers, image by image; each module keeps its mode, after an error too."
     train, valid = data()
     few, stats = valid.subset(40), dataset_stats(train)
     net = flat(nn.Dropout(0.5))
