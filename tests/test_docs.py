@@ -1,8 +1,8 @@
 "A notebook as a page for a reader, and what the site is made of."
 
 import html
+import importlib.util
 import re
-import sys
 
 import nbformat
 import pytest
@@ -12,8 +12,9 @@ from test_repository import NOTEBOOKS
 
 from micronet_nb import pages
 
-sys.path.insert(0, str(ROOT / "docs"))
-import api  # noqa: E402
+spec = importlib.util.spec_from_file_location("api", ROOT / "docs" / "api.py")
+api = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(api)
 
 
 def prose(page):
