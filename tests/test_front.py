@@ -1,6 +1,7 @@
 "The front door and the order of the rooms: what `import micronet_nb as mn` gives, and which module knows which."
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import micronet_nb as mn
@@ -23,9 +25,16 @@ SOURCES = {p.stem: p.read_text(encoding="utf-8") for p in PACKAGE.glob("*.py") i
 def test_a_verb_is_what_its_module_offers(verb):
     module = importlib.import_module(f"micronet_nb.{mn._MODULE_OF[verb]}")
     assert getattr(mn, verb) is getattr(module, verb) and verb in module.__all__
-    told = inspect.getdoc(getattr(mn, verb))
-    assert told and len(told.splitlines()) == 1
+    first, *example = inspect.getdoc(getattr(mn, verb)).splitlines()
+    assert first and (not example or example[0] == "" and example[1].startswith(">>> "))
     assert not (PACKAGE / f"{verb}.py").exists()  # else loading that module would put it in the verb's place
+
+
+def test_examples_of_the_verbs_run():
+    found = doctest.DocTestFinder(recurse=False)
+    globs = {verb: getattr(mn, verb) for verb in mn.__all__} | dict(torch=torch)
+    examples = [d for verb in mn.__all__ for d in found.find(getattr(mn, verb), verb, globs=globs) if d.examples]
+    assert examples and not any(doctest.DocTestRunner().run(d).failed for d in examples)
 
 
 def test_the_front_door_opens_at_once():
