@@ -61,6 +61,17 @@ def encode(
         return np.packbits(np.concatenate([mask, to_bits(kept, bits)]))
     return np.concatenate([np.packbits(mask), kept.view(torch.uint8).numpy()])
 
+# %% ../nbs/17_packing.ipynb #c98ec211
+def _mask(
+    data: np.ndarray,  # uint8; may go on after the mask
+    n: int,  # bits
+) -> tuple:  # (n,) bool, bytes
+    "The first n bits as booleans, and the whole bytes that they take."
+    size = (n + 7) // 8
+    if size > len(data):
+        raise MicronetError(f'a bitmask of {n:,} bits needs {size:,} bytes, the file has {len(data):,} left')
+    return np.unpackbits(data[:size], count=n).astype(bool), size
+
 # %% ../nbs/17_packing.ipynb #76831682
 def decode(
     data: np.ndarray,  # uint8; may go on after this tensor
@@ -88,17 +99,6 @@ def decode(
     out = torch.zeros(n, dtype=dtype)
     out[torch.from_numpy(mask)] = values
     return out, size
-
-# %% ../nbs/17_packing.ipynb #c98ec211
-def _mask(
-    data: np.ndarray,  # uint8; may go on after the mask
-    n: int,  # bits
-) -> tuple:  # (n,) bool, bytes
-    "The first n bits as booleans, and the whole bytes that they take."
-    size = (n + 7) // 8
-    if size > len(data):
-        raise MicronetError(f'a bitmask of {n:,} bits needs {size:,} bytes, the file has {len(data):,} left')
-    return np.unpackbits(data[:size], count=n).astype(bool), size
 
 # %% ../nbs/17_packing.ipynb #65e2f511
 _FUNCTIONS = {
@@ -155,6 +155,24 @@ def arguments(
         defaults |= {'bias': None, 'weight_bits': 4, 'wide': False}
     return {k: v for k, v in held.items() if v is not defaults[k] and v != defaults[k]}
 
+# %% ../nbs/17_packing.ipynb #f456e04d
+DTYPES = {
+    str(t).removeprefix('torch.'): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+}
+
+
+def _implied(form):
+    "The dtype that a net is taken to hold a tensor of this form in, where nothing else is said."
+    stored = form[1:] if form[0] in 'md' else form
+    return stored if stored in DTYPES and form != 'float16' else 'float32'
+
+
+def _weight_form(w, bits, dtype, masks):
+    "m or d, and the bits of an integer or the dtype of a float."
+    N, nnz, each = w.numel(), int((w != 0).sum()), bits or 8 * w.dtype.itemsize
+    masked = masks == 'always' or N + nnz * each < N * each or (bits == 1 and nnz < N)
+    return ('m' if masked else 'd') + str(bits or dtype)
+
 # %% ../nbs/17_packing.ipynb #593ea7a2
 def form_of(
     tensor: torch.Tensor,  # to be stored
@@ -176,24 +194,6 @@ def form_of(
         half = tensor.is_floating_point() and torch.equal(tensor.half().to(tensor.dtype), tensor)
         form = 'float16' if half else dtype
     return form if dtype == _implied(form) else f'{form} {dtype}'
-
-# %% ../nbs/17_packing.ipynb #f456e04d
-DTYPES = {
-    str(t).removeprefix('torch.'): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
-}
-
-
-def _implied(form):
-    "The dtype that a net is taken to hold a tensor of this form in, where nothing else is said."
-    stored = form[1:] if form[0] in 'md' else form
-    return stored if stored in DTYPES and form != 'float16' else 'float32'
-
-
-def _weight_form(w, bits, dtype, masks):
-    "m or d, and the bits of an integer or the dtype of a float."
-    N, nnz, each = w.numel(), int((w != 0).sum()), bits or 8 * w.dtype.itemsize
-    masked = masks == 'always' or N + nnz * each < N * each or (bits == 1 and nnz < N)
-    return ('m' if masked else 'd') + str(bits or dtype)
 
 # %% ../nbs/17_packing.ipynb #93d1a8da
 def _bits(kind):
@@ -431,62 +431,6 @@ def _check_weight(m, name):
         return
     check_integers(m.weight, m.weight_bits, name)
 
-# %% ../nbs/17_packing.ipynb #73d0ccf8
-def describe(
-    graph: fx.GraphModule,  # of modules that a file may name
-    masks: str,  # see `form_of`
-    about: dict,  # see `pack`
-) -> tuple:  # (what becomes JSON, Streams with the values)
-    "Structure and values of a graph."
-    nodes, out, paid, kinds = list(graph.graph.nodes), Streams(), {}, {}
-    names = list(dict.fromkeys(check_name(n.target) for n in nodes if n.op == 'call_module'))
-    of_kind = [kinds.setdefault(_kind(graph.get_submodule(n), n, masks, out, paid), len(kinds)) for n in names]
-    constants = []
-    for name, t in _constants(graph, nodes):
-        constants.append([name, list(t.shape), _put(t, name, form_of(t, key=name), out, paid)])
-    index, numbers = ({n: i for i, n in enumerate(v)} for v in (nodes, names))
-    structure = dict(
-        kinds=[json.loads(k) for k in kinds],
-        modules=[list(m) for m in zip(names, of_kind)],
-        constants=constants,
-        nodes=[encode_node(n, index, numbers) for n in nodes],
-        names=None if _default_names(nodes) else [n.name for n in nodes],
-        about=about,
-    )
-    return structure, out
-
-# %% ../nbs/17_packing.ipynb #989fbfa9
-FORMAT = 2  # 1: as 2, without weights that are tied in another order or shape, and infinite arguments
-
-
-def _put(tensor, name, form, out, paid):
-    "Writes a tensor that is not written yet; its form, or =NAME where it is."
-    _check_finite(tensor, name)
-    memory = tensor.data_ptr(), tensor.numel(), tensor.dtype
-    others = paid.setdefault(memory, []) if tensor.numel() else []
-    for first, stored in others:
-        if (order := _order(stored, tensor)) is None:
-            continue
-        if order or stored.shape != tensor.shape or first == name:
-            out.version = FORMAT
-        return f'={first}{order}'
-    others.append((name, tensor))
-    out.write(tensor.detach().cpu(), form)
-    return form
-
-
-def _kind(module, name, masks, out, paid):
-    "Writes a module's tensors; returns its class, arguments and forms as JSON."
-    args = arguments(module, name)
-    if infinite := {k: {'f': repr(v)} for k, v in args.items() if isinstance(v, float) and not math.isfinite(v)}:
-        args, out.version = args | infinite, FORMAT
-    keys = _check_made(module, name, _make(type(module).__name__, args))
-    if hasattr(module, 'weight_bits'):
-        _check_weight(module, f'{name}.weight')
-    tensors = {k: operator.attrgetter(k)(module) for k in keys}
-    forms = {k: _put(t, f'{name}.{k}', form_of(t, module, k, masks), out, paid) for k, t in tensors.items()}
-    return json.dumps([type(module).__name__, args, forms])
-
 # %% ../nbs/17_packing.ipynb #2c5f0815
 def _value(v):
     "An argument as Python has it: lists are tuples, {'f': 'inf'} is infinity."
@@ -537,6 +481,38 @@ def _check_made(module, name, made):
     _check_attributes(module, name, made)
     return [*wanted]
 
+# %% ../nbs/17_packing.ipynb #989fbfa9
+FORMAT = 2  # 1: as 2, without weights that are tied in another order or shape, and infinite arguments
+
+
+def _put(tensor, name, form, out, paid):
+    "Writes a tensor that is not written yet; its form, or =NAME where it is."
+    _check_finite(tensor, name)
+    memory = tensor.data_ptr(), tensor.numel(), tensor.dtype
+    others = paid.setdefault(memory, []) if tensor.numel() else []
+    for first, stored in others:
+        if (order := _order(stored, tensor)) is None:
+            continue
+        if order or stored.shape != tensor.shape or first == name:
+            out.version = FORMAT
+        return f'={first}{order}'
+    others.append((name, tensor))
+    out.write(tensor.detach().cpu(), form)
+    return form
+
+
+def _kind(module, name, masks, out, paid):
+    "Writes a module's tensors; returns its class, arguments and forms as JSON."
+    args = arguments(module, name)
+    if infinite := {k: {'f': repr(v)} for k, v in args.items() if isinstance(v, float) and not math.isfinite(v)}:
+        args, out.version = args | infinite, FORMAT
+    keys = _check_made(module, name, _make(type(module).__name__, args))
+    if hasattr(module, 'weight_bits'):
+        _check_weight(module, f'{name}.weight')
+    tensors = {k: operator.attrgetter(k)(module) for k in keys}
+    forms = {k: _put(t, f'{name}.{k}', form_of(t, module, k, masks), out, paid) for k, t in tensors.items()}
+    return json.dumps([type(module).__name__, args, forms])
+
 # %% ../nbs/17_packing.ipynb #7d1a7e3d
 def _constants(graph, nodes):
     "(name, tensor) of every stored tensor that the graph reads directly."
@@ -551,6 +527,30 @@ def _default_names(nodes):
     "Would torch.fx give the nodes these names by itself?"
     probe = fx.Graph()
     return all(probe.create_node(n.op, n.target).name == n.name for n in nodes)
+
+# %% ../nbs/17_packing.ipynb #73d0ccf8
+def describe(
+    graph: fx.GraphModule,  # of modules that a file may name
+    masks: str,  # see `form_of`
+    about: dict,  # see `pack`
+) -> tuple:  # (what becomes JSON, Streams with the values)
+    "Structure and values of a graph."
+    nodes, out, paid, kinds = list(graph.graph.nodes), Streams(), {}, {}
+    names = list(dict.fromkeys(check_name(n.target) for n in nodes if n.op == 'call_module'))
+    of_kind = [kinds.setdefault(_kind(graph.get_submodule(n), n, masks, out, paid), len(kinds)) for n in names]
+    constants = []
+    for name, t in _constants(graph, nodes):
+        constants.append([name, list(t.shape), _put(t, name, form_of(t, key=name), out, paid)])
+    index, numbers = ({n: i for i, n in enumerate(v)} for v in (nodes, names))
+    structure = dict(
+        kinds=[json.loads(k) for k in kinds],
+        modules=[list(m) for m in zip(names, of_kind)],
+        constants=constants,
+        nodes=[encode_node(n, index, numbers) for n in nodes],
+        names=None if _default_names(nodes) else [n.name for n in nodes],
+        about=about,
+    )
+    return structure, out
 
 # %% ../nbs/17_packing.ipynb #2b658fd2
 _BLANK = '0' * 64  # in place of the digest
@@ -663,6 +663,26 @@ def unseal(
     except Exception as e:  # safetensors has errors of many kinds
         raise MicronetError(f'{path} is no safetensors file, whatever its SHA-256: {e}') from e
 
+# %% ../nbs/17_packing.ipynb #82c53043
+def _tied(name, shape, reference, made):
+    "A tensor that is in the file already, in its own order of dimensions or another."
+    first, _, order = reference.partition(' ')
+    if (value := made.get(first)) is None or value.numel() != math.prod(shape):
+        raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
+    return _viewed(value, shape, [int(d) for d in order] or range(len(shape)))
+
+
+def _tensor(name, shape, form, streams, made, rows, module='', cls='constant', like=0):
+    "A tensor of the file: read, or found where another has it too."
+    if form[0] == '=':
+        value, size = _tied(name, shape, form[1:], made), 0
+    else:
+        value, size = streams.read(form, shape, like)
+    made[name] = value
+    row = dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel())
+    rows.append(row | dict(nonzero=int((value != 0).sum()), bytes=size))
+    return value
+
 # %% ../nbs/17_packing.ipynb #20fb107e
 def _module(name, kind, streams, made, rows):
     "A module with its tensors; a row each is added to `rows`."
@@ -683,26 +703,6 @@ def _module(name, kind, streams, made, rows):
         else:
             part._buffers[k] = value
     return m
-
-# %% ../nbs/17_packing.ipynb #82c53043
-def _tied(name, shape, reference, made):
-    "A tensor that is in the file already, in its own order of dimensions or another."
-    first, _, order = reference.partition(' ')
-    if (value := made.get(first)) is None or value.numel() != math.prod(shape):
-        raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
-    return _viewed(value, shape, [int(d) for d in order] or range(len(shape)))
-
-
-def _tensor(name, shape, form, streams, made, rows, module='', cls='constant', like=0):
-    "A tensor of the file: read, or found where another has it too."
-    if form[0] == '=':
-        value, size = _tied(name, shape, form[1:], made), 0
-    else:
-        value, size = streams.read(form, shape, like)
-    made[name] = value
-    row = dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel())
-    rows.append(row | dict(nonzero=int((value != 0).sum()), bytes=size))
-    return value
 
 # %% ../nbs/17_packing.ipynb #95dcbdd6
 def _build(tensors):
@@ -753,28 +753,6 @@ def unpack(
 ) -> fx.GraphModule:
     "The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told."
     return _open(path)[0]
-
-# %% ../nbs/17_packing.ipynb #70ed59da
-def pack(
-    graph,  # fx.GraphModule of integer and plain modules, or a model that torch.fx can trace to one; left as it was
-    path,  # file to make or replace, atomically
-    about: dict = None,  # input_size, accounting, dataset, pixels; None: what `lower` or `unpack` knew
-    masks: str = None,  # 'always' or 'paying', see `form_of`; None: as about's accounting charges, else 'paying'
-) -> Path:
-    "Writes a net as a safetensors file, and keeps it where it unpacks to the same net."
-    if masks not in ('always', 'paying', None):
-        raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
-    given, graph = graph, as_graph(graph)
-    known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
-    about = known | check_about(graph.meta.get('about', {}) if about is None else about)
-    masks = masks or ('always' if ACCOUNTINGS[about.get('accounting', 'official')].riair else 'paying')
-    structure, out = describe(graph, masks, about)
-    data = seal(out.joined() | {'graph': compress(structure)}, out.version)
-    with atomic_path(path) as tmp:
-        tmp.write_bytes(data)
-        if difference := _differs(graph, given, tmp, about):
-            raise MicronetError(f'{path} is not written, for the file would not be the net: {difference}')
-    return Path(path)
 
 # %% ../nbs/17_packing.ipynb #4e00e670
 def _example(graph, about):
@@ -844,12 +822,53 @@ def _differs(graph, given, path, about):
         return ''  # the second, since another order in memory is another order of sums
     return 'it answers otherwise'
 
+# %% ../nbs/17_packing.ipynb #70ed59da
+def pack(
+    graph,  # fx.GraphModule of integer and plain modules, or a model that torch.fx can trace to one; left as it was
+    path,  # file to make or replace, atomically
+    about: dict = None,  # input_size, accounting, dataset, pixels; None: what `lower` or `unpack` knew
+    masks: str = None,  # 'always' or 'paying', see `form_of`; None: as about's accounting charges, else 'paying'
+) -> Path:
+    "Writes a net as a safetensors file, and keeps it where it unpacks to the same net."
+    if masks not in ('always', 'paying', None):
+        raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
+    given, graph = graph, as_graph(graph)
+    known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
+    about = known | check_about(graph.meta.get('about', {}) if about is None else about)
+    masks = masks or ('always' if ACCOUNTINGS[about.get('accounting', 'official')].riair else 'paying')
+    structure, out = describe(graph, masks, about)
+    data = seal(out.joined() | {'graph': compress(structure)}, out.version)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(data)
+        if difference := _differs(graph, given, tmp, about):
+            raise MicronetError(f'{path} is not written, for the file would not be the net: {difference}')
+    return Path(path)
+
 # %% ../nbs/17_packing.ipynb #afd039b2
 def contents(
     path,  # a packed file
 ) -> pd.DataFrame:  # a row per tensor
     "What lies in a packed file: form, numbers, nonzeros and bytes of each tensor."
     return pd.DataFrame(_open(path)[1], columns=['tensor', 'module', 'kind', 'form', 'numbers', 'nonzero', 'bytes'])
+
+# %% ../nbs/17_packing.ipynb #fb93e64e
+def _why(r):
+    "Why a module is stored in other than the charged bytes; '' where rounding up to whole bytes is all."
+    more = r.difference > 0
+    layer = r.kind in ('IntConv2d', 'IntLinear', 'Conv2d', 'Linear')
+    if 0 <= r.difference < 1:
+        return ''
+    if 'BatchNorm' in r.kind:
+        return 'not folded: four vectors and a counter, charged as one scale and one bias'
+    if r.kind in ('ScaleBias', 'constant') and more:
+        return 'FP16 would lose something: stored in 32 bits, charged as 16'
+    if r.kind == 'ScaleBias':
+        return 'one number for all channels, charged once a channel'
+    if layer and r.form[0] == 'd' and not more:
+        return 'stored without a mask, charged with one'
+    if layer and r.form[0] == 'm' and more:
+        return 'stored with a mask, charged without'
+    return 'charged here: the batch norm that follows' if layer and not more else 'not explained'
 
 # %% ../nbs/17_packing.ipynb #05c982ee
 def bill(
@@ -874,25 +893,6 @@ def bill(
     table['why'] = [_why(r) for r in table.itertuples()]
     return table
 
-# %% ../nbs/17_packing.ipynb #fb93e64e
-def _why(r):
-    "Why a module is stored in other than the charged bytes; '' where rounding up to whole bytes is all."
-    more = r.difference > 0
-    layer = r.kind in ('IntConv2d', 'IntLinear', 'Conv2d', 'Linear')
-    if 0 <= r.difference < 1:
-        return ''
-    if 'BatchNorm' in r.kind:
-        return 'not folded: four vectors and a counter, charged as one scale and one bias'
-    if r.kind in ('ScaleBias', 'constant') and more:
-        return 'FP16 would lose something: stored in 32 bits, charged as 16'
-    if r.kind == 'ScaleBias':
-        return 'one number for all channels, charged once a channel'
-    if layer and r.form[0] == 'd' and not more:
-        return 'stored without a mask, charged with one'
-    if layer and r.form[0] == 'm' and more:
-        return 'stored with a mask, charged without'
-    return 'charged here: the batch norm that follows' if layer and not more else 'not explained'
-
 # %% ../nbs/17_packing.ipynb #03177acf
 def half_scales(
     model,  # graph or model; left as it is
@@ -906,25 +906,6 @@ def half_scales(
                 raise MicronetError(f'{name}.{k} reaches {float(t.abs().max()):g}, and FP16 ends at 65504')
             t.data = t.half().to(t.dtype)
     return graph
-
-# %% ../nbs/17_packing.ipynb #f9688f6a
-def compare_charges(
-    model: nn.Module,  # as `lower` was given it
-    graph: fx.GraphModule,  # what `lower` made of it
-    path=None,  # the file that `pack` made of that; None: one is made for the purpose
-    accounting: str = 'official',  # convention to charge by
-) -> pd.DataFrame:  # a row per layer, scale and operation; the columns add up to the scores
-    "What a net is charged before and after `lower` (operations, bytes), beside its file; `why` explains differences."
-    if path is None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pack(graph, Path(folder) / 'net', dict(accounting=accounting))
-            return compare_charges(model, graph, path, accounting)
-    size = graph.meta['input_size']
-    before, after = (score(net, size, accounting=accounting, corrected=True) for net in (model, graph))
-    stored, owners = contents(path), _owners(graph)
-    lines = [_line(a, b, owners, stored) for a, b in _paired(_lines(before, {}), _lines(after, owners))]
-    figures = ['simulated', 'lowered', 'simulated bytes', 'lowered bytes', 'file bytes']
-    return pd.DataFrame(lines, columns=['name', 'kind', 'shape', *figures, 'why'])
 
 # %% ../nbs/17_packing.ipynb #0570d81f
 def _owners(graph):
@@ -1038,6 +1019,25 @@ def _line(a, b, owners, stored):
     reasons = _changed(a, b, ops, size, owners), _why(difference) if len(rows) or size[1] else ''
     first = a or b
     return first['name'], first['kind'], first['shape'], *ops, *size, in_file, '; '.join(filter(None, reasons))
+
+# %% ../nbs/17_packing.ipynb #f9688f6a
+def compare_charges(
+    model: nn.Module,  # as `lower` was given it
+    graph: fx.GraphModule,  # what `lower` made of it
+    path=None,  # the file that `pack` made of that; None: one is made for the purpose
+    accounting: str = 'official',  # convention to charge by
+) -> pd.DataFrame:  # a row per layer, scale and operation; the columns add up to the scores
+    "What a net is charged before and after `lower` (operations, bytes), beside its file; `why` explains differences."
+    if path is None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pack(graph, Path(folder) / 'net', dict(accounting=accounting))
+            return compare_charges(model, graph, path, accounting)
+    size = graph.meta['input_size']
+    before, after = (score(net, size, accounting=accounting, corrected=True) for net in (model, graph))
+    stored, owners = contents(path), _owners(graph)
+    lines = [_line(a, b, owners, stored) for a, b in _paired(_lines(before, {}), _lines(after, owners))]
+    figures = ['simulated', 'lowered', 'simulated bytes', 'lowered bytes', 'file bytes']
+    return pd.DataFrame(lines, columns=['name', 'kind', 'shape', *figures, 'why'])
 
 # %% ../nbs/17_packing.ipynb #45e7d234
 def parts_of(

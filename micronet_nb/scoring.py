@@ -1116,7 +1116,6 @@ def _merged(values):
     bits = max(v.bits + (signed and not v.signed) for v in values)
     return Value(bits, signed, values[0].scale, values[0].low)
 
-
 # %% ../nbs/05_scoring.ipynb #7ecc7855
 def _stays(node, v):
     return v
@@ -1197,7 +1196,6 @@ def _operand_bits(node, known):
     on_grid = node in known and known[node].scale is not None
     return max((v.bits if on_grid else v.float_bits for v in values), default=32)
 
-
 # %% ../nbs/05_scoring.ipynb #00516a9e
 def _weight_bits(
     module: nn.Module,  # a layer
@@ -1233,7 +1231,6 @@ def _layer_bits(c, node, known):
         return bw, 32, v.signed, None
     ba = v.bits if v.bits < 16 else 32
     return bw, ba, v.signed, LayerSpec(bw, ba, v.signed, v.scale if isinstance(v.scale, float) else None)
-
 
 # %% ../nbs/05_scoring.ipynb #dcdfe7ea
 def _absorbed(c, node, readers):

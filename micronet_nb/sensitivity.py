@@ -376,7 +376,6 @@ def measure_sensitivity(
 
     return _kept_rows(measure, names, place, list(every), quiet)
 
-
 # %% ../nbs/06_sensitivity.ipynb #75d219cd
 def _pivot(table, kind, value='increase'):
     "Layers by levels, from the mildest level on."
