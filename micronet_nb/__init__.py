@@ -8,6 +8,7 @@ _MODULE_OF = {
     # nets and data
     'create_model': 'models',
     'load_published': 'released',
+    'published_nets': 'released',
     'load_released': 'released',
     'load_dataset': 'data',
     # training
@@ -16,6 +17,7 @@ _MODULE_OF = {
     'evaluate': 'training',
     'normalised': 'training',
     'kd_loss': 'distillation',
+    'AsTeacher': 'distillation',
     'Ensemble': 'distillation',
     # pruning
     'measure_sensitivity': 'sensitivity',
@@ -28,6 +30,7 @@ _MODULE_OF = {
     'param_sparsity': 'pruning',
     'untouched': 'layers',
     # quantisation
+    'calibrate': 'activations',
     'quantise_activations': 'activations',
     'remove_activation_quantisers': 'activations',
     'quantise_weights': 'weights',
@@ -48,13 +51,19 @@ __all__ = [*_MODULE_OF]
 
 def __getattr__(name):
     "A verb, from the module that has it."
-    if name not in _MODULE_OF:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from importlib import import_module
+    from importlib.util import find_spec
+
+    if name not in _MODULE_OF:
+        if not name.startswith('_') and find_spec(f'{__name__}.{name}'):
+            return import_module(f'.{name}', __name__)
+        british = name.replace('iz', 'is')
+        hint = f'; British spelling: {british}' if british in _MODULE_OF else ''
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}{hint}')
 
     globals()[name] = verb = getattr(import_module(f'.{_MODULE_OF[name]}', __name__), name)
     return verb
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, '__version__'])

@@ -212,7 +212,7 @@ MODULES = {
         nn.AdaptiveAvgPool2d,
         nn.AdaptiveMaxPool2d,
     )
-}  # by name: taken whole by `as_graph`, and all that a packed file may name; takes more
+}  # by name: taken whole by `as_graph`, and all that a packed file may name; add a class of your own here
 
 # %% ../nbs/12_integer.ipynb #2510a773
 def first_in_front(

@@ -382,7 +382,7 @@ def _build(recorded):
         else:
             op = node.meta['op']
             if op not in RULES:
-                _refuse(node, f'no rule is known for it; RULES[{op!r}] takes one')
+                _refuse(node, f'no rule is known for it; add one with @rule({op!r}) of micronet_nb.lowering')
             low.values[node] = RULES[op](low, node)
     graph = fx.GraphModule(low.modules, low.graph, 'Lowered').eval()
     graph.graph.eliminate_dead_code()

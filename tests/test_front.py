@@ -30,6 +30,14 @@ def test_a_verb_is_what_its_module_offers(verb):
     assert not (PACKAGE / f"{verb}.py").exists()  # else loading that module would put it in the verb's place
 
 
+def test_a_module_is_there_and_a_slip_of_spelling_is_told():
+    assert mn.scoring is importlib.import_module("micronet_nb.scoring") and "_MODULE_OF" not in dir(mn)
+    with pytest.raises(AttributeError, match="no attribute 'quantize_weights'; British spelling: quantise_weights"):
+        mn.quantize_weights
+    with pytest.raises(AttributeError, match="no attribute 'paint'$"):
+        mn.paint
+
+
 def test_examples_of_the_verbs_run():
     found = doctest.DocTestFinder(recurse=False)
     globs = {verb: getattr(mn, verb) for verb in mn.__all__} | dict(torch=torch)
