@@ -763,8 +763,8 @@ def _judge(rows, args, root, folder):
     tops = on_test(rows, test, stats, n, root)
     write_rows(rows, args.profile, args.recipe, args.seed, args.last_seed, args.whole, folder, tops)
     print(f"all {len(rows)} steps are done. Test: " + ', '.join(f'{k} {v:.2f} %' for k, v in tops.items()))
-    if args.recipe == 'published':  # what it leaves out on the way to a file, a notebook argues
-        print('22_champion packs the net')
+    if args.recipe == 'published':  # its file would cost more than the net that was counted
+        print('not packed: first take out the grids in front of h-swish, which a file pays for')
         return
     path = (args.out or results_dir(args.profile)) / f"{args.recipe}-{rows[-1].key}.safetensors"
     in_file = pack_and_judge(rows[-1].net, path, train, test, stats, n)
