@@ -84,7 +84,7 @@ def test_only_checkpoint_and_data_sets_are_looked_for():
         "'m/v.bin'",
         "'m/u.bin'",
         "'m/t.bin'",
-        "told",  # a file of data/published/nets.json, its SHA-256 beside it
+        "entry",  # a file of data/published/nets.json, its SHA-256 beside it
         "n",
     }  # the runner: what a notebook has asked for
 

@@ -87,7 +87,7 @@ def rows_of(tmp_path, record="21_imagenet.imagenet.untrained"):
 
 def test_every_row_of_the_slides(tmp_path, here, monkeypatch):
     "Prune, sweep, quantise: the whole table, one step a row; small nets stand in for two of the teachers."
-    monkeypatch.setattr(imagenet, "NETS", imagenet.NETS | {"MixNet-M": "mixnet_s", ROLES[3]: "densenet_bc_10_4"})
+    monkeypatch.setattr(imagenet, "NETS", imagenet.NETS | {"MixNet-M": "mixnet_s", ROLES[3]: "mobilenetv3_small_050"})
     code, said, wrong = here(*SMALL, "--epoch-images", 8)
     assert code == 0, wrong
     rows = rows_of(tmp_path)
