@@ -398,10 +398,10 @@ def shapes_and_orders(
 # %% ../nbs/12_integer.ipynb #e007f0d1
 def shapes_of(
     graph: fx.GraphModule,  # any
-    x: torch.Tensor,  # (n, ...) input
+    example: torch.Tensor,  # (n, ...) input
 ) -> dict:  # node to the shape of its value, where that is a tensor
-    "The shapes of all values; a graph that does not run on x, or overwrites a value, is refused."
-    return shapes_and_orders(graph, x)[0]
+    "The shapes of all values; a graph that does not run on it, or overwrites a value, is refused."
+    return shapes_and_orders(graph, example)[0]
 
 # %% ../nbs/12_integer.ipynb #4b202494
 def padded(

@@ -259,12 +259,12 @@ def _recorded_run(model, x, recorder):
 @torch.no_grad()
 def capture(
     model: nn.Module,  # left as it was; runs in evaluation mode
-    x: torch.Tensor,  # (n, ...) example, n > 1
+    example: torch.Tensor,  # (n, ...), n > 1
 ) -> tuple:  # (fx.Graph, output of the model)
     "All that a net does with an example, as a graph; a net that is not one tensor to one tensor is refused."
     check_plain(model)
-    recorder, name = Recorder(model, x), type(model).__name__
-    out = _recorded_run(model, x, recorder)
+    recorder, name = Recorder(model, example), type(model).__name__
+    out = _recorded_run(model, example, recorder)
     if not isinstance(out, torch.Tensor):
         raise MicronetError(
             f'{name} returns a {type(out).__name__}: only nets that return one tensor can be lowered; '

@@ -300,15 +300,15 @@ def to_onnx(
     graph,  # fx.GraphModule of `lower` or `unpack`, or a model of integer modules that torch.fx can trace
     path,  # file to make or replace, atomically
     form: str = 'qdq',  # integers, QuantizeLinear and DequantizeLinear; 'float': float32 weights, Round and Clip
-    size: tuple = None,  # of one input, such as (3, 32, 32); None: as `lower` or the packed file says
+    input_size: tuple = None,  # of one input, such as (3, 32, 32); None: as `lower` or the packed file says
 ) -> Path:
     "Writes a net as an ONNX file for float32 batches of any length, checked by onnx."
     if form not in ('qdq', 'float'):
         raise MicronetError(f"form is 'qdq' or 'float', not {form!r}")
     graph = as_graph(graph)
-    if size is None and 'input_size' not in graph.meta:
-        raise MicronetError('this graph does not say what its input is: give size, such as (3, 32, 32)')
-    data = _model(graph, form, tuple(size or graph.meta['input_size'])).SerializeToString()
+    if input_size is None and 'input_size' not in graph.meta:
+        raise MicronetError('this graph does not say what its input is: give input_size, such as (3, 32, 32)')
+    data = _model(graph, form, tuple(input_size or graph.meta['input_size'])).SerializeToString()
     with atomic_path(path) as tmp:
         tmp.write_bytes(data)
     return Path(path)

@@ -154,7 +154,7 @@ def test_one_bit_below_zero_opens_in_onnxruntime(tmp_path):
     conv.weight.data = torch.randint(-7, 8, conv.weight.shape, generator=torch.Generator().manual_seed(0)).float()
     net = nn.Sequential(scale, Quantise(1, low=-1), conv).eval()
     x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 3
-    session = onnx_session(to_onnx(net, tmp_path / "net.onnx", size=(3, 4, 4)))
+    session = onnx_session(to_onnx(net, tmp_path / "net.onnx", input_size=(3, 4, 4)))
     assert torch.equal(session(x), net(x))
     assert (net[:2](x) == -1).any()
 

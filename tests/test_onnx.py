@@ -46,7 +46,7 @@ def test_weights(bits, tmp_path):
         layer.weight.data = values.view(layer.weight.shape)
         shape = (3, 1) if isinstance(layer, nn.Linear) else (3, 1, 2, 2)
         x = torch.tensor([1.0, 2.0, -3.0]).view(3, *[1] * (len(shape) - 1)).expand(shape)
-        path = to_onnx(nn.Sequential(layer), tmp_path / 'w.onnx', size=shape[1:])
+        path = to_onnx(nn.Sequential(layer), tmp_path / 'w.onnx', input_size=shape[1:])
         assert torch.equal(onnx_session(path)(x), layer(x))
         (w,) = [t for t in onnx.load(path).graph.initializer if t.name == '0.weight']
         assert onnx.TensorProto.DataType.Name(w.data_type) == carrier(bits)
@@ -126,7 +126,7 @@ def test_quantisers_next_to_anything(middle, tmp_path):
         ):
             net = nn.Sequential(*net)
             assert torch.allclose(
-                onnx_session(to_onnx(net, tmp_path / 'x.onnx', size=x.shape[1:]))(x), net(x), atol=1e-4
+                onnx_session(to_onnx(net, tmp_path / 'x.onnx', input_size=x.shape[1:]))(x), net(x), atol=1e-4
             ), (a, b, net)
 
 
@@ -164,7 +164,7 @@ def test_refusals(tmp_path):
 
     def refused(net, words, size=(3, 8, 8), **kwargs):
         with pytest.raises(MicronetError, match=words):
-            to_onnx(net, path, size=size, **kwargs)
+            to_onnx(net, path, input_size=size, **kwargs)
         assert [*tmp_path.iterdir()] == []
 
     class Sorts(nn.Module):
@@ -178,7 +178,7 @@ def test_refusals(tmp_path):
     refused(nn.Sequential(nn.Conv2d(3, 2, 3, padding=1, padding_mode='reflect')), "its padding is 'reflect'")
     refused(nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), 'divisor_override=3')
     refused(nn.Sequential(IntConv2d(3, 1, 1)), 'not whole numbers')
-    refused(nn.Sequential(nn.ReLU()), 'give size', size=None)
+    refused(nn.Sequential(nn.ReLU()), 'give input_size', size=None)
     refused(nn.Sequential(nn.ReLU()), "form is 'qdq' or 'float'", form='int')
     with pytest.raises(MicronetError, match='does not exist'):
         onnx_session(path)
@@ -188,7 +188,7 @@ def test_refusals(tmp_path):
 
 
 def test_old_file_stays(tmp_path, monkeypatch):
-    path = to_onnx(nn.Sequential(nn.ReLU()), tmp_path / 'x.onnx', size=(3,))
+    path = to_onnx(nn.Sequential(nn.ReLU()), tmp_path / 'x.onnx', input_size=(3,))
     before = path.read_bytes()
 
     def broken(*args, **kwargs):
@@ -196,7 +196,7 @@ def test_old_file_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(onnx.checker, 'check_model', broken)
     with pytest.raises(MicronetError, match='refuses what was written'):
-        to_onnx(nn.Sequential(nn.Tanh()), path, size=(3,))
+        to_onnx(nn.Sequential(nn.Tanh()), path, input_size=(3,))
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
@@ -210,7 +210,7 @@ def test_ones_own_rule(tmp_path):
     try:
         exports(torch.special.expit)(lambda e, input: e('Sigmoid', input))
         x = torch.randn(2, 3)
-        assert torch.allclose(onnx_session(to_onnx(Doubles(), tmp_path / 'x.onnx', size=(3,)))(x), x.sigmoid())
+        assert torch.allclose(onnx_session(to_onnx(Doubles(), tmp_path / 'x.onnx', input_size=(3,)))(x), x.sigmoid())
     finally:
         RULES.pop(torch.special.expit, None)
 
@@ -257,7 +257,7 @@ def test_every_pool(kind, size, tmp_path):
     assert len(pools) > 40
     net = Pools(pools)
     with torch.no_grad():
-        found, expected = onnx_session(to_onnx(net, tmp_path / 'p.onnx', size=x.shape[1:]), threads=1)(x), net(x)
+        found, expected = onnx_session(to_onnx(net, tmp_path / 'p.onnx', input_size=x.shape[1:]), threads=1)(x), net(x)
     assert found.shape == expected.shape
     wrong = [
         p
@@ -276,7 +276,7 @@ def test_padding_modes(mode, tmp_path):
     ).eval()
     x = torch.randn(3, 2, 5, 6)
     with pytest.raises(MicronetError, match=f"its padding is '{mode}': lower the net first"):
-        to_onnx(nn.Sequential(net[0]), tmp_path / 'x.onnx', size=(2, 5, 6))
+        to_onnx(nn.Sequential(net[0]), tmp_path / 'x.onnx', input_size=(2, 5, 6))
     assert not list(tmp_path.iterdir())
     graph = lower(net, x, torch.float32)
     assert torch.allclose(onnx_session(to_onnx(graph, tmp_path / 'x.onnx'))(x), net(x), atol=1e-5)
@@ -286,7 +286,7 @@ def test_non_finite_input_is_refused(tmp_path):
     "The net says NaN, integers cannot: a number would stand for it."
     net = nn.Sequential(Quantise(4), IntConv2d(3, 4, 1), ScaleBias(4))
     net[1].weight.data = torch.ones_like(net[1].weight)
-    run, x = onnx_session(to_onnx(net, tmp_path / 'x.onnx', size=(3, 4, 4))), torch.zeros(2, 3, 4, 4)
+    run, x = onnx_session(to_onnx(net, tmp_path / 'x.onnx', input_size=(3, 4, 4))), torch.zeros(2, 3, 4, 4)
     assert torch.equal(run(x), net(x))
     for bad in (float('nan'), float('inf'), -float('inf')):
         y = x.clone()
@@ -302,14 +302,14 @@ def test_modes_are_left_as_they_were(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Dropout(), nn.ReLU()), nn.BatchNorm2d(4))
     net[1].eval()
     modes = [m.training for m in net.modules()]
-    to_onnx(net[:2], tmp_path / 'x.onnx', size=(3, 4, 4))
+    to_onnx(net[:2], tmp_path / 'x.onnx', input_size=(3, 4, 4))
     assert [m.training for m in net.modules()] == modes
     with pytest.raises(MicronetError, match='no rule for BatchNorm2d'):
-        to_onnx(net, tmp_path / 'y.onnx', size=(3, 4, 4))
+        to_onnx(net, tmp_path / 'y.onnx', input_size=(3, 4, 4))
     graph = fx.symbolic_trace(net)
     before = {k: v.clone() for k, v in graph.state_dict().items()}
     with pytest.raises(MicronetError, match='no rule for BatchNorm2d'):
-        to_onnx(graph, tmp_path / 'y.onnx', size=(3, 4, 4))
+        to_onnx(graph, tmp_path / 'y.onnx', input_size=(3, 4, 4))
     assert (
         [m.training for m in net.modules()] == modes
         and graph.training
@@ -350,7 +350,9 @@ def test_numbers_and_names(f, tmp_path):
     torch.manual_seed(0)
     net, x = Does(f).eval(), torch.randn(2, 4, 5, 6)
     with torch.no_grad():
-        assert torch.allclose(onnx_session(to_onnx(net, tmp_path / 'x.onnx', size=x.shape[1:]))(x), net(x), atol=1e-5)
+        assert torch.allclose(
+            onnx_session(to_onnx(net, tmp_path / 'x.onnx', input_size=x.shape[1:]))(x), net(x), atol=1e-5
+        )
 
 
 class Defaults(nn.Module):
@@ -371,5 +373,5 @@ class Defaults(nn.Module):
 )
 def test_clear_refusals(net, words, tmp_path):
     with pytest.raises(MicronetError, match=words):
-        to_onnx(net, tmp_path / 'x.onnx', size=(4, 6, 6))
+        to_onnx(net, tmp_path / 'x.onnx', input_size=(4, 6, 6))
     assert not list(tmp_path.iterdir())
