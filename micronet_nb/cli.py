@@ -445,7 +445,7 @@ def _cifar100_parser():
         help='run the recipe (default), or measure how fast its nets train',
     )
     p.add_argument('--profile', default='embedded', help='embedded (default), laptop or paper')
-    p.add_argument('--recipe', default='study', help='study (default) or ours')
+    p.add_argument('--recipe', default='study', help='study (default), ours or published')
     p.add_argument('--minutes', type=float, help='stop after so many minutes (run: default never; speed: default 3)')
     p.add_argument('--seed', type=int, default=0, help='of all steps (default: 0)')
     p.add_argument('--last-seed', type=int, help='of the last step, all others as they are')
