@@ -46,7 +46,7 @@ from .pruning import Pruner, global_rates, mask_of, op_sparsity, param_sparsity,
 from .released import load_published, published_nets
 from .scoring import ADDERS, LayerSpec, TRACKS, score, trace
 from .sensitivity import measure_sensitivity, plan_from_sensitivity
-from .training import FitConfig, STUDIES, Stopped, evaluate, fit_stage, normalised, study_data
+from .training import FitConfig, SMALL_STUDIES, Stopped, evaluate, fit_stage, normalised, study_data
 from micronet_nb.weights import (
     bit_table,
     choose_bits,
@@ -221,9 +221,9 @@ def _ours_at_paper(study):
 
 # %% ../nbs/20_cifar100.ipynb #97c6e6a9
 RECIPES = dict(
-    embedded=_embedded(STUDIES['embedded']),
-    laptop=_laptop(STUDIES['laptop']),
-    paper=dict(study=_study_at_paper(STUDIES['paper']), ours=_ours_at_paper(STUDIES['paper'])),
+    embedded=_embedded(SMALL_STUDIES['embedded']),
+    laptop=_laptop(SMALL_STUDIES['laptop']),
+    paper=dict(study=_study_at_paper(SMALL_STUDIES['paper']), ours=_ours_at_paper(SMALL_STUDIES['paper'])),
 )
 
 # %% ../nbs/20_cifar100.ipynb #72633a83
@@ -759,7 +759,7 @@ def run_track(
 def _judge(rows, args, root, folder):
     "The test split, read once, for a recipe that is done; the packed net."
     (train, _), test, stats = data_of(args.profile, args.whole)
-    n = STUDIES[args.profile].n_test or None
+    n = SMALL_STUDIES[args.profile].n_test or None
     tops = on_test(rows, test, stats, n, root)
     write_rows(rows, args.profile, args.recipe, args.seed, args.last_seed, args.whole, folder, tops)
     print(f"all {len(rows)} steps are done. Test: " + ', '.join(f'{k} {v:.2f} %' for k, v in tops.items()))

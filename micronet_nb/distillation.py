@@ -9,12 +9,14 @@ __all__ = ['DIRECTIONS', 'kl', 'z_score', 'distil', 'kd_loss', 'AsTeacher', 'Ens
 import math
 from functools import partial
 
-from .core import MicronetError
+from .core import MicronetError, get_profile
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .training import hard_loss
+from .pruning import remove_pruning
+from .released import load_published
+from .training import STUDIES, hard_loss
 
 # %% ../nbs/08_distillation.ipynb #b9fdfb88
 def _full(logits):
@@ -150,3 +152,27 @@ class Ensemble(nn.Module):
     def forward(self, x):
         log_p = torch.stack([_full(m(x)).log_softmax(-1) for m in self.members])
         return log_p.logsumexp(0) - math.log(len(self.members))
+
+# %% ../nbs/08_distillation.ipynb #a5fa82b7
+def published_teacher(
+    names: str,  # see `published_nets`, joined by ' + '
+    from_stats,  # (mean, std) of the batch that comes in
+) -> nn.Module:  # of images (n, 3, h, w), to logits (n, classes)
+    "Published nets as one teacher, each with its own normalisation of the batch."
+    nets = [load_published(name) for name in names.split(' + ')]
+    for net in nets:
+        remove_pruning(net)
+    wanted = [net.input_stats for net in nets]
+    return Ensemble(nets, wanted, from_stats) if len(nets) > 1 else AsTeacher(nets[0], from_stats, wanted[0])
+
+
+def study_teaching(
+    profile: str,  # embedded, laptop or paper
+    from_stats,  # (mean, std) of the student's batch
+) -> tuple:  # (keywords for `fit_stage`, what its key holds of them)
+    "How a profile's tables are taught: by a teacher's answers alone, as the study's were, or, without one, by labels."
+    names, loss = STUDIES[get_profile(profile).name].teacher, kd_loss()
+    if not names:
+        return {}, {}
+    teaching = dict(teacher=published_teacher(names, from_stats), loss=loss)
+    return teaching, dict(teacher=names, loss=loss.keywords)

@@ -36,7 +36,7 @@ from micronet_nb.layers import (
 from .pruning import prune
 from .quantisers import fake_quantise, grid, quantise, solve_scales
 from .scoring import LayerSpec, weight_storage
-from .training import STUDIES, as_logits, fit_stage, normalised, student, student_config, study_data
+from .training import SMALL_STUDIES, as_logits, fit_stage, normalised, student, student_config, study_data
 
 # %% ../nbs/11_weights.ipynb #7da63cf9
 class WeightQuantiser(nn.Module):
@@ -359,9 +359,9 @@ def compressed_student(
     profile: str,  # embedded, laptop or paper
     seed: int = 0,  # of weights, order and augmentation
 ) -> tuple:  # (model in evaluation mode, result of `fit_stage`, calibration images (250, 3, h, w) float32, normalised)
-    "The profile's student with COMPRESSION, trained once and found again."
+    "The profile's small student with COMPRESSION, trained once and found again."
     data, _, stats = study_data(profile)
-    net, start = student(profile, seed)
+    net, start = student(profile, seed, studies=SMALL_STUDIES)
     sample = normalised(data[0].images[: COMPRESSION['calibration']].float() / 255, stats)
     pruner = prune(net, COMPRESSION['rate'], COMPRESSION['method'])
     quantise_weights(net, COMPRESSION['weight_bits'])
@@ -370,7 +370,7 @@ def compressed_student(
         'deployed',
         net,
         data,
-        replace(STUDIES[profile].tune, seed=seed),
+        replace(SMALL_STUDIES[profile].tune, seed=seed),
         what=COMPRESSION,
         upstream=[start['key']],
         callbacks=[pruner],
@@ -384,7 +384,6 @@ def compressed_config(
     seed: int = 0,  # of weights, order and augmentation
 ) -> dict:  # model, COMPRESSION, plan, tune, dense
     "What `compressed_student` depends on, for the `config` of a record; nothing is trained."
-    tune = asdict(replace(STUDIES[profile].tune, seed=seed))
-    return dict(
-        model=STUDIES[profile].model, **COMPRESSION, plan='uniform', tune=tune, dense=student_config(profile, seed)
-    )
+    study, dense = SMALL_STUDIES[profile], student_config(profile, seed, SMALL_STUDIES)
+    tune = asdict(replace(study.tune, seed=seed))
+    return dict(model=study.model, **COMPRESSION, plan='uniform', tune=tune, dense=dense)
