@@ -67,11 +67,13 @@ class Step:
     teacher: str = ''  # row whose net teaches, or published nets, joined by ' + ', that do so together; '': labels only
     loss: tuple = ()  # of `kd_loss`: (keyword, value) pairs; (): RIAIR's
     prune: tuple = ()  # (name of a part, fraction) pairs: one threshold for the part, masked at once, then held
+    thin: float = 0.0  # gradual: this fraction of what the masks leave in each layer goes as well; 0: none
     share: float = 0.0  # gradual: rates by sensitivity until the score is this share of `study_score`; 0: no
     activations: tuple = ()  # (name pattern, bits) pairs
     first_bits: int = 32  # of the image's quantiser; 32: the image stays as it is
     weights: tuple = ()  # (name pattern, bits) pairs
     affine: bool = False  # activations with a sign get a window with a lower end of its own
+    relu: bool = False  # ReLU in place of every h-swish
     gates: int = 0  # bits in front of every h-swish; 0: none
     norm_momentum: float = 0.0  # of all batch norms; 0: as they are
     lower: float = 0.0  # widths by `choose_bits` within this share of the weights' storage; 0: no
@@ -151,6 +153,7 @@ def our_recipe(
 
 # %% ../nbs/20_cifar100.ipynb #22a0c002
 TEAM = 'kaist-v2-30 + osi-ai'
+TEAM_OF_THREE = 'kaist-v1-60 + kaist-v2-30 + osi-ai'
 
 
 def published_recipe(
@@ -158,18 +161,23 @@ def published_recipe(
     teacher: str = TEAM,  # published nets, joined by ' + '
     bits=((5, 6),),  # of (weights, activations): a step each
     epochs=(8,),  # of each step
-    lr: float = 0.01,  # peak learning rate
     gates: int = 8,  # bits in front of every h-swish
+    relu: bool = False,  # ReLU in place of every h-swish
+    wide=(),  # (name pattern, bits) pairs: weights of other widths
+    thin=(),  # a fraction a step: see `Step`
+    **fit,  # of FitConfig, other than ours
 ) -> list:
     "A published net with fewer bits from step to step, taught by published nets."
-    fit = FitConfig(lr=lr, warmup_epochs=0.25, weight_decay=1e-5, ema=0.999, channels_last=True)
+    ours = dict(lr=0.01, warmup_epochs=0.25, weight_decay=1e-5, ema=0.999, channels_last=True)
+    config = FitConfig(**ours | fit)
     loss = ('direction', 'teacher||student'), ('temperature', 2.0)
     common = dict(teacher=teacher, loss=loss, first_bits=8, affine=True, gates=gates, learn=True, norm_momentum=0.01)
     steps = []
-    for (weight_width, activation_width), n in zip(bits, epochs):
+    for i, ((weight_width, activation_width), n) in enumerate(zip(bits, epochs)):
         row = f'{weight_width}-bit weights, {activation_width}-bit activations'
-        grids = dict(activations=(('*', activation_width),), weights=(('*', weight_width),))
-        steps.append(Step(row, replace(fit, epochs=n), '' if steps else model, **grids, **common))
+        grids = dict(activations=(('*', activation_width),), weights=(('*', weight_width), *wide))
+        changes = dict(relu=relu and not i, thin=thin[i] if thin else 0.0)
+        steps.append(Step(row, replace(config, epochs=n), '' if steps else model, **grids, **common, **changes))
     return steps
 
 # %% ../nbs/20_cifar100.ipynb #47d54bdb
@@ -344,6 +352,9 @@ def _pruner_for(
     quiet: bool = False,  # no progress bar
 ) -> Pruner:
     "The masks' callback: they grow where the step names a share of the study's score, and are held elsewhere."
+    if step.thin:
+        before = _masked(net)
+        return prune(net, {n: 1 - (1 - r) * (1 - step.thin) for n, r in before.items()}, 'gradual', before, ramp=0.6)
     if not step.share:
         return Pruner()
     config = {k: getattr(step, k) for k in ('share', 'activations', 'first_bits', 'weights', 'lower', 'learn')}
@@ -363,6 +374,18 @@ class FrozenNorms:
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
                 m.eval()
 
+# %% ../nbs/20_cifar100.ipynb #7e1d40c6
+def swap_activations(
+    net: nn.Module,  # changed in place
+    old=nn.Hardswish,  # type of the modules that go
+    new=nn.ReLU,  # what comes instead, made without arguments
+):
+    "Puts activation functions of another kind in place of those of a type."
+    for name, module in list(net.named_modules()):
+        if isinstance(module, old):
+            parent, _, child = name.rpartition('.')
+            setattr(net.get_submodule(parent), child, new())
+
 # %% ../nbs/20_cifar100.ipynb #59dfd4d3
 def build(
     net: nn.Module,  # changed in place
@@ -377,6 +400,8 @@ def build(
     "Prunes and quantises as a step says, not tuned yet."
     device = next(net.parameters()).device
     images = normalised(train.images[:250].to(device).float() / 255, stats)
+    if step.relu:
+        swap_activations(net)
     for part, rate in step.prune:
         cut_part(net, part, rate)
     _quantise_as(net, step, images, key, root, quiet)

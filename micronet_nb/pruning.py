@@ -263,6 +263,8 @@ METHODS = ('static', 'dynamic', 'progressive', 'gradual')
 class Pruner:
     "A callback of `fit` that renews masks as its method says; `Pruner()` only holds them. Slide 'Pruning'."
 
+    capturable = True  # its part in the update only launches work, see `fit` on a GPU
+
     def __init__(
         self,
         rates=None,  # layer name to fraction; None: renews nothing

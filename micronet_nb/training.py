@@ -7,7 +7,7 @@ __all__ = ['STUDIES', 'augment', 'FitConfig', 'normalised', 'evaluate', 'hard_lo
            'student', 'student_config']
 
 # %% ../nbs/04_training.ipynb #917ec6c7
-import contextlib, json, math, os, shutil, time
+import contextlib, json, math, os, shutil, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -480,7 +480,7 @@ class Run:
 
     @property
     def lr(self):
-        return self.optimizer.param_groups[0]['lr']
+        return float(self.optimizer.param_groups[0]['lr'])
 
     def tell(self, event):
         for c in self.callbacks:
@@ -498,6 +498,70 @@ def _compiled(net, config):
         return net
     return torch.compile(net, backend=config.compile if isinstance(config.compile, str) else 'inductor')
 
+# %% ../nbs/04_training.ipynb #e27d40c9
+def _set_lr(run, step):
+    "The schedule's rate for this step, kept in a tensor on a GPU."
+    run.schedule.step_update(step)
+    if run.device.type == 'cuda':
+        for group, rate in zip(run.optimizer.param_groups, run.rates):
+            group['lr'] = rate.fill_(float(group['lr']))
+
+
+def _can_capture(run):
+    "One CUDA device, and callbacks whose part in the update is work for the device alone."
+    if run.device.type != 'cuda' or run.world.num_processes > 1 or os.environ.get('MICRONET_GRAPHS') == '0':
+        return False
+    within = [c for c in run.callbacks if hasattr(c, 'on_gradients') or hasattr(c, 'on_update')]
+    return all(getattr(c, 'capturable', False) for c in within)
+
+
+class _Captured:
+    "A step's work on the device: run a few times, then captured as a CUDA graph and replayed."
+
+    warm_up = 3  # steps
+
+    def __init__(self, run):
+        self.run, self.steps, self.graph, self.stream = run, 0, None, torch.cuda.Stream(run.device)
+
+    def _work(self):
+        loss = _gradients(self.run, self.x, self.y)
+        _update(self.run)
+        _after_update(self.run)
+        return loss
+
+    def __call__(self, x, y):
+        if self.steps < self.warm_up:
+            self.steps, self.x, self.y = self.steps + 1, x.clone(), y.clone()  # static: the graph reads them
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self._work()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        self.x.copy_(x)
+        self.y.copy_(y)
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.loss = self._work()
+            self.graph = graph
+        self.graph.replay()
+        return self.loss
+
+
+def _learn(run, x, y):
+    "A step's work on the device, replayed where it can be; returns the loss."
+    if run.captured:
+        try:
+            return run.captured(x, y)
+        except RuntimeError as e:  # a net that asks the device for a number in the middle of a step
+            reason = str(e).splitlines()[0]
+            warnings.warn(f'the step cannot be captured as a CUDA graph ({reason}): it goes on kernel by kernel')
+            run.captured = None
+            run.optimizer.zero_grad(set_to_none=True)
+    loss = _gradients(run, x, y)
+    _update(run)
+    return loss
+
 # %% ../nbs/04_training.ipynb #b86cadef
 def _prepare(run):
     "Model, optimiser, schedule and average, on the device."
@@ -505,9 +569,11 @@ def _prepare(run):
     if run.teacher is not None:
         _place(run.teacher, run.device, c).eval()
     kind = 'sgd' if c.momentum else 'momentum'  # timm's 'sgd' is Nesterov's, which torch refuses without momentum
+    fused = dict(fused=True) if run.device.type == 'cuda' else {}  # takes its rate from a tensor, as a graph must
     run.optimizer = create_optimizer_v2(
-        model, kind, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, filter_bias_and_bn=False
+        model, kind, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, filter_bias_and_bn=False, **fused
     )
+    run.rates = [torch.tensor(0.0, device=run.device) for _ in run.optimizer.param_groups]
     run.ema = ModelEmaV3(model, decay=c.ema) if c.ema else None
     if run.world.num_processes > 1:
         model = _shared_model(run)
@@ -515,7 +581,8 @@ def _prepare(run):
     warmup = dict(warmup_t=round(c.warmup_epochs * run.steps_an_epoch), warmup_lr_init=c.lr / 100)
     units = dict(t_initial=run.total, warmup_prefix=False, t_in_epochs=False)  # steps
     run.schedule = CosineLRScheduler(run.optimizer, **units, **warmup)
-    run.schedule.step_update(0)
+    run.captured = _Captured(run) if _can_capture(run) else None
+    _set_lr(run, 0)
 
 # %% ../nbs/04_training.ipynb #f4959b74
 def _dice(run, *more):
@@ -526,6 +593,31 @@ def _dice(run, *more):
 def _autocast(run):
     "bf16 where it is asked for, on the run's device."
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == 'bf16')
+
+# %% ../nbs/04_training.ipynb #5d7c1f0a
+def _gradients(run, x, y):
+    "Forward and backward pass; returns the loss."
+    with torch.no_grad(), _autocast(run):
+        teacher_logits = as_logits(run.teach(x), x, run.teacher) if run.teach is not None else None
+    with _autocast(run):
+        out = as_logits(run.forward(x), x, run.model)
+    loss = run.loss(out, y, teacher_logits, run.config)
+    loss.backward()
+    return loss.detach()
+
+
+def _update(run):
+    "The optimiser's step."
+    run.tell('on_gradients')
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def _after_update(run):
+    "What follows the update: callbacks, the average."
+    run.tell('on_update')
+    if run.ema:
+        run.ema.update(run.model)
 
 # %% ../nbs/04_training.ipynb #777c0202
 def _step(run, x, y):
@@ -542,21 +634,12 @@ def _step(run, x, y):
         _dice(run, w.process_index)
     if c.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), _autocast(run):
-        teacher_logits = as_logits(run.teach(x), x, run.teacher) if run.teach is not None else None
-    with _autocast(run):
-        out = as_logits(run.forward(x), x, run.model)
-    loss = run.loss(out, y, teacher_logits, c)
-    run.bad = torch.where(torch.isfinite(loss.detach()), run.bad, run.bad.clamp(max=run.step))
-    loss.backward()
-    run.tell('on_gradients')
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    loss = _learn(run, x, y)
+    run.bad = torch.where(torch.isfinite(loss), run.bad, run.bad.clamp(max=run.step))
     run.step += 1
-    run.schedule.step_update(run.step)
-    run.tell('on_update')
-    if run.ema:
-        run.ema.update(run.model)
+    _set_lr(run, run.step)
+    if not run.captured:
+        _after_update(run)
 
 # %% ../nbs/04_training.ipynb #e8a3db30
 def _synchronise(model):
@@ -616,7 +699,7 @@ def _check_finite(run):
     "Refuses to go on where a loss has not been finite."
     if (bad := _least(run, run.bad)) == _NEVER:
         return
-    run.schedule.step_update(bad)
+    _set_lr(run, bad)
     place = f'epoch {bad // run.steps_an_epoch}, learning rate {run.lr:.4g}'
     raise MicronetError(f'the loss is not finite since step {bad} ({place}): {_LOWER_LR}')
 
@@ -748,7 +831,7 @@ def _resume(run, folder):
         raise MicronetError(f'{newest} is the checkpoint of another model ({reason}): {remedy}') from None
     for name, value in progress_made.items():
         setattr(run, name, value)
-    run.schedule.step_update(run.step)
+    _set_lr(run, run.step)
 
 # %% ../nbs/04_training.ipynb #ba7574a6
 @contextlib.contextmanager
