@@ -164,6 +164,7 @@ def published_recipe(
     gates: int = 8,  # bits in front of every h-swish
     relu: bool = False,  # ReLU in place of every h-swish
     wide=(),  # (name pattern, bits) pairs: weights of other widths
+    wide_inputs=(),  # the same for activations
     thin=(),  # a fraction a step: see `Step`
     **fit,  # of FitConfig, other than ours
 ) -> list:
@@ -175,7 +176,7 @@ def published_recipe(
     steps = []
     for i, ((weight_width, activation_width), n) in enumerate(zip(bits, epochs)):
         row = f'{weight_width}-bit weights, {activation_width}-bit activations'
-        grids = dict(activations=(('*', activation_width),), weights=(('*', weight_width), *wide))
+        grids = dict(activations=(('*', activation_width), *wide_inputs), weights=(('*', weight_width), *wide))
         changes = dict(relu=relu and not i, thin=thin[i] if thin else 0.0)
         steps.append(Step(row, replace(config, epochs=n), '' if steps else model, **grids, **common, **changes))
     return steps
