@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# jsonschema, which nbformat imports, takes a second to build a grammar of addresses: no notebook's schema asks for it
+sys.modules.setdefault("rfc3987_syntax", None)
+
 import nbformat
 import pytest
 
@@ -59,6 +62,22 @@ def assert_one_line(done, *words):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def pictures(root):
+    "Three classes of distinct colours, 20 training and 4 validation images each; returns the folder."
+    import numpy as np
+    from PIL import Image
+
+    dice = np.random.default_rng(0)
+    for split, n in (("train", 20), ("val", 4)):
+        for c in range(3):
+            (root / split / f"class{c}").mkdir(parents=True)
+            for i in range(n):
+                pixels = dice.integers(0, 80, (40, 48, 3), dtype=np.uint8)
+                pixels[..., c] += 150
+                Image.fromarray(pixels).save(root / split / f"class{c}" / f"{i}.jpg")
+    return root
 
 
 @pytest.fixture(scope="session")
