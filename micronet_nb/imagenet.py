@@ -266,9 +266,7 @@ def loaded(pictures, batches, workers, device):
         return
     except MicronetError as e:
         said = str(e).strip().splitlines()[-1].split('MicronetError: ')[-1]
-        e.__traceback__ = (
-            None  # its frames hold the workers, each of which the garbage collector waits five seconds for
-        )
+        e.__traceback__ = None  # its frames hold the workers: the garbage collector waits five seconds for each
     raise MicronetError(said)
 
 

@@ -45,10 +45,16 @@ def toy(folder, stem, *middle, parameters="profile = 'embedded'\nn = 7", end="fi
     return Path(folder) / f"{stem}.ipynb"
 
 
+# `python -m`, without the second of jsonschema
+RUN = (
+    "import runpy, sys; sys.modules['rfc3987_syntax'] = None; runpy.run_module(sys.argv.pop(1), None, '__main__', True)"
+)
+
+
 def command(*args, module="micronet_nb.reproduce", **more):
     "Runs a console command to its end, from another folder than the checkout."
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)],
+        [sys.executable, "-c", RUN, module, *map(str, args)],
         capture_output=True,
         text=True,
         cwd=more.pop("cwd", "/"),
