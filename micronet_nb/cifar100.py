@@ -184,14 +184,14 @@ def published_recipe(
 # %% ../nbs/20_cifar100.ipynb #47d54bdb
 def _embedded(study):
     "The recipes on digits."
-    teacher, student = ('densenet_bc_16_12', replace(study.train, epochs=4)), (study.model, study.train)
-    conv = replace(study.tune, epochs=2)
-    head = replace(conv, epochs=1, lr=0.005)
-    joint = replace(study.tune, epochs=5, lr=0.05, ema=0.9)
-    last = replace(joint, epochs=3, lr=0.02)
+    teacher, student = ('densenet_bc_16_12', replace(study.train, epochs=3)), (study.model, study.train)
+    conv = study.tune
+    head = replace(conv, lr=0.005)
+    joint = replace(study.tune, epochs=3, lr=0.05, ema=0.9)
+    last = replace(joint, epochs=2, lr=0.02)
     return dict(
         study=study_recipe(teacher, student, conv, head),
-        ours=our_recipe(teacher, student, joint, last, standardised(1.0, 0.5, 2.0), norms=1000),
+        ours=our_recipe(teacher, student, joint, last, standardised(1.0, 0.5, 2.0), norms=500),
     )
 
 

@@ -263,8 +263,11 @@ def loaded(pictures, batches, workers, device):
     try:
         for x, y in loader:
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        return
     except MicronetError as e:
-        raise MicronetError(str(e).strip().splitlines()[-1].split('MicronetError: ')[-1]) from None
+        said = str(e).strip().splitlines()[-1].split('MicronetError: ')[-1]
+        e.__traceback__ = None  # its frames hold the workers: the garbage collector waits five seconds for each
+    raise MicronetError(said)
 
 
 def default_workers():

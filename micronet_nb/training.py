@@ -1012,7 +1012,7 @@ STUDIES = {
     'embedded': _Study(
         'densenet_bc_10_8',
         FitConfig(epochs=8, lr=0.1, augment='digits'),
-        FitConfig(epochs=2, lr=0.02, warmup_epochs=0.0, augment='digits'),
+        FitConfig(epochs=1, lr=0.02, warmup_epochs=0.0, augment='digits'),
     ),
     'laptop': _Study(
         'densenet_bc_16_12',

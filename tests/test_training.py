@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import pictures
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from micronet_nb import training
+from micronet_nb.cli import micronet_imagenet
 from micronet_nb.core import MicronetError
 from micronet_nb.data import CIFAR100_STATS, dataset_stats, load_dataset, normalise
+from micronet_nb.imagenet import STAGES
 from micronet_nb.models import densenet_bc
 from micronet_nb.sensitivity import measure_sensitivity
 from micronet_nb.training import FitConfig, checkpoints, evaluate, fit, fit_stage, hard_loss, known_stats
@@ -33,6 +36,10 @@ CONFIG = FitConfig(
     cutmix=1.0,
     label_smoothing=0.1,
 )
+
+
+IMAGENET = "--untrained --size 32 --resize 36 --workers 0 --calibration 8 --batch 8 --epochs 1".split()
+IMAGENET += "--stage wq --teacher mixnet_s --epoch-images 16".split()
 
 
 def data():
@@ -113,18 +120,25 @@ def worker(out):
     stored = dict(what=dict(model="normless"), root=root / "stages", quiet=True)
     results = [fit_stage("launched", net, data(), eager, **stored) for net in nets]
     report |= dict(stage=results[0], found=results[0] == results[1], filled=same_state(*nets))
+    report["imagenet"] = micronet_imagenet(["--data", str(root / "images"), *IMAGENET])
     (root / f"{rank}.json").write_text(json.dumps(report))
     alone.world.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    "What the two processes of one `accelerate launch` have seen, and the folder of what they have written."
+    """What the two processes of one `accelerate launch` have seen, and the folder of what they have written.
+
+    One for all tests: each of its processes imports for some seconds."""
     out = tmp_path_factory.mktemp("launched")
+    pictures(out / "images")
     env = os.environ | dict(
         ACCELERATE_USE_CPU="1",
         OMP_NUM_THREADS="1",
         OMP_WAIT_POLICY="PASSIVE",
+        MICRONET_OFFLINE="1",
+        MICRONET_RUNS=str(out / "runs"),
+        MICRONET_OUT=str(out / "records"),
         PYTHONPATH=str(Path(training.__file__).resolve().parent.parent),
     )
     command = [
@@ -147,7 +161,14 @@ def launched(tmp_path_factory):
     ]  # --multi_gpu is accelerate's word for several processes here
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
+    (out / "said").write_text(done.stdout)
     return out, [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def through():
+    "The net without batch norm, trained from end to end by this process alone."
+    return fit(normless(), data(), CONFIG, quiet=True)
 
 
 def distance(a, b):
@@ -156,17 +177,16 @@ def distance(a, b):
     return ((va - vb).norm() / va.norm()).item()
 
 
-def test_two_processes_train_as_one(launched):
+def test_two_processes_train_as_one(launched, through):
     "Without batch norm two processes give the weights and figures of one, up to rounding, and both the same."
     out, reports = launched
     assert [t["processes"] for t in reports] == [2, 2] and reports[0]["backend"] == "gloo"
     assert reports[0]["history"] == reports[1]["history"] and len(reports[0]["history"]) == 3
-    mine = fit(normless(), data(), CONFIG, quiet=True)
     theirs = [load_file(out / f"normless-{rank}.safetensors") for rank in (0, 1)]
     assert distance(theirs[0], theirs[1]) == 0
-    assert distance(mine.ema.module.state_dict(), theirs[0]) < 1e-4
+    assert distance(through.ema.module.state_dict(), theirs[0]) < 1e-4
     assert distance(normless().state_dict(), theirs[0]) > 1e-2  # it has learnt something
-    for a, b in zip(mine.history, reports[0]["history"], strict=True):
+    for a, b in zip(through.history, reports[0]["history"], strict=True):
         assert a["valid_loss"] == pytest.approx(b["valid_loss"], rel=1e-3) and a["lr"] == b["lr"]
 
 
@@ -201,6 +221,16 @@ def test_a_stage_is_written_once_and_found_by_all(launched):
     assert {p.name for p in folder.iterdir()} - {".lock"} == {"done.json", "model.safetensors"}
 
 
+def test_two_processes_share_the_work_of_imagenet(launched):
+    "One record, every validation image counted once, the rows of a table made."
+    out, reports = launched
+    assert [t["imagenet"] for t in reports] == [0, 0]
+    rows = json.loads((out / "records" / "21_imagenet.imagenet.untrained.json").read_text())["rows"]
+    assert [r["row"] for r in rows] == STAGES["wq"] and all(r["n"] == 12 for r in rows)
+    assert (out / "said").read_text().count("Sparse_AQ7_WQ: top-1") == 1  # the main process speaks
+    assert len(list((out / "runs" / "stages").glob("mixnet-row-*/done.json"))) == 4
+
+
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     "Each would train the whole by itself, and all would write the same files."
     fit(
@@ -212,9 +242,8 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["save_file", "torch.save", "os.replace"])
-def test_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, call):
+def test_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, call, through):
     "The checkpoint before is still whole, the run goes on from it to the same weights, and the rest is swept away."
-    through = fit(normless(), data(), CONFIG, quiet=True)
     fit(normless(), data(), CONFIG, folder=tmp_path, stop=0.0, quiet=True)
 
     def killed(*args, **kwargs):
