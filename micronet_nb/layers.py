@@ -81,15 +81,28 @@ def require_shapes(
 # %% ../nbs/03_layers.ipynb #2f69e63f
 @contextlib.contextmanager
 def evaluation_mode(
-    model: nn.Module,  # any model, in any mode
+    model,  # any module, in any mode; another function has no mode, and passes through
 ):
     "The model in evaluation mode; at the end, or after an error, each of its modules is in its own mode again."
-    modes = {m: m.training for m in model.modules()}
+    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
     try:
-        yield model.eval()
+        yield model.eval() if modes else model
     finally:
         for m, training in modes.items():
             m.training = training
+
+# %% ../nbs/03_layers.ipynb #5b45efe4
+@torch.inference_mode()
+def predict(
+    model,  # a module, in any mode; or any function of a batch: a `Runner`, an ONNX session wrapped
+    images: torch.Tensor,  # (n, ...)
+    batch_size: int = 25,  # images at a time
+    to_input=None,  # makes what the model takes of a batch of images; None: they are what it takes
+) -> torch.Tensor:  # (n,) int64
+    "The class of the largest logit, image by image, in the arithmetic of what the model returns."
+    with evaluation_mode(model):
+        batches = images.split(batch_size)
+        return torch.cat([model(to_input(x) if to_input else x).argmax(1) for x in batches])
 
 # %% ../nbs/03_layers.ipynb #5bbadd9d
 def on_weight(

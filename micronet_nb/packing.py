@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUNCTIONS', 'METHODS', 'encode', 'decode', 'unpack', 'pack', 'contents', 'bill', 'half_scales', 'compare_charges',
-           'parts_of', 'top1']
+           'parts_of']
 
 # %% ../nbs/17_packing.ipynb #5056f3b0
 import copy, hashlib, inspect, itertools, json, keyword, math, operator, os, re, tempfile, zlib
@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from .core import MicronetError, atomic_path, progress
+from .core import MicronetError, atomic_path
 from fastcore.basics import patch
 import numpy as np
 import pandas as pd
@@ -1061,20 +1061,3 @@ def pixels_to_input(
     from micronet_nb.released import prepare  # loads timm, which takes as long as torch
 
     return prepare(images)
-
-# %% ../nbs/17_packing.ipynb #70661521
-@torch.inference_mode()
-def top1(
-    net,  # for example unpacked, or a `Runner` of it: float32 (n, 3, h, w) to (n, classes)
-    dataset,  # images (n, 3, h, w) uint8, labels
-    pixels,  # see `pixels_to_input`
-    n: int = None,  # how many, from the front; None: all
-    batch: int = 10,  # images at a time
-) -> tuple:  # (right, n)
-    "How many of the first n images a net classifies rightly."
-    n, right = min(n or len(dataset), len(dataset)), 0
-    for i in progress(range(0, n, batch), 'evaluating', unit='batch'):
-        some = slice(i, min(i + batch, n))
-        classes = net(pixels_to_input(dataset.images[some], pixels)).argmax(1)
-        right += int((classes == dataset.labels[some]).sum())
-    return right, n
