@@ -446,7 +446,7 @@ def _cifar100_parser():
         epilog=f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on',
     )
     p.add_argument(
-        'what',
+        'task',
         nargs='?',
         choices=('run', 'speed'),
         default='run',
@@ -474,7 +474,7 @@ def _cifar100_run(args):
     from micronet_nb.cifar100 import STOPPED, OutOfTime, run_track
 
     try:
-        if args.what == 'run':
+        if args.task == 'run':
             return run_track(args)
         from micronet_nb.benchmarks import speed
 

@@ -484,7 +484,7 @@ class Track:
     stop: object = None  # function that returns the seconds left, or None
     quiet: bool = False  # no progress bars
     plans: dict = field(default_factory=sparse_plans)  # row of the pruning table to rates
-    made: dict = field(default_factory=dict)  # row to (net, result of `fit_stage`)
+    tuned: dict = field(default_factory=dict)  # row to (net, result of `fit_stage`)
 
     def teacher(self, row):
         return self.teachers.get(self.stage if row.teacher == 'stage' else row.teacher) if row.teacher else None
@@ -493,13 +493,13 @@ class Track:
         "The tuned net of a row, made where it is missing."
         if name == 'Original':
             return self.model
-        if name not in self.made:
-            self.made[name] = self._make(ROWS[name])
-        return self.made[name][0]
+        if name not in self.tuned:
+            self.tuned[name] = self._make(ROWS[name])
+        return self.tuned[name][0]
 
     def key_of(self, name):
         self.net(name)
-        return self.key if name == 'Original' else self.made[name][1]['key']
+        return self.key if name == 'Original' else self.tuned[name][1]['key']
 
 # %% ../nbs/21_imagenet.ipynb #f7da91c9
 @patch
@@ -637,7 +637,7 @@ def _measured(track, name, val, args):
         return validate(net, val, track.stats, args.size, args.resize, workers=args.workers)
 
     judged = stage('mixnet-validated', config, judge, [track.key_of(name)], track.root)
-    run = track.made[name][1] if name in track.made else {}
+    run = track.tuned[name][1] if name in track.tuned else {}
     net = copy.deepcopy(net).cpu()
     costs = score(net, size, 'imagenet', 'riair-reviewed')
     return dict(
@@ -660,7 +660,7 @@ def _check(sources, say):
     return int(len(bad) > 0)
 
 
-def _told(name, row):
+def _line(name, row):
     "A row on a line."
     return (
         f"{name}: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} % ({row['right']:,} of {row['n']:,}), "
@@ -670,7 +670,7 @@ def _told(name, row):
 
 def _is_fresh(track, name, began):
     "Was this row made since then?"
-    done = runs_dir() / 'stages' / track.made[name][1]['folder'] / 'done.json'
+    done = runs_dir() / 'stages' / track.tuned[name][1]['folder'] / 'done.json'
     return done.stat().st_mtime >= began
 
 # %% ../nbs/21_imagenet.ipynb #5509804a
@@ -734,7 +734,7 @@ def run_track(
         if row and row.teacher not in (None, 'stage') and row.teacher not in track.teachers:
             say(f'{name}: left out, there is no such teacher here')
             continue
-        if left() <= 0 and any(_is_fresh(track, row_made, began) for row_made in track.made):
+        if left() <= 0 and any(_is_fresh(track, row_made, began) for row_made in track.tuned):
             say(f'stopped after {args.minutes:g} minutes, before {name!r}')
             return STOPPED  # each call does some work, however short its time
         try:
@@ -742,7 +742,7 @@ def run_track(
         except Stopped as e:
             say(f'stopped after {args.minutes:g} minutes: {e}')
             return STOPPED
-        say(_told(name, rows[name]))
+        say(_line(name, rows[name]))
         if leads:
             _record(rows, track, args, val)
     if leads and rows and not args.untrained:

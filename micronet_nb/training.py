@@ -880,10 +880,10 @@ def fit(
 FIT_VERSION = 1  # of the code in `fit`
 
 
-def _key_config(config, what, train):
+def _key_config(config, settings, train):
     "What the key of a trained net is made of; its words are those of all stored keys."
     code = {'fit_version': FIT_VERSION} if FIT_VERSION != 1 else {}  # the first version left no trace
-    return dict(fit=_settings(config), what=what, data=train.describe(), n=len(train)) | code
+    return dict(fit=_settings(config), what=settings, data=train.describe(), n=len(train)) | code
 
 # %% ../nbs/04_training.ipynb #3ae8730e
 class Stopped(MicronetError):
@@ -923,7 +923,7 @@ def fit_stage(
     model: nn.Module,  # trained in place, or filled with the stored weights
     data,  # (train, valid) data sets
     config: FitConfig,  # see there
-    what: dict = None,  # all else that the result depends on: model, rates, bits, loss, teacher, stats of other data
+    settings: dict = None,  # all else the result depends on: model, rates, bits, loss, teacher, stats of other data
     upstream=(),  # keys of the stages that the starting weights (and the teacher) come from
     root=None,  # folder of all stages; default `runs_dir()/'stages'`
     half: bool = False,  # matrices and kernels are stored in FP16, and the model ends with what is stored
@@ -932,7 +932,7 @@ def fit_stage(
 ) -> dict:  # key, history (a row an epoch), seconds, data_seconds, steps, top1 and loss on the validation set
     "`fit`, once per configuration; raises Stopped where `stop` came first, and the same call goes on."
     train, valid = data
-    world, key_config = _world(), _key_config(config, (what or {}) | ({'half': True} if half else {}), train)
+    world, key_config = _world(), _key_config(config, (settings or {}) | ({'half': True} if half else {}), train)
 
     def work(folder):
         return _work(folder, model, data, config, half, kwargs)
