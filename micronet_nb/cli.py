@@ -476,9 +476,9 @@ def _cifar100_run(args):
     try:
         if args.task == 'run':
             return run_track(args)
-        from micronet_nb.benchmarks import speed
+        from micronet_nb.benchmarks import training_speed
 
-        for r in speed(args.profile, minutes=args.minutes or 3.0, folder=args.out and args.out / 'results'):
+        for r in training_speed(args.profile, minutes=args.minutes or 3.0, folder=args.out and args.out / 'results'):
             print(', '.join(f'{k} {v:,.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in r.items()))
     except OutOfTime as e:
         print(f'time is over: {e}')
