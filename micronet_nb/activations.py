@@ -257,7 +257,7 @@ def calibrate(
 ) -> dict:  # layer name to Sample, in the order in which the layers first ran
     "Samples the inputs of every Conv2d and Linear. Slide 'Activation Quantization'."
     require_shapes(model, 'calibration')
-    samples, layers, there = {}, _places(model, before), activation_quantisers(model)
+    samples, layers, quantisers = {}, _places(model, before), activation_quantisers(model)
     hooks, device = [], next(model.parameters()).device
     with evaluation_mode(model):
         remove_activation_quantisers(model)
@@ -270,7 +270,7 @@ def calibrate(
         finally:
             for h in hooks:
                 h.remove()
-            for n, q in there.items():
+            for n, q in quantisers.items():
                 attach_quantiser(model.get_submodule(n), q)
     if not samples:
         raise MicronetError(
@@ -388,7 +388,7 @@ def quantise_activations(
     "Puts a quantiser before each layer, scale and sign found on the images. Slide 'Activation Quantization'."
     samples = batches if isinstance(batches, dict) else calibrate(model, batches, seed=seed, before=before)
     places = _places(model, before)
-    chosen, widths = matching(places, layers), per_layer(places, bits, what='widths')
+    chosen, widths = matching(places, layers), per_layer(places, bits, noun='widths')
     names = _that_ran([n for n in chosen if n in widths], samples)
     plan = {
         n: first_bits if samples[n].first and first_bits is not None and before is None else widths[n] for n in names

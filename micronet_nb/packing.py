@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUNCTIONS', 'METHODS', 'encode', 'decode', 'unpack', 'pack', 'contents', 'bill', 'half_scales', 'compare_charges',
-           'parts_of', 'top1']
+           'parts_of']
 
 # %% ../nbs/17_packing.ipynb #5056f3b0
 import copy, hashlib, inspect, itertools, json, keyword, math, operator, os, re, tempfile, zlib
@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from .core import MicronetError, atomic_path, progress
+from .core import MicronetError, atomic_path
 from fastcore.basics import patch
 import numpy as np
 import pandas as pd
@@ -445,10 +445,10 @@ def _make(cls, args):
         return MODULES[cls](**{k: _value(v) for k, v in args.items()})
 
 # %% ../nbs/17_packing.ipynb #79c233f9
-def _check_attributes(module, name, made):
+def _check_attributes(module, name, fresh):
     "Plain attributes are those that the arguments make."
     for k, v in vars(module).items():
-        wanted = getattr(made, k, v)
+        wanted = getattr(fresh, k, v)
         if k[0] == '_' or k == 'training' or isinstance(wanted, (torch.Tensor, nn.Module)):
             continue
         if _listed(v) != _listed(wanted):
@@ -463,11 +463,11 @@ def _listed(v):
     return [*map(_listed, v)] if isinstance(v, (tuple, list)) else v
 
 
-def _check_made(module, name, made):
+def _check_module(module, name, fresh):
     "Names of the tensors by which a module differs from one that its arguments make; nothing else may differ."
-    wanted, cls = made.state_dict(keep_vars=True), type(module).__name__
+    wanted, cls = fresh.state_dict(keep_vars=True), type(module).__name__
     held = {k: t for k, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
-    if more := {k for k, t in [*made.named_parameters(), *made.named_buffers()]} - {*wanted}:
+    if more := {k for k, t in [*fresh.named_parameters(), *fresh.named_buffers()]} - {*wanted}:
         raise MicronetError(f'{name}.{min(more)} is no part of the state of {cls}, so a packed file would lose it')
     if more := {*held} - {*wanted}:
         raise MicronetError(
@@ -478,7 +478,7 @@ def _check_made(module, name, made):
     for k, t in wanted.items():
         if (mine := operator.attrgetter(k)(module)) is None or mine.shape != t.shape:
             raise MicronetError(f'{name}.{k} is {shown(mine)}, and the arguments of its {cls} ask for {shown(t)}')
-    _check_attributes(module, name, made)
+    _check_attributes(module, name, fresh)
     return [*wanted]
 
 # %% ../nbs/17_packing.ipynb #989fbfa9
@@ -506,7 +506,7 @@ def _kind(module, name, masks, out, paid):
     args = arguments(module, name)
     if infinite := {k: {'f': repr(v)} for k, v in args.items() if isinstance(v, float) and not math.isfinite(v)}:
         args, out.version = args | infinite, FORMAT
-    keys = _check_made(module, name, _make(type(module).__name__, args))
+    keys = _check_module(module, name, _make(type(module).__name__, args))
     if hasattr(module, 'weight_bits'):
         _check_weight(module, f'{name}.weight')
     tensors = {k: operator.attrgetter(k)(module) for k in keys}
@@ -664,27 +664,27 @@ def unseal(
         raise MicronetError(f'{path} is no safetensors file, whatever its SHA-256: {e}') from e
 
 # %% ../nbs/17_packing.ipynb #82c53043
-def _tied(name, shape, reference, made):
+def _tied(name, shape, reference, tensors_read):
     "A tensor that is in the file already, in its own order of dimensions or another."
     first, _, order = reference.partition(' ')
-    if (value := made.get(first)) is None or value.numel() != math.prod(shape):
+    if (value := tensors_read.get(first)) is None or value.numel() != math.prod(shape):
         raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
     return _viewed(value, shape, [int(d) for d in order] or range(len(shape)))
 
 
-def _tensor(name, shape, form, streams, made, rows, module='', cls='constant', like=0):
+def _tensor(name, shape, form, streams, tensors_read, rows, module='', cls='constant', like=0):
     "A tensor of the file: read, or found where another has it too."
     if form[0] == '=':
-        value, size = _tied(name, shape, form[1:], made), 0
+        value, size = _tied(name, shape, form[1:], tensors_read), 0
     else:
         value, size = streams.read(form, shape, like)
-    made[name] = value
+    tensors_read[name] = value
     row = dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel())
     rows.append(row | dict(nonzero=int((value != 0).sum()), bytes=size))
     return value
 
 # %% ../nbs/17_packing.ipynb #20fb107e
-def _module(name, kind, streams, made, rows):
+def _module(name, kind, streams, tensors_read, rows):
     "A module with its tensors; a row each is added to `rows`."
     cls, args, forms = kind
     if cls not in MODULES:
@@ -694,8 +694,8 @@ def _module(name, kind, streams, made, rows):
     if [*forms] != [*state]:
         raise MicronetError(f'{name} should store {", ".join(state) or "nothing"}, not {", ".join(forms) or "nothing"}')
     for k, t in state.items():
-        like = made[f'{name}.weight'].numel() if f'{name}.weight' in made else 0
-        value = _tensor(f'{name}.{k}', tuple(t.shape), forms[k], streams, made, rows, name, cls, like)
+        like = tensors_read[f'{name}.weight'].numel() if f'{name}.weight' in tensors_read else 0
+        value = _tensor(f'{name}.{k}', tuple(t.shape), forms[k], streams, tensors_read, rows, name, cls, like)
         owner, _, k = k.rpartition('.')
         part = m.get_submodule(owner)
         if k in part._parameters:
@@ -708,12 +708,12 @@ def _module(name, kind, streams, made, rows):
 def _build(tensors):
     "The graph in a file's tensors, and a row for each of its tensors."
     structure, streams = _expand(tensors.pop('graph')), Streams(tensors)
-    made, rows, parts = {}, [], {}  # tensors by name, a row a tensor, modules by name
+    tensors_read, rows, parts = {}, [], {}  # tensors by name, a row a tensor, modules by name
     for name, kind in structure['modules']:
-        parts[check_name(name)] = _module(name, structure['kinds'][_number(kind)], streams, made, rows)
+        parts[check_name(name)] = _module(name, structure['kinds'][_number(kind)], streams, tensors_read, rows)
     owned = {f'{n}.{k}': t for n, m in parts.items() for k, t in m.state_dict(keep_vars=True).items()}
     for name, shape, form in structure['constants']:
-        value = _tensor(check_name(name), tuple(map(_number, shape)), form, streams, made, rows)
+        value = _tensor(check_name(name), tuple(map(_number, shape)), form, streams, tensors_read, rows)
         parts[name] = owned.get(name, value)
     if left := {k: len(v) - streams.at[k] for k, v in tensors.items() if len(v) != streams.at[k]}:
         raise MicronetError(f'values are left over: {left}')
@@ -1061,20 +1061,3 @@ def pixels_to_input(
     from micronet_nb.released import prepare  # loads timm, which takes as long as torch
 
     return prepare(images)
-
-# %% ../nbs/17_packing.ipynb #70661521
-@torch.inference_mode()
-def top1(
-    net,  # for example unpacked, or a `Runner` of it: float32 (n, 3, h, w) to (n, classes)
-    dataset,  # images (n, 3, h, w) uint8, labels
-    pixels,  # see `pixels_to_input`
-    n: int = None,  # how many, from the front; None: all
-    batch: int = 10,  # images at a time
-) -> tuple:  # (right, n)
-    "How many of the first n images a net classifies rightly."
-    n, right = min(n or len(dataset), len(dataset)), 0
-    for i in progress(range(0, n, batch), 'evaluating', unit='batch'):
-        some = slice(i, min(i + batch, n))
-        classes = net(pixels_to_input(dataset.images[some], pixels)).argmax(1)
-        right += int((classes == dataset.labels[some]).sum())
-    return right, n

@@ -357,7 +357,11 @@ def prune(
 # %% ../nbs/07_pruning.ipynb #06205d28
 @patch
 @torch.no_grad()
-def on_gradients(self: Pruner, run):
+def on_gradients(
+    self: Pruner,
+    run,  # of `fit`, or what `attach` was told: model
+):
+    "Called between backward pass and update: notes the weights, where masked ones are to hold still."
     if self.method != 'dynamic':
         self.hidden = [
             (dense_weight(m), k.mask, dense_weight(m).detach().clone()) for m, k in masks(run.model).values()
@@ -366,7 +370,11 @@ def on_gradients(self: Pruner, run):
 
 @patch
 @torch.no_grad()
-def on_update(self: Pruner, run):
+def on_update(
+    self: Pruner,
+    run,  # not looked at
+):
+    "Called after the update: puts masked weights back where they were."
     for w, mask, old in self.hidden:
         w.copy_(torch.where(mask, w, old))
     self.hidden = []
@@ -394,13 +402,21 @@ def renew(
 
 # %% ../nbs/07_pruning.ipynb #a8c53a72
 @patch
-def on_epoch(self: Pruner, run):
+def on_epoch(
+    self: Pruner,
+    run,  # model, optimizer
+):
+    "Called before the first step of an epoch: progressive renews its masks."
     if self.method == 'progressive':
         renew(run.model, self.rates, run.optimizer.state)
 
 
 @patch
-def on_step(self: Pruner, run):
+def on_step(
+    self: Pruner,
+    run,  # model, optimizer, step (how many are done), total (how many there will be)
+):
+    "Called before each forward pass: dynamic renews its masks, and so does gradual while its rates rise."
     if self.method == 'dynamic':
         renew(run.model, self.rates)
     last = max(run.total - 1, 1)

@@ -503,6 +503,7 @@ class Runner:
         graph = graph if isinstance(graph, fx.GraphModule) else as_graph(graph)
         _check_graph(graph)
         self.graph, self.int8, self.batch = in_evaluation(graph), int8, batch
+        self.input_stats = getattr(graph, 'input_stats', None)  # of the pixels, where `fit` has left them
         self.options = dict(fma=fma, compiled=compiled)
         self.tasks = None  # planned at the first call
         nodes = self.graph.graph.nodes

@@ -661,10 +661,10 @@ def schedule_specs(
 ) -> dict:
     "Specs for `score` from a released schedule."
     layers = compressible(model)
-    bits = per_layer(layers, schedule['weight_bits'], what='layers of the schedule')
-    signed = per_layer(layers, schedule['activation_signed'], what='signs of the schedule')
+    bits = per_layer(layers, schedule['weight_bits'], noun='layers of the schedule')
+    signed = per_layer(layers, schedule['activation_signed'], noun='signs of the schedule')
     scales = schedule.get('activation_scale') if scales is None else scales
-    scale = per_layer(layers, None if scales is None else [1.0, *map(float, scales[1:])], what='scales')
+    scale = per_layer(layers, None if scales is None else [1.0, *map(float, scales[1:])], noun='scales')
     few, first = schedule['activation_bits'], schedule['first_layer_activation_bits']
     return {n: LayerSpec(bits[n], first if s is None else few, bool(s), scale[n]) for n, s in signed.items()}
 

@@ -369,31 +369,65 @@ def as_logits(
 
 # %% ../nbs/04_training.ipynb #240978e3
 def _device(model):
-    "Where the first parameter or buffer lies; the CPU for a net without any."
-    return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device('cpu'))
+    "Where the first parameter or buffer lies; the CPU for a net without any, and for what is no module."
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    return next((t.device for t in tensors), torch.device('cpu'))
 
 
+def model_input(
+    images: torch.Tensor,  # (n, c, h, w) uint8, or float in [0,1]
+    stats,  # (mean, std), or a function from images to what the net takes
+) -> torch.Tensor:
+    "Images as the net wants them."
+    if callable(stats):
+        return stats(images)
+    return normalised(images.float() / 255 if images.dtype == torch.uint8 else images, stats)
+
+
+def batches_of(
+    data,  # images and labels; or an iterable of (images, labels), whose batches stay as they are
+    batch_size: int,  # of a data set
+    n: int = None,  # the first n images; None: all
+):
+    "Yields (images, labels), to the last image."
+    n = n or None
+    if not hasattr(data, 'images'):
+        for images, labels in data:
+            yield images[:n], labels[:n]
+            n = None if n is None else n - len(labels[:n])
+            if n == 0:
+                return
+        return
+    n = min(n or len(data), len(data))
+    for i in range(0, n, batch_size):
+        batch = slice(i, min(i + batch_size, n))
+        yield data.images[batch], data.labels[batch]
+
+# %% ../nbs/04_training.ipynb #3ce9e13b
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,  # in any mode; left in it
-    dataset,  # images uint8, labels
-    stats=None,  # (mean, std) of the training set; None: what `fit` left with the net
-    batch_size: int = 250,  # images at a time
+    model,  # a module, in any mode; or any function from a batch to logits: a `Runner`, an ONNX session wrapped
+    data,  # images (n, c, h, w) uint8 and labels; or an iterable of (images, labels): from a folder, a loader
+    stats=None,  # (mean, std) of the training set; or images to input, a function; None: what `fit` left with the net
+    batch_size: int = 250,  # images at a time, of a data set
     n: int = None,  # the first n images only
-) -> dict:  # top1 in %, loss, n
-    "Accuracy and cross-entropy on a data set, in float32."
-    stats = known_stats(model, stats)
-    device, hits, loss = _device(model), 0.0, 0.0
-    n = min(n or len(dataset), len(dataset))
+    top: tuple = (1,),  # (1, 5): also how often the label is among the five largest logits
+) -> dict:  # top1 (and so on) in %, loss, n
+    "Accuracy and cross-entropy, in float32."
+    stats, device = known_stats(model, stats), _device(model)
+    right, loss, seen = dict.fromkeys(top, 0), 0.0, 0
     with evaluation_mode(model):
-        for i in range(0, n, batch_size):
-            batch = slice(i, min(i + batch_size, n))
-            x = normalised(dataset.images[batch].to(device).float() / 255, stats)
-            y = dataset.labels[batch].to(device)
+        for images, labels in batches_of(data, batch_size, n):
+            x, y = model_input(images.to(device), stats), labels.to(device)
             out = as_logits(model(x), x, model)
-            hits += float((out.argmax(1) == y).sum())
             loss += float(F.cross_entropy(out, y, reduction='sum'))
-    return dict(top1=100 * hits / n, loss=loss / n, n=n)
+            seen += len(y)
+            for k in top:
+                best = out.argmax(1, keepdim=True) if k == 1 else out.topk(min(k, out.shape[1]), 1).indices
+                right[k] += int((best == y[:, None]).sum())
+    if not seen:
+        raise MicronetError('no image to evaluate: the data are empty, or an iterator that has been used up')
+    return {f'top{k}': 100 * hits / seen for k, hits in right.items()} | dict(loss=loss / seen, n=seen)
 
 # %% ../nbs/04_training.ipynb #379179d5
 def hard_loss(
@@ -929,10 +963,10 @@ def fit(
 FIT_VERSION = 1  # of the code in `fit`
 
 
-def _key_config(config, what, train):
+def _key_config(config, settings, train):
     "What the key of a trained net is made of; its words are those of all stored keys."
     code = {'fit_version': FIT_VERSION} if FIT_VERSION != 1 else {}  # the first version left no trace
-    return dict(fit=_settings(config), what=what, data=train.describe(), n=len(train)) | code
+    return dict(fit=_settings(config), what=settings, data=train.describe(), n=len(train)) | code
 
 # %% ../nbs/04_training.ipynb #3ae8730e
 class Stopped(MicronetError):
@@ -972,7 +1006,7 @@ def fit_stage(
     model: nn.Module,  # trained in place, or filled with the stored weights
     data,  # (train, valid) data sets
     config: FitConfig,  # see there
-    what: dict = None,  # all else that the result depends on: model, rates, bits, loss, teacher, stats of other data
+    settings: dict = None,  # all else the result depends on: model, rates, bits, loss, teacher, stats of other data
     upstream=(),  # keys of the stages that the starting weights (and the teacher) come from
     root=None,  # folder of all stages; default `runs_dir()/'stages'`
     half: bool = False,  # matrices and kernels are stored in FP16, and the model ends with what is stored
@@ -981,7 +1015,7 @@ def fit_stage(
 ) -> dict:  # key, history (a row an epoch), seconds, data_seconds, steps, top1 and loss on the validation set
     "`fit`, once per configuration; raises Stopped where `stop` came first, and the same call goes on."
     train, valid = data
-    world, key_config = _world(), _key_config(config, (what or {}) | ({'half': True} if half else {}), train)
+    world, key_config = _world(), _key_config(config, (settings or {}) | ({'half': True} if half else {}), train)
 
     def work(folder):
         return _work(folder, model, data, config, half, kwargs)

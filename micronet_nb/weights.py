@@ -371,7 +371,7 @@ def compressed_student(
         net,
         data,
         replace(STUDIES[profile].tune, seed=seed),
-        what=COMPRESSION,
+        settings=COMPRESSION,
         upstream=[start['key']],
         callbacks=[pruner],
         stats=stats,

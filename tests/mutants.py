@@ -718,8 +718,8 @@ MUTANTS = [
     ),
     Mutant(
         "nets are evaluated as they come",
-        "yield model.eval()",
-        "yield model",
+        "yield model.eval() if modes",
+        "yield model if modes",
         "recipe::test_nets_are_evaluated_in_evaluation_mode",
     ),
     Mutant(

@@ -99,6 +99,20 @@ def same(a, b, x):
         assert torch.equal(a(x), b(x))
 
 
+def conv_and_linear(density, linear_bits):
+    "A convolution and a linear layer, for inputs of 5x8x8."
+    layers = (
+        Quantise(4),
+        IntConv2d(5, 7, 3, weight_bits=4),
+        ScaleBias(7),
+        Quantise(3),
+        nn.Flatten(),
+        IntLinear(7 * 36, 9, weight_bits=linear_bits),
+        ScaleBias(9),
+    )
+    return filled(nn.Sequential(*layers), density)
+
+
 @pytest.fixture
 def small(tmp_path):
     return pack(filled(Odd()), tmp_path / 'small.safetensors', dict(input_size=(4, 8, 8)))
@@ -219,18 +233,7 @@ def test_lowered_nets_round_trip(name, tmp_path):
 @pytest.mark.parametrize('masks, accounting', [('always', 'riair-cifar100'), ('paying', 'official')])
 @pytest.mark.parametrize('density', [0, 0.1, 0.8, 1])
 def test_payload_is_the_charge(masks, accounting, density, tmp_path):
-    net = filled(
-        nn.Sequential(
-            Quantise(4),
-            IntConv2d(5, 7, 3, weight_bits=4),
-            ScaleBias(7),
-            Quantise(3),
-            nn.Flatten(),
-            IntLinear(7 * 36, 9, weight_bits=5),
-            ScaleBias(9),
-        ),
-        density,
-    )
+    net = conv_and_linear(density, 5)
     table = bill(pack(net, tmp_path / 'n', masks=masks), (5, 8, 8), accounting)
     assert table.stored.tolist() == [-(-c // 1) for c in table.charged]
     storage = score(net, (5, 8, 8), accounting=accounting, corrected=True).storage
@@ -583,18 +586,7 @@ def test_nan_goes_through_an_unpacked_graph(tmp_path):
 @pytest.mark.parametrize('accounting', [None, 'official', 'riair-cifar100'])
 @pytest.mark.parametrize('density', [0.5, 1])
 def test_a_file_is_what_its_accounting_charges(accounting, density, tmp_path):
-    net = filled(
-        nn.Sequential(
-            Quantise(4),
-            IntConv2d(5, 7, 3, weight_bits=4),
-            ScaleBias(7),
-            Quantise(3),
-            nn.Flatten(),
-            IntLinear(7 * 36, 9, weight_bits=1),
-            ScaleBias(9),
-        ),
-        density,
-    )
+    net = conv_and_linear(density, 1)
     path = pack(net, tmp_path / 'n', dict(input_size=(5, 8, 8)) | ({'accounting': accounting} if accounting else {}))
     table, parts = bill(path), parts_of(path)
     assert table.why.eq('').all()

@@ -117,7 +117,7 @@ def worker(out):
         lambda: fit(normless(), data(), CONFIG, loss=poisoned, folder=root / "poisoned", quiet=True)
     )
     nets, eager = (normless(), normless()), replace(CONFIG, compile="eager")
-    stored = dict(what=dict(model="normless"), root=root / "stages", quiet=True)
+    stored = dict(settings=dict(model="normless"), root=root / "stages", quiet=True)
     results = [fit_stage("launched", net, data(), eager, **stored) for net in nets]
     report |= dict(stage=results[0], found=results[0] == results[1], filled=same_state(*nets))
     report["imagenet"] = micronet_imagenet(["--data", str(root / "images"), *IMAGENET])
