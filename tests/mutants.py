@@ -700,7 +700,7 @@ MUTANTS = [
     ),
     Mutant(
         "the rate stays where it was",
-        "run.step += 1; run.schedule.step_update(run.step)",
+        "run.step += 1; _set_lr(run, run.step)",
         "run.step += 1",
         "recipe::test_the_rate_climbs_and_falls_as_half_a_cosine",
     ),
