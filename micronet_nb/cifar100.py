@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from .activations import quantise_activations, remove_activation_quantisers
+from .activations import activation_quantisers, quantise_activations, remove_activation_quantisers
 from .data import load_dataset
 from .lowering import lower
 from .distillation import Ensemble, kd_loss
@@ -50,10 +50,12 @@ from .training import FitConfig, STUDIES, Stopped, evaluate, fit_stage, normalis
 from micronet_nb.weights import (
     bit_table,
     choose_bits,
+    choose_widths,
     quantise_weights,
     remove_weight_quantisers,
     specs_of,
     weight_bits,
+    width_table,
 )
 
 # %% ../nbs/20_cifar100.ipynb #fea97f29
@@ -77,6 +79,7 @@ class Step:
     gates: int = 0  # bits in front of every h-swish; 0: none
     norm_momentum: float = 0.0  # of all batch norms; 0: as they are
     lower: float = 0.0  # widths by `choose_bits` within this share of the weights' storage; 0: no
+    budget: float = 0.0  # widths of weights and inputs, layer by layer, under this score (official, tree); 0: no
     learn: bool = False  # learned scales (LSQ)
     only: str = ''  # the only layer that is trained; '': all
     half: bool = False  # its weights are stored in FP16, and are those from then on
@@ -159,7 +162,7 @@ TEAM_OF_THREE = 'kaist-v1-60 + kaist-v2-30 + osi-ai'
 def published_recipe(
     model: str = 'kaist-v1-60',  # see `published_nets`
     teacher: str = TEAM,  # published nets, joined by ' + '
-    bits=((5, 6),),  # of (weights, activations): a step each
+    bits=((5, 6),),  # of (weights, activations): a step each; or a score each, within which widths are chosen by layer
     epochs=(8,),  # of each step
     gates: int = 8,  # bits in front of every h-swish
     relu: bool = False,  # ReLU in place of every h-swish
@@ -174,9 +177,12 @@ def published_recipe(
     loss = ('direction', 'teacher||student'), ('temperature', 2.0)
     common = dict(teacher=teacher, loss=loss, first_bits=8, affine=True, gates=gates, learn=True, norm_momentum=0.01)
     steps = []
-    for i, ((weight_width, activation_width), n) in enumerate(zip(bits, epochs)):
-        row = f'{weight_width}-bit weights, {activation_width}-bit activations'
-        grids = dict(activations=(('*', activation_width), *wide_inputs), weights=(('*', weight_width), *wide))
+    for i, (width, n) in enumerate(zip(bits, epochs)):
+        if isinstance(width, float):
+            row, grids = f'widths by layer, score {width:g}', dict(budget=width)
+        else:
+            row = f'{width[0]}-bit weights, {width[1]}-bit activations'
+            grids = dict(weights=(('*', width[0]), *wide), activations=(('*', width[1]), *wide_inputs))
         changes = dict(relu=relu and not i, thin=thin[i] if thin else 0.0)
         steps.append(Step(row, replace(config, epochs=n), '' if steps else model, **grids, **common, **changes))
     return steps
@@ -237,7 +243,7 @@ RECIPES = dict(
 
 # %% ../nbs/20_cifar100.ipynb #72633a83
 # versions: raised when the code measures otherwise
-STAGES = {'bits': 1, 'rates': 1, 'norms': 1, 'figures': 1, 'top1-test': 1}
+STAGES = {'bits': 1, 'widths': 1, 'rates': 1, 'norms': 1, 'figures': 1, 'top1-test': 1}
 
 
 def _stage(kind, config, run, key, net, root):
@@ -319,6 +325,16 @@ def bits_for(
     table = table[table.level <= table.layer.map(today)]
     return choose_bits(table, share * float(table[table.level == table.layer.map(today)].storage.sum()))
 
+# %% ../nbs/20_cifar100.ipynb #3f58ab07
+def widths_for(
+    net: nn.Module,  # left as it is
+    budget: float,  # largest score: official rules, tree adder
+    images: torch.Tensor,  # (n, 3, h, w) normalised: scales are found and answers compared on them
+    quiet: bool = False,  # no progress bar
+) -> list:  # layer name to bits of its weights; layer name to bits of its input
+    "The widths of all layers that change the answers least within the score."
+    return list(choose_widths(width_table(net, images, images, quiet=quiet), budget))
+
 # %% ../nbs/20_cifar100.ipynb #5a114cab
 def _quantise_as(
     net: nn.Module,  # changed in place
@@ -334,6 +350,12 @@ def _quantise_as(
             'bits', dict(lower=step.lower), lambda folder: bits_for(net, step.lower, images, quiet), key, net, root
         )
         quantise_weights(net, bits, learn=step.learn)
+    if step.budget:
+        weights, inputs = _stage(
+            'widths', dict(budget=step.budget), lambda folder: widths_for(net, step.budget, images, quiet), key, net, root
+        )
+        quantise_weights(net, weights, learn=step.learn)
+        quantise_activations(net, images, inputs, step.first_bits, step.learn, affine=step.affine)
     if step.activations:
         quantise_activations(net, images, dict(step.activations), step.first_bits, step.learn, affine=step.affine)
     if step.gates:
@@ -576,6 +598,8 @@ def run_step(
     settings = _key_settings(step, teaching, keys)
     if step.share:
         settings |= dict(plan=callbacks[0].describe(), bits=weight_bits(net))  # what was measured
+    if step.budget:
+        settings |= dict(bits=weight_bits(net), inputs={n: q.bits for n, q in activation_quantisers(net).items()})
     upstream = [k for k in (before, *keys) if k]
     trained = _Trained()
     how = dict(callbacks=[*callbacks, trained], stats=stats, stop=left and max(left(), 0.2), quiet=quiet)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WeightQuantiser', 'plan_bits', 'quantise_weights', 'remove_weight_quantisers', 'weight_bits', 'weight_integers',
-           'weight_table', 'specs_of', 'bit_table', 'choose_bits', 'size_bits']
+           'weight_table', 'specs_of', 'bit_table', 'choose_bits', 'width_table', 'choose_widths', 'size_bits']
 
 # %% ../nbs/11_weights.ipynb #02060869
 import copy, math
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .activations import quantise_activations
+from .activations import calibrate, quantise_activations, remove_activation_quantisers
 from micronet_nb.layers import (
     Reach,
     compressible,
@@ -35,7 +35,7 @@ from micronet_nb.layers import (
 )
 from .pruning import prune
 from .quantisers import fake_quantise, grid, quantise, solve_scales
-from .scoring import LayerSpec, weight_storage
+from .scoring import LayerSpec, TRACKS, score, weight_storage
 from .training import STUDIES, as_logits, fit_stage, normalised, student, student_config, study_data
 
 # %% ../nbs/11_weights.ipynb #7da63cf9
@@ -337,6 +337,73 @@ def choose_bits(
         left -= size[i]
         plan[rows.layer.iloc[i]] = int(rows.level.iloc[i])
     return {n: plan[n] for n in table.layer.unique()}
+
+# %% ../nbs/11_weights.ipynb #c46e9a10
+@torch.no_grad()
+def _input_table(net, samples, images, widths, affine):
+    "What quantising the input of each layer alone costs in answers: layer, level (bits), kl."
+    clean, rows = _answers(net, images), []
+    for n in [n for n in compressible(net) if n in samples]:
+        for b in widths:
+            quantise_activations(net, samples, b, b, layers=[n], affine=affine)
+            kl = float(F.kl_div(_answers(net, images), clean, reduction='batchmean', log_target=True))
+            rows.append(dict(layer=n, level=b, kl=max(kl, 0.0)))
+            remove_activation_quantisers(net)
+    return pd.DataFrame(rows)
+
+
+def _layer_costs(net, samples, weight_width, input_width, first_bits, affine, input_size, scoring):
+    "Each layer's part of the score where all have these widths, and the rest of it."
+    quantise_weights(net, weight_width)
+    quantise_activations(net, samples, input_width, first_bits, affine=affine)
+    s = score(net, input_size, **scoring)
+    storage, operations = TRACKS[s.track]
+    parts = s.layers.storage / storage + (s.layers.multiplies + s.layers['adds']) / operations
+    own = s.layers.kind.isin(('conv', 'linear'))
+    costs = parts[own].groupby(s.layers.name[own]).sum().to_dict()
+    return costs, s.score - sum(costs.values())
+
+# %% ../nbs/11_weights.ipynb #9a1d53ef
+def width_table(
+    model: nn.Module,  # any, also masked; left as it is; its quantisers are ignored
+    samples,  # images to find the scales on, normalised, or what `calibrate` returned
+    images: torch.Tensor,  # (n, c, h, w) normalised: answers are compared on them
+    weight_widths=(4, 5, 6, 7, 8),  # bits
+    input_widths=(5, 6, 7, 8),  # bits of a layer's input
+    first_bits: int = 8,  # of the image
+    affine: bool = True,  # inputs with a sign get a window of their own
+    quiet: bool = False,  # no progress bar
+    **scoring,  # for `score`: track, accounting, adder, ...
+) -> pd.DataFrame:  # layer, weight_bits, input_bits, kl (nats an image), cost (score); attrs['rest']: what is left of it
+    "What each pair of widths costs a layer in answers, each width measured alone, and in score."
+    net = copy.deepcopy(model).eval()
+    remove_weight_quantisers(net, restore=True)
+    remove_activation_quantisers(net)
+    samples = samples if isinstance(samples, dict) else calibrate(net, samples)
+    of_weights = bit_table(net, images, weight_widths, quiet=quiet).set_index(['layer', 'level']).kl
+    of_inputs = _input_table(net, samples, images, {*input_widths, first_bits}, affine).set_index(['layer', 'level']).kl
+    size, rows, rest = tuple(images.shape[1:]), [], 0.0
+    for w in weight_widths:
+        for a in input_widths:
+            costs, other = _layer_costs(copy.deepcopy(net), samples, w, a, first_bits, affine, size, scoring)
+            rest = max(rest, other)
+            for n, cost in costs.items():
+                seen = first_bits if samples[n].first else a
+                kl = of_weights[n, w] + of_inputs[n, seen]
+                rows.append(dict(layer=n, weight_bits=w, input_bits=seen, kl=kl, cost=cost))
+    table = pd.DataFrame(rows).drop_duplicates(['layer', 'weight_bits', 'input_bits'])
+    table.attrs['rest'] = rest
+    return table
+
+
+def choose_widths(
+    table: pd.DataFrame,  # from `width_table`
+    budget: float,  # largest score
+) -> tuple:  # layer name to bits of its weights; layer name to bits of its input
+    "The pairs of widths with the least sum of KL within the budget."
+    choices = table.reset_index(drop=True)
+    pick = choose_bits(choices.assign(level=choices.index, storage=choices.cost), budget - table.attrs['rest'])
+    return tuple({n: int(choices[kind][i]) for n, i in pick.items()} for kind in ('weight_bits', 'input_bits'))
 
 # %% ../nbs/11_weights.ipynb #5173577f
 def size_bits(
