@@ -413,3 +413,33 @@ def test_what_is_no_logits_is_named(how, what):
 
 if __name__ == "__main__":
     worker(sys.argv[1])
+
+
+class Refuses:
+    "Stands for a step that cannot be captured as a CUDA graph."
+
+    def __call__(self, x, y):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+def test_a_step_that_cannot_be_captured_goes_on_kernel_by_kernel(monkeypatch):
+    config = replace(CONFIG, epochs=1)
+    plain = fit(dense(), data(), config, quiet=True).ema.module.state_dict()
+    monkeypatch.setattr(training, "_can_capture", lambda run: True)
+    monkeypatch.setattr(training, "_Captured", lambda run: Refuses())
+    with pytest.warns(UserWarning, match="cannot be captured .* permitted when stream is capturing\\): it goes on"):
+        run = fit(dense(), data(), config, quiet=True)
+    assert run.captured is None
+    assert all(torch.equal(v, plain[k]) for k, v in run.ema.module.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_captured_step_does_what_its_kernels_do(monkeypatch):
+    ends = []
+    for graphs in "01":
+        monkeypatch.setenv("MICRONET_GRAPHS", graphs)
+        run = fit(dense(), data(), replace(CONFIG, epochs=1, lr=0.01), quiet=True)
+        assert (run.captured is not None) == (graphs == "1")
+        ends.append(torch.cat([v.flatten() for v in run.ema.module.parameters()]))
+    start = torch.cat([p.flatten() for p in dense().cuda().parameters()])
+    assert (ends[0] - ends[1]).norm() < 1e-3 * (ends[0] - start).norm()
