@@ -197,6 +197,7 @@ class Sample:
     high: float = 0.0  # largest input, or 0
     first: bool = False  # of the layer that ran first, which sees the image
     scales: dict = field(default_factory=dict)  # bits to scale, as far as solved
+    windows: dict = field(default_factory=dict)  # bits to (scale, smallest integer), as far as solved
 
     @property
     def signed(self):
@@ -219,6 +220,7 @@ def _observe(sample, x, limit, rng, name):
     sample.values = _merge(sample.values, sample.nonzero, new, limit, rng)
     sample.seen, sample.nonzero = sample.seen + len(x), sample.nonzero + len(new)
     sample.scales.clear()
+    sample.windows.clear()
 
 # %% ../nbs/10_activations.ipynb #6f4deb30
 def _images(batches):
@@ -311,6 +313,13 @@ def solve_window(
     bits: int,  # 1 to 16
 ) -> tuple:  # (scale, smallest integer)
     "The scale a and the lower end l that minimise the squared error of a clamp(round(x/a), l, l + 2^bits - 1)."
+    if bits not in sample.windows:
+        sample.windows[bits] = _solve_window(sample, bits)
+    return sample.windows[bits]
+
+
+def _solve_window(sample, bits):
+    "The window, by two scans of scales and lower ends on a histogram."
     top, span = grid(bits, False)[1], sample.high - sample.low
     if not len(sample.values) or not span > 1e-30:  # too small for a scale that float32 holds
         return 1.0, 0

@@ -7,7 +7,7 @@ __all__ = ['STUDIES', 'augment', 'FitConfig', 'normalised', 'evaluate', 'hard_lo
            'student', 'student_config']
 
 # %% ../nbs/04_training.ipynb #917ec6c7
-import contextlib, json, math, os, shutil, time, warnings
+import contextlib, json, math, os, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -545,6 +545,9 @@ def _can_capture(run):
     "One CUDA device, and callbacks whose part in the update is work for the device alone."
     if run.device.type != 'cuda' or run.world.num_processes > 1 or os.environ.get('MICRONET_GRAPHS') == '0':
         return False
+    inductor = sys.modules.get('torch._inductor.config')
+    if inductor and inductor.triton.cudagraphs:
+        return False  # torch.compile captures by itself
     within = [c for c in run.callbacks if hasattr(c, 'on_gradients') or hasattr(c, 'on_update')]
     return all(getattr(c, 'capturable', False) for c in within)
 
