@@ -127,11 +127,13 @@ def _grid_scale(x, hi):
     ordered = m.sort(1).values
     few_values = (ordered[:, 1:] != ordered[:, :-1]).sum(1) <= hi  # no more than the grid has
     left = (few_values & (ordered[:, -1] > 0)).nonzero()[:, 0]
+    smallest = torch.where(m > 0, m, torch.inf).amin(1, keepdim=True)
+    largest_k = hi * smallest[:, 0] / ordered[:, -1] * (1 + 1e-5)  # the largest value is at most hi scales
     for k in range(1, hi + 1):
+        left = left[k <= largest_k[left]]
         if not len(left):
             break
-        smallest = torch.where(m[left] > 0, m[left], torch.inf).amin(1, keepdim=True)
-        q = (m[left] / smallest * k).round()
+        q = (m[left] / smallest[left] * k).round()
         a = _common_scale(m[left], q)
         fits = (q <= hi).all(1) & (a[:, None] * q == m[left]).all(1)
         scale[left[fits]], left = a[fits], left[~fits]
