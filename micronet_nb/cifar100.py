@@ -355,9 +355,8 @@ def _quantise_as(
         )
         quantise_weights(net, bits, learn=step.learn)
     if step.budget:
-        weights, inputs = _stage(
-            'widths', dict(budget=step.budget), lambda folder: widths_for(net, step.budget, images, quiet), key, net, root
-        )
+        choose = lambda folder: widths_for(net, step.budget, images, quiet)
+        weights, inputs = _stage('widths', dict(budget=step.budget), choose, key, net, root)
         quantise_weights(net, weights, learn=step.learn)
         quantise_activations(net, images, inputs, step.first_bits, step.learn, affine=step.affine)
     if step.activations:

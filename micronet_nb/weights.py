@@ -283,6 +283,11 @@ def _answers(net, images):
     return torch.cat([F.log_softmax(as_logits(net(x.to(device)), x, net), 1) for x in images.split(250)])
 
 
+def _divergence(net, images, clean):
+    "KL from the clean answers to the net's, nats an image; rounding may leave it below 0."
+    return max(float(F.kl_div(_answers(net, images), clean, reduction='batchmean', log_target=True)), 0.0)
+
+
 @torch.no_grad()
 def bit_table(
     model: nn.Module,  # any, also masked or with quantised activations; left as it is; weight quantisers are ignored
@@ -301,11 +306,11 @@ def bit_table(
         remove_weight_quantisers(net, restore=True)
         for n, m in layers.items():
             parametrize.register_parametrization(m, 'weight', quantisers[n], unsafe=True)
-            kl = float(F.kl_div(_answers(net, images), clean, reduction='batchmean', log_target=True))
+            kl = _divergence(net, images, clean)
             remove_weight_quantisers(net, restore=True)
             zeros, size = table.masked[n] + table.rounded[n], table.weights[n]
             storage = weight_storage(int(size), int(size - zeros), b, always=False)
-            row = dict(layer=n, kind='weight bits', level=b, kl=max(kl, 0.0))
+            row = dict(layer=n, kind='weight bits', level=b, kl=kl)
             rows.append(row | dict(error=table.error[n], storage=storage))
     return pd.DataFrame(rows)
 
@@ -348,8 +353,7 @@ def _input_table(net, samples, images, widths, affine):
     for n in [n for n in compressible(net) if n in samples]:
         for b in widths:
             quantise_activations(net, samples, b, b, layers=[n], affine=affine)
-            kl = float(F.kl_div(_answers(net, images), clean, reduction='batchmean', log_target=True))
-            rows.append(dict(layer=n, level=b, kl=max(kl, 0.0)))
+            rows.append(dict(layer=n, level=b, kl=_divergence(net, images, clean)))
             remove_activation_quantisers(net)
     return pd.DataFrame(rows)
 
@@ -376,14 +380,15 @@ def width_table(
     affine: bool = True,  # inputs with a sign get a window of their own
     quiet: bool = False,  # no progress bar
     **scoring,  # for `score`: track, accounting, adder, ...
-) -> pd.DataFrame:  # layer, weight_bits, input_bits, kl (nats an image), cost (score); attrs['rest']: what is left of it
+) -> pd.DataFrame:  # layer, weight_bits, input_bits, kl (nats an image), cost (score); attrs['rest']: the rest
     "What each pair of widths costs a layer in answers, each width measured alone, and in score."
     net = copy.deepcopy(model).eval()
     remove_weight_quantisers(net, restore=True)
     remove_activation_quantisers(net)
     samples = samples if isinstance(samples, dict) else calibrate(net, samples)
     of_weights = bit_table(net, images, weight_widths, quiet=quiet).set_index(['layer', 'level']).kl
-    of_inputs = _input_table(net, samples, images, {*input_widths, first_bits}, affine).set_index(['layer', 'level']).kl
+    of_inputs = _input_table(net, samples, images, {*input_widths, first_bits}, affine)
+    of_inputs = of_inputs.set_index(['layer', 'level']).kl
     size, rows, rest = tuple(images.shape[1:]), [], 0.0
     for w in weight_widths:
         for a in input_widths:
