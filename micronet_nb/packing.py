@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .data import normalise
-from .integer import MODULES, IntConv2d, IntLinear, Quantise, ScaleBias, as_graph, check_integers
+from .integer import MODULES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias, as_graph, check_integers
 from .layers import evaluation_mode
 from .scoring import ACCOUNTINGS, score
 
@@ -70,9 +70,31 @@ def _mask(
     size = (n + 7) // 8
     if size > len(data):
         raise MicronetError(f'a bitmask of {n:,} bits needs {size:,} bytes, the file has {len(data):,} left')
-    return np.unpackbits(data[:size], count=n).astype(bool), size
+    return np.unpackbits(data[:size], count=n).view(bool), size
 
 # %% ../nbs/17_packing.ipynb #76831682
+_BLOCK = 2**18  # numbers that are decoded at a time, so that little more memory is taken than they need
+
+
+def _check_filling(data, used):
+    "The bits that fill up the last byte are 0."
+    if used % 8 and data[used // 8] & (255 >> used % 8):
+        raise MicronetError('the bits that fill up a byte are not 0: pack the net again')
+
+
+def _slice(data, first, at, k, bits, dtype):
+    "Values at to at + k of a stream whose values begin at bit `first`."
+    each = bits or 8 * dtype.itemsize
+    start, stop = first + at * each, first + (at + k) * each
+    part = data[start // 8 : (stop + 7) // 8]
+    if bits:
+        stream = np.unpackbits(part)[start % 8 :]
+        return torch.from_numpy(from_bits(stream[: k * bits], bits)).to(dtype)
+    values = torch.empty(k, dtype=dtype)
+    values.view(torch.uint8).numpy()[:] = part
+    return values
+
+
 def decode(
     data: np.ndarray,  # uint8; may go on after this tensor
     n: int,  # numbers in the tensor
@@ -80,24 +102,24 @@ def decode(
     masked: bool = True,  # as `encode`
     dtype=torch.float32,  # of the result; where bits is None, of the stored floats
 ) -> tuple:  # (n,) tensor, bytes used
-    "The inverse of `encode`; MicronetError where the data is too short."
-    mask, start = _mask(data, n) if masked else (np.ones(min(n, 8 * len(data)), bool), 0)
-    k = int(mask.sum()) if masked else n  # values that follow
+    "The inverse of `encode`; MicronetError where the data is too short, or what `encode` would not write."
+    mask, start = _mask(data, n) if masked else (None, 0)
+    k = int(np.count_nonzero(mask)) if masked else n  # values that follow
     each = bits or 8 * dtype.itemsize  # bits of one
     first = n if masked and bits else 8 * start  # bit at which the values begin
     size = (first + k * each + 7) // 8
     if size > len(data):
         raise MicronetError(f'a tensor of {n:,} numbers needs {size:,} bytes, the file has {len(data):,} left')
-    if bits:
-        stream = np.unpackbits(data[first // 8 : size])[first % 8 :]
-        values = torch.from_numpy(from_bits(stream[: k * bits], bits)).to(dtype)
-    else:
-        values = torch.empty(k, dtype=dtype)
-        values.view(torch.uint8).numpy()[:] = data[start:size]
-    if not masked:
-        return values, size
-    out = torch.zeros(n, dtype=dtype)
-    out[torch.from_numpy(mask)] = values
+    _check_filling(data, first + k * each if bits else n * masked)
+    out, at = torch.zeros(n, dtype=dtype), 0
+    for i in range(0, n, _BLOCK):
+        block = out[i : i + _BLOCK]
+        kept = torch.from_numpy(mask[i : i + _BLOCK]) if masked else torch.ones(len(block), dtype=torch.bool)
+        values = _slice(data, first, at, int(kept.sum()), bits, dtype)
+        if masked and bool((values == 0).any()):
+            raise MicronetError('a bitmask calls a number nonzero that is 0: pack the net again')
+        block.masked_scatter_(kept, values)
+        at += len(values)
     return out, size
 
 # %% ../nbs/17_packing.ipynb #65e2f511
@@ -155,10 +177,84 @@ def arguments(
         defaults |= {'bias': None, 'weight_bits': 4, 'wide': False}
     return {k: v for k, v in held.items() if v is not defaults[k] and v != defaults[k]}
 
+# %% ../nbs/17_packing.ipynb #db1c771e
+def _whole(low, high):
+    "A test for whole numbers of a range."
+    return lambda v: type(v) is int and low <= v <= high
+
+
+def _real(low=-math.inf, high=math.inf):
+    "A test for numbers of a range, NaN excluded."
+    return lambda v: type(v) in (int, float) and low <= v <= high
+
+
+def _each(test, lengths=(1, 2)):
+    "A test for one value, or a tuple of some."
+    return lambda v: test(v) or (isinstance(v, (tuple, list)) and len(v) in lengths and all(map(test, v)))
+
+
+def _or(test, *values):
+    "A test that some values pass, too."
+    return lambda v: test(v) or any(v is x or (isinstance(x, str) and v == x) for x in values)
+
+
+_flag, _never = (lambda v: type(v) is bool), (lambda v: False)
+_count, _window, _dim = _whole(1, 2**53), _each(_whole(1, 2**16)), _whole(-8, 8)
+
+# %% ../nbs/17_packing.ipynb #9ddb4389
+ARGUMENTS = {  # of modules in a file: name to a test of the value
+    **dict.fromkeys('in_channels out_channels in_features out_features num_features channels groups'.split(), _count),
+    **dict.fromkeys('kernel_size stride dilation'.split(), _window),
+    'padding': _or(_each(_whole(0, 2**16)), 'same', 'valid'),
+    'padding_mode': _or(_never, 'zeros', 'reflect', 'replicate', 'circular'),
+    'approximate': _or(_never, 'none', 'tanh'),
+    **dict.fromkeys('weight_bits bits'.split(), _whole(1, 16)),
+    'low': _whole(-(2**16), 0),
+    **dict.fromkeys('bias wide signed affine track_running_stats elementwise_affine inplace'.split(), _flag),
+    **dict.fromkeys('ceil_mode count_include_pad return_indices'.split(), _flag),
+    'eps': _real(0, 1e6),
+    'momentum': _or(_real(0, 1), None),
+    'p': _real(0, 1),
+    'normalized_shape': _each(_count, range(1, 9)),
+    **dict.fromkeys('min_val max_val'.split(), _real()),
+    'negative_slope': _real(-1e6, 1e6),
+    'dim': _or(_dim, None),
+    **dict.fromkeys('start_dim end_dim'.split(), _dim),
+    'divisor_override': _or(_count, None),
+    'output_size': _each(_or(_whole(1, 2**16), None)),
+}
+
+
+def check_arguments(
+    cls: str,  # name of a class in MODULES
+    args: dict,  # of its constructor, by name
+):
+    "Refuses an argument that is not in the table, or not of its kind and range."
+    base = next((c for c in (nn.Conv2d, nn.Linear) if issubclass(MODULES[cls], c)), MODULES[cls])
+    known = {*inspect.signature(base).parameters} - {'device', 'dtype', 'args', 'kwargs'}
+    if base is not MODULES[cls] and issubclass(MODULES[cls], IntWeights):
+        known = known - {'bias'} | {'weight_bits', 'wide'}
+    for k, v in args.items():
+        if k not in known or not ARGUMENTS.get(k, _or(_real(-(2**53), 2**53), None, True, False))(v):
+            raise MicronetError(
+                f'{k}={str(v)[:60]!r} cannot be an argument of {cls} in a packed file: see packing.ARGUMENTS'
+            )
+
 # %% ../nbs/17_packing.ipynb #f456e04d
 DTYPES = {
     str(t).removeprefix('torch.'): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 }
+
+
+_KINDS = rf'0|[md]([1-9]|1[0-6])|[md]?({"|".join(DTYPES)})'  # of forms
+
+
+def _parsed(form):
+    "The kind and the dtype of a form."
+    match = isinstance(form, str) and re.fullmatch(rf'({_KINDS})( ({"|".join(DTYPES)}))?', form, re.ASCII)
+    if not match:
+        raise MicronetError(f'{form!r} is no form of a tensor: see `form_of` for those that there are')
+    return match[1], DTYPES[match[5] or _implied(match[1])]
 
 
 def _implied(form):
@@ -210,6 +306,7 @@ class Streams:
     ):
         self.parts, self.tensors, self.at = {}, tensors, Counter()
         self.version = 1  # of the format that what was written needs
+        self.room = 16 * sum(t.numel() * t.itemsize for t in (tensors or {}).values()) + 10**8  # bytes of memory
 
     def write(self, tensor, form):
         "Appends a tensor to the part of its form."
@@ -227,6 +324,17 @@ class Streams:
 
 # %% ../nbs/17_packing.ipynb #20df5297
 @patch
+def _take(self: Streams, n, dtype):
+    "Memory for n numbers, as long as the file's size warrants it."
+    self.room -= n * (dtype.itemsize + 1)
+    if self.room < 0:
+        raise MicronetError(
+            f'a tensor of {n:,} numbers, with those before it, needs more memory than 16 times the file and 100 MB: '
+            'pack the net in parts'
+        )
+
+
+@patch
 def _read_weight(self: Streams, kind, n, dtype, shape):
     "A tensor of the weight stream."
     data = self.tensors.get('weights', torch.empty(0, dtype=torch.uint8))[self.at['weights'] :].numpy()
@@ -243,12 +351,12 @@ def read(
     like: int = 0,  # numbers in the weight of the same module
 ) -> tuple:  # tensor, bytes in the file
     "The next tensor of a form."
-    (kind, *rest), n = form.split(), math.prod(shape)
-    dtype = DTYPES[rest[0] if rest else _implied(kind)]
+    (kind, dtype), n = _parsed(form), math.prod(shape)
     if kind == '0' and n > like:
         raise MicronetError(f'{n:,} zeros beside {like:,} weights')
     if kind == '0':
         return torch.zeros(shape, dtype=dtype), 0
+    self._take(n, dtype)
     if kind[0] in 'md':
         return self._read_weight(kind, n, dtype, shape)
     values = self.tensors.get(kind, torch.empty(0))[self.at[kind] :][:n]
@@ -418,31 +526,36 @@ def _order(stored, tensor):
     return None
 
 # %% ../nbs/17_packing.ipynb #159a265c
-def _check_finite(tensor, name):
+def _check_finite(tensor, name, verb='packed'):
     "No NaN and no infinity."
     if not bool(torch.isfinite(tensor.detach()).all()):
-        raise MicronetError(f'{name} holds NaN or infinity: a net that broke in training is not packed')
+        raise MicronetError(f'{name} holds NaN or infinity: a net that broke in training is not {verb}')
 
 
-def _check_weight(m, name):
+def _check_weight(weight, bits, name):
     "Integers of the promised width; one bit is -1 and 1."
-    _check_finite(m.weight, name)
-    if m.weight_bits == 1 and bool(((m.weight == 0) | (m.weight.abs() == 1)).all()):
-        return
-    check_integers(m.weight, m.weight_bits, name)
+    _check_finite(weight, name)
+    if weight.numel():
+        check_integers(weight, bits, name)
 
 # %% ../nbs/17_packing.ipynb #2c5f0815
 def _value(v):
     "An argument as Python has it: lists are tuples, {'f': 'inf'} is infinity."
     if isinstance(v, list):
         return tuple(map(_value, v))
-    return float(v['f']) if isinstance(v, dict) else v
+    if isinstance(v, dict):
+        if [*v] != ['f'] or v['f'] not in ('inf', '-inf'):
+            raise MicronetError(f'{str(v)[:60]} cannot be an argument in a packed file')
+        return float(v['f'])
+    return v
 
 
 def _make(cls, args):
     "A module of its class and arguments, without memory for its tensors."
+    args = {k: _value(v) for k, v in args.items()}
+    check_arguments(cls, args)
     with torch.device('meta'):
-        return MODULES[cls](**{k: _value(v) for k, v in args.items()})
+        return MODULES[cls](**args)
 
 # %% ../nbs/17_packing.ipynb #79c233f9
 def _check_attributes(module, name, fresh):
@@ -508,7 +621,7 @@ def _kind(module, name, masks, out, paid):
         args, out.version = args | infinite, FORMAT
     keys = _check_module(module, name, _make(type(module).__name__, args))
     if hasattr(module, 'weight_bits'):
-        _check_weight(module, f'{name}.weight')
+        _check_weight(module.weight, module.weight_bits, f'{name}.weight')
     tensors = {k: operator.attrgetter(k)(module) for k in keys}
     forms = {k: _put(t, f'{name}.{k}', form_of(t, module, k, masks), out, paid) for k, t in tensors.items()}
     return json.dumps([type(module).__name__, args, forms])
@@ -669,15 +782,34 @@ def _tied(name, shape, reference, tensors_read):
     first, _, order = reference.partition(' ')
     if (value := tensors_read.get(first)) is None or value.numel() != math.prod(shape):
         raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
-    return _viewed(value, shape, [int(d) for d in order] or range(len(shape)))
+    order = [int(d) for d in order] or [*range(len(shape))]
+    if sorted(order) != [*range(len(shape))]:
+        raise MicronetError(f'{name} is said to be {first} in the order {order}, which is no order of its dimensions')
+    return _viewed(value, shape, order)
 
 
-def _tensor(name, shape, form, streams, tensors_read, rows, module='', cls='constant', like=0):
+def _check_values(value, name, form, module, key):
+    "What a file says about a tensor is what its values say: width, mask, FP16, finite."
+    _check_finite(value, name, 'read')
+    if key == 'weight' and hasattr(module, 'weight_bits'):
+        _check_weight(value, module.weight_bits, name)
+    forms = [form] if form[0] == '=' else [form_of(value, module, key, masks) for masks in ('always', 'paying')]
+    if form not in forms:
+        forms = ' or '.join(dict.fromkeys(forms))
+        raise MicronetError(f'{name} is stored as {form!r}, and its values make it {forms}: pack the net again')
+
+# %% ../nbs/17_packing.ipynb #28328139
+def _tensor(name, shape, form, streams, tensors_read, rows, owner=None, like=0):
     "A tensor of the file: read, or found where another has it too."
-    if form[0] == '=':
+    key, module, cls = name, '', 'constant'
+    if owner is not None:
+        module, owner, key = owner
+        cls = type(owner).__name__
+    if form[:1] == '=':
         value, size = _tied(name, shape, form[1:], tensors_read), 0
     else:
         value, size = streams.read(form, shape, like)
+    _check_values(value, name, form, owner, key)
     tensors_read[name] = value
     row = dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel())
     rows.append(row | dict(nonzero=int((value != 0).sum()), bytes=size))
@@ -695,7 +827,7 @@ def _module(name, kind, streams, tensors_read, rows):
         raise MicronetError(f'{name} should store {", ".join(state) or "nothing"}, not {", ".join(forms) or "nothing"}')
     for k, t in state.items():
         like = tensors_read[f'{name}.weight'].numel() if f'{name}.weight' in tensors_read else 0
-        value = _tensor(f'{name}.{k}', tuple(t.shape), forms[k], streams, tensors_read, rows, name, cls, like)
+        value = _tensor(f'{name}.{k}', tuple(t.shape), forms[k], streams, tensors_read, rows, (name, m, k), like)
         owner, _, k = k.rpartition('.')
         part = m.get_submodule(owner)
         if k in part._parameters:
