@@ -366,6 +366,10 @@ def read(
     return values.to(dtype, copy=True).view(shape), n * values.dtype.itemsize
 
 # %% ../nbs/17_packing.ipynb #eef3b43d
+TEXTS = set('none tanh zeros constant reflect replicate circular same valid floor trunc'.split())  # as arguments
+DEPTH = 8  # of tuples in tuples
+
+
 def encode_argument(
     value,  # an argument of a node
     index: dict,  # node to its number
@@ -392,24 +396,40 @@ def encode_argument(
     raise MicronetError(f'a packed file cannot hold the argument {value!r} ({type(value).__name__})')
 
 # %% ../nbs/17_packing.ipynb #9d89f9c9
+def _decode_wrapped(value, again):
+    "A float, a text, a dtype, a tuple or a slice."
+    ((kind, v),) = value.items()
+    if kind == 'f' and v in ('inf', '-inf', 'nan'):
+        return float(v)
+    if kind == 's' and v in TEXTS:
+        return v
+    if kind == 'd' and v in DTYPES:
+        return DTYPES[v]
+    if kind in ('t', 'c') and isinstance(v, list) and (kind == 't' or len(v) == 3):
+        return (tuple if kind == 't' else lambda ends: slice(*ends))([again(x) for x in v])
+    raise MicronetError(f'{str(value)[:60]} cannot be an argument in a packed file')
+
+
 def decode_argument(
     value,  # as JSON gave it
     nodes: list,  # nodes so far
+    depth: int = 0,  # of the tuples and lists that it lies in
 ):
     "The inverse of `encode_argument`."
-    again = lambda v: decode_argument(v, nodes)
+    again = lambda v: decode_argument(v, nodes, depth + 1)
+    if depth > DEPTH:
+        raise MicronetError(f'an argument lies in more than {DEPTH} tuples and lists: a packed file holds flatter ones')
     if isinstance(value, str):
         if not (value.isdecimal() and 1 <= int(value) <= len(nodes)):
             raise MicronetError(f'a node refers to the node {value!r} before it, of {len(nodes)}')
         return nodes[-int(value)]
     if isinstance(value, list):
         return [again(v) for v in value]
-    if not isinstance(value, dict):
+    if isinstance(value, dict) and len(value) == 1:
+        return _decode_wrapped(value, again)
+    if value is None or type(value) in (bool, float) or type(value) is int and abs(value) < 2**63:
         return value
-    readers = dict(f=float, s=str, d=DTYPES.__getitem__, t=lambda v: tuple(map(again, v)))
-    readers['c'] = lambda v: slice(*map(again, v))
-    ((kind, v),) = value.items()
-    return readers[kind](v)
+    raise MicronetError(f'{str(value)[:60]} cannot be an argument in a packed file')
 
 # %% ../nbs/17_packing.ipynb #c989260b
 def check_name(
@@ -477,6 +497,14 @@ def encode_node(
     return row
 
 # %% ../nbs/17_packing.ipynb #37466594
+KEYWORDS = set(  # names of arguments of functions and methods
+    '''input other tensors value mode pad min max min_val max_val dim dims dim0 dim1 keepdim start_dim end_dim axis
+    kernel_size stride padding ceil_mode count_include_pad divisor_override return_indices dilation output_size inplace
+    p training approximate negative_slope alpha dtype chunks split_size split_size_or_sections shape size sizes
+    exponent mat2 rounding_mode decimals a b'''.split()
+)
+
+
 def decode_node(
     graph: fx.Graph,  # gets the node
     row: list,  # as `encode_node`
@@ -490,6 +518,8 @@ def decode_node(
     for callee, known in (('function', FUNCTIONS), ('method', METHODS)):
         if op == f'call_{callee}' and target not in known:
             raise MicronetError(f'it calls the {callee} {target!r}, which is none that a packed file may name')
+    if more := {*kwargs} - KEYWORDS:
+        raise MicronetError(f'{str(target)[:60]} has the argument {min(more)[:60]!r}: see packing.KEYWORDS')
     if op in ('placeholder', 'output') and (kwargs or len(args) != (op == 'output')):
         raise MicronetError(f'an {op} with arguments {args!r}')
     if op == 'call_module':
@@ -506,6 +536,88 @@ def _number(i):
     if type(i) is not int or i < 0:
         raise MicronetError(f'{i!r} is not the number of a module')
     return i
+
+# %% ../nbs/17_packing.ipynb #36c318f9
+_NAMES = {f: k for k, f in FUNCTIONS.items()}
+_SUMS = set('operator.add operator.sub operator.iadd operator.isub operator.neg operator.floordiv'.split())
+_PRODUCTS = {'operator.mul', 'operator.imul'}
+_SHAPED = set('view reshape expand torch.reshape'.split())  # take a shape as it is
+_JOINS = {'torch.cat', 'torch.stack'}
+NUMBER_BITS = 1000  # of numbers that are computed from sizes
+
+
+def _number_flow(name, operands):
+    "Bits of a number that is computed from numbers: what flows is known by them."
+    bits = [64 if o is None else o for o in operands]
+    if all(isinstance(b, int) for b in bits) and name in _SUMS | _PRODUCTS | {'operator.truediv'}:
+        total = sum(bits) if name in _PRODUCTS else max(bits) + 1
+        if total <= NUMBER_BITS:
+            return total
+    raise MicronetError(f'it calls {name} on numbers, which no packed file may, or with more than {NUMBER_BITS} bits')
+
+
+def _taken(operand, index):
+    "What indexing gives."
+    if isinstance(operand, int):
+        raise MicronetError('it takes a part of a number')
+    part = {'shape': 64, 'tensors': 'tensor'}
+    return operand if operand == 'tensor' or isinstance(index, slice) else part[operand]
+
+
+def _called(name, node, operands):
+    "What a function or method makes of operands: 'tensor', 'tensors', 'shape', or the bits of a number."
+    if name.endswith('getitem') and len(node.args) == 2:
+        return _taken(operands[0], node.args[1])
+    if not {'tensor', 'tensors'} & {*operands}:
+        return _number_flow(name, operands)
+    if 'tensors' in operands and name not in _JOINS or 'shape' in operands and name not in _SHAPED:
+        raise MicronetError(f'it calls {name} on a tuple, which no packed file may')
+    if name == 'size':
+        return 64 if len(node.args) + len(node.kwargs) > 1 else 'shape'
+    if name == 'dim':
+        return 64
+    whole = name.removeprefix('torch.')
+    with_places = node.kwargs.get('return_indices') or (name.endswith('max_pool2d') and node.args[-1] is True)
+    return 'tensors' if whole in ('chunk', 'split') or with_places else 'tensor'
+
+
+def value_kind(
+    node: fx.Node,  # of a graph
+    known: dict,  # node before it to what this gave
+    modules: dict,  # name to module
+):
+    "What flows out of a node; a call of nothing that flows is refused."
+    if node.op in ('placeholder', 'get_attr'):
+        return 'tensor'
+    operands = [known[i] for i in node.all_input_nodes]
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    if not operands or node.op in ('call_module', 'call_method') and not isinstance(first, fx.Node):
+        raise MicronetError(f'the node {node.name} is given no other node: each call of a packed file works on one')
+    if node.op == 'output':
+        return None
+    if node.op == 'call_module':
+        if known[first] != 'tensor' or len(node.args) + len(node.kwargs) > 1:
+            raise MicronetError(f'the node {node.name} gives a module something other than one tensor')
+        return 'tensors' if getattr(modules[node.target], 'return_indices', False) else 'tensor'
+    name = node.target if node.op == 'call_method' else _NAMES[node.target]
+    flat = [known.get(v) if isinstance(v, fx.Node) else None for v in (*node.args, *node.kwargs.values())]
+    try:
+        return _called(name, node, flat if {*operands}.isdisjoint({'tensor', 'tensors'}) else operands)
+    except MicronetError as e:
+        raise MicronetError(f'the node {node.name} is refused: {e}') from e
+
+
+def check_flow(
+    graph: fx.Graph,  # of a file
+    modules: dict,  # name to module
+):
+    "Every node, in order, by `value_kind`; one output, which is the last."
+    known = {}
+    for node in graph.nodes:
+        known[node] = value_kind(node, known, modules)
+    ops = [n.op for n in graph.nodes]
+    if ops.count('output') != 1 or ops[-1] != 'output' or 'placeholder' not in ops:
+        raise MicronetError('a graph has an input, and one output, which is its last node')
 
 # %% ../nbs/17_packing.ipynb #6019cfdc
 def _viewed(stored, shape, order):
@@ -688,7 +800,7 @@ def compress(
 
 def _expand(
     data: torch.Tensor,  # uint8, as `compress`
-    limit: int = 2**26,  # bytes of the text
+    limit: int = 2**22,  # bytes of the text: 200 times a large net's
 ):
     "The structure that `compress` made."
     z = zlib.decompressobj()
@@ -836,10 +948,79 @@ def _module(name, kind, streams, tensors_read, rows):
             part._buffers[k] = value
     return m
 
+# %% ../nbs/17_packing.ipynb #ffe5edc7
+NUMBERS = 10**8  # that one value of a net may have, for one input
+PIECES = 2**16  # that a tensor may be split into
+
+
+class _Sizes(fx.Interpreter):
+    "Runs a graph without values, and refuses those that are too large."
+
+    def __init__(self, graph):
+        super().__init__(graph)
+        self.extra_traceback = False
+
+    def call_module(self, target, args, kwargs):
+        module = self.fetch_attr(target)
+        state = {k: t.to('meta') for k, t in module.state_dict(keep_vars=True).items()}
+        return torch.func.functional_call(module, state, args, kwargs)
+
+    def get_attr(self, target, args, kwargs):
+        return super().get_attr(target, args, kwargs).to('meta')
+
+    def run_node(self, n):
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        if getattr(n.target, '__name__', n.target) in ('chunk', 'split') and max(args[0].shape, default=0) > PIECES:
+            raise MicronetError(f'{n.name} splits a tensor that is longer than {PIECES:,}')
+        value = super().run_node(n)
+        if (most := max((t.numel() for t in tree_leaves(value) if isinstance(t, torch.Tensor)), default=0)) > NUMBERS:
+            raise MicronetError(f'{n.name} makes {most:,} numbers of one input, more than the {NUMBERS:,} that are tried')
+        return value
+
+
+@torch.no_grad()
+def check_size(
+    graph: fx.GraphModule,  # of a file
+    input_size,  # (channels, height, width)
+):
+    "Refuses a graph that does not run on an input of this size, or that makes too much of it."
+    if math.prod(input_size) > NUMBERS:
+        raise MicronetError(f'an input of {input_size} has more numbers than the {NUMBERS:,} that are tried')
+    dtype = next((t.dtype for t in (*graph.parameters(), *graph.buffers()) if t.is_floating_point()), torch.float32)
+    try:
+        _Sizes(graph).run(torch.empty(1, *input_size, dtype=dtype, device='meta'))
+    except Exception as e:  # a forged graph can fail anywhere
+        reason = (str(e).splitlines() or ['?'])[0][:200]
+        raise MicronetError(
+            f"it does not run on an input of {'x'.join(map(str, input_size))}, which it is said to take ({reason})"
+        ) from e
+
 # %% ../nbs/17_packing.ipynb #95dcbdd6
+PARTS = 10_000  # nodes, constants and levels of modules' names, all together
+
+
+def _check_structure(s):
+    "Lists of a length that a net may have; modules and constants are named once, and read."
+    names, constants = [name for name, _ in s['modules']], [name for name, _, _ in s['constants']]
+    parts = len(s['nodes']) + len(constants) + sum(1 + check_name(n).count('.') for n in names)
+    if parts > PARTS:
+        raise MicronetError(
+            f'its graph has {parts:,} nodes, constants and levels of names, and a packed file holds {PARTS:,}'
+        )
+    read = {check_name(n[1]) for n in s['nodes'] if n[0] == 'a'}
+    called = {names[_number(n[1])] for n in s['nodes'] if n[0] == 'm'}
+    for all_names, used, noun in ((names, called, 'modules'), (constants, read, 'constants')):
+        if len({*all_names}) < len(all_names) or {*all_names} != used:
+            raise MicronetError(f'its {noun} are not those that its nodes read, each once: pack the net again')
+    if {*names} & {*constants}:
+        raise MicronetError(f'{min({*names} & {*constants})} is a module and a constant')
+
+
 def _build(tensors):
     "The graph in a file's tensors, and a row for each of its tensors."
     structure, streams = _expand(tensors.pop('graph')), Streams(tensors)
+    _check_structure(structure)
+    graph = _graph(structure)
     tensors_read, rows, parts = {}, [], {}  # tensors by name, a row a tensor, modules by name
     for name, kind in structure['modules']:
         parts[check_name(name)] = _module(name, structure['kinds'][_number(kind)], streams, tensors_read, rows)
@@ -849,9 +1030,11 @@ def _build(tensors):
         parts[name] = owned.get(name, value)
     if left := {k: len(v) - streams.at[k] for k, v in tensors.items() if len(v) != streams.at[k]}:
         raise MicronetError(f'values are left over: {left}')
-    net = fx.GraphModule(parts, _graph(structure)).eval()
+    check_flow(graph, parts)
+    net = fx.GraphModule(parts, graph).eval()
     net.meta['about'] = about = check_about(structure['about'])
     if 'input_size' in about:
+        check_size(net, about['input_size'])
         net.meta['input_size'] = tuple(about['input_size'])
     return net, rows
 
@@ -862,6 +1045,8 @@ def _graph(structure):
     names = structure['names'] or [None] * len(structure['nodes'])
     for row, name in zip(structure['nodes'], names, strict=True):
         nodes.append(decode_node(graph, row, nodes, modules, name))
+        if name and nodes[-1].name != name:
+            raise MicronetError(f'two nodes are called {name!r}')
     graph.lint()
     return graph
 
