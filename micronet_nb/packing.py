@@ -917,10 +917,13 @@ def _tensor(name, shape, form, streams, tensors_read, rows, owner=None, like=0):
     if owner is not None:
         module, owner, key = owner
         cls = type(owner).__name__
-    if form[:1] == '=':
+    if isinstance(form, str) and form.startswith('='):
         value, size = _tied(name, shape, form[1:], tensors_read), 0
     else:
-        value, size = streams.read(form, shape, like)
+        try:
+            value, size = streams.read(form, shape, like)
+        except MicronetError as e:
+            raise MicronetError(f'{name} cannot be read: {e}') from e
     _check_values(value, name, form, owner, key)
     tensors_read[name] = value
     row = dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel())

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from micronet_nb.core import MicronetError
-from micronet_nb.packing import compress, pack, seal, unpack
+from micronet_nb.packing import check_size, compress, pack, seal, unpack
 from micronet_nb.scoring import score
 
 LIMIT = 5  # seconds for one file
@@ -117,8 +117,10 @@ def verdict(path, size):
     except MicronetError as e:
         assert '\n' not in str(e), e
         return 'refused'
-    size = net.meta.get('input_size', size)
     try:
+        if 'input_size' not in net.meta:
+            check_size(net, size)
+        size = net.meta.get('input_size', size)
         scored, first = score(net, size, corrected=True).score, answers(net, size)
     except MicronetError as e:
         assert '\n' not in str(e), e
