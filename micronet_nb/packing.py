@@ -976,8 +976,11 @@ class _Sizes(fx.Interpreter):
         if getattr(n.target, '__name__', n.target) in ('chunk', 'split') and max(args[0].shape, default=0) > PIECES:
             raise MicronetError(f'{n.name} splits a tensor that is longer than {PIECES:,}')
         value = super().run_node(n)
-        if (most := max((t.numel() for t in tree_leaves(value) if isinstance(t, torch.Tensor)), default=0)) > NUMBERS:
-            raise MicronetError(f'{n.name} makes {most:,} numbers of one input, more than the {NUMBERS:,} that are tried')
+        most = max((t.numel() for t in tree_leaves(value) if isinstance(t, torch.Tensor)), default=0)
+        if most > NUMBERS:
+            raise MicronetError(
+                f'{n.name} makes {most:,} numbers of an input, more than the {NUMBERS:,} that are tried'
+            )
         return value
 
 
@@ -998,18 +1001,23 @@ def check_size(
             f"it does not run on an input of {'x'.join(map(str, input_size))}, which it is said to take ({reason})"
         ) from e
 
-# %% ../nbs/17_packing.ipynb #95dcbdd6
+# %% ../nbs/17_packing.ipynb #39eedf0f
 PARTS = 10_000  # nodes, constants and levels of modules' names, all together
 
 
-def _check_structure(s):
-    "Lists of a length that a net may have; modules and constants are named once, and read."
-    names, constants = [name for name, _ in s['modules']], [name for name, _, _ in s['constants']]
-    parts = len(s['nodes']) + len(constants) + sum(1 + check_name(n).count('.') for n in names)
+def _check_length(s):
+    "Lists of a length that a net may have."
+    names = [name for name, _ in s['modules']]
+    parts = len(s['nodes']) + len(s['constants']) + sum(1 + check_name(n).count('.') for n in names)
     if parts > PARTS:
         raise MicronetError(
             f'its graph has {parts:,} nodes, constants and levels of names, and a packed file holds {PARTS:,}'
         )
+
+
+def _check_names(s):
+    "Modules and constants are named once, and read."
+    names, constants = [name for name, _ in s['modules']], [name for name, _, _ in s['constants']]
     read = {check_name(n[1]) for n in s['nodes'] if n[0] == 'a'}
     called = {names[_number(n[1])] for n in s['nodes'] if n[0] == 'm'}
     for all_names, used, noun in ((names, called, 'modules'), (constants, read, 'constants')):
@@ -1018,12 +1026,13 @@ def _check_structure(s):
     if {*names} & {*constants}:
         raise MicronetError(f'{min({*names} & {*constants})} is a module and a constant')
 
-
+# %% ../nbs/17_packing.ipynb #95dcbdd6
 def _build(tensors):
     "The graph in a file's tensors, and a row for each of its tensors."
     structure, streams = _expand(tensors.pop('graph')), Streams(tensors)
-    _check_structure(structure)
+    _check_length(structure)
     graph = _graph(structure)
+    _check_names(structure)
     tensors_read, rows, parts = {}, [], {}  # tensors by name, a row a tensor, modules by name
     for name, kind in structure['modules']:
         parts[check_name(name)] = _module(name, structure['kinds'][_number(kind)], streams, tensors_read, rows)
