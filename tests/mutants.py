@@ -924,8 +924,8 @@ MUTANTS = [
     ),
     Mutant(
         "any form that can be read will do",
-        "if form not in forms: forms",
-        "if False: forms",
+        "if form not in forms:",
+        "if False:",
         "strangers::test_a_scale_in_32_bits_that_16_would_hold",
     ),
     Mutant(
