@@ -265,7 +265,7 @@ def _implied(form):
 
 def _weight_form(w, bits, dtype, masks):
     "m or d, and the bits of an integer or the dtype of a float."
-    N, nnz, each = w.numel(), int((w != 0).sum()), bits or 8 * w.dtype.itemsize
+    N, nnz, each = w.numel(), int(torch.count_nonzero(w)), bits or 8 * w.dtype.itemsize
     masked = masks == 'always' or N + nnz * each < N * each or (bits == 1 and nnz < N)
     return ('m' if masked else 'd') + str(bits or dtype)
 
@@ -607,14 +607,28 @@ def value_kind(
         raise MicronetError(f'the node {node.name} is refused: {e}') from e
 
 
+def _overwrites(node, modules):
+    "May a node write into its input?"
+    if node.op == 'call_module':
+        return bool(getattr(modules[node.target], 'inplace', False))
+    name = node.target if node.op == 'call_method' else _NAMES.get(node.target, '')
+    in_place = name.endswith('_') or name.startswith('operator.i') or bool(node.kwargs.get('inplace'))
+    return in_place or any(v is True for v in node.args)
+
+
 def check_flow(
     graph: fx.Graph,  # of a file
     modules: dict,  # name to module
 ):
     "Every node, in order, by `value_kind`; one output, which is the last."
-    known = {}
+    known, fixed = {}, set()  # fixed: values that are the same for every input
     for node in graph.nodes:
         known[node] = value_kind(node, known, modules)
+        sources = node.all_input_nodes
+        if node.op == 'get_attr' or sources and fixed.issuperset(sources):
+            fixed.add(node)
+        if sources and sources[0] in fixed and _overwrites(node, modules):
+            raise MicronetError(f'the node {node.name} overwrites a stored tensor, so no second run would be the same')
     ops = [n.op for n in graph.nodes]
     if ops.count('output') != 1 or ops[-1] != 'output' or 'placeholder' not in ops:
         raise MicronetError('a graph has an input, and one output, which is its last node')
@@ -902,9 +916,10 @@ def _tied(name, shape, reference, tensors_read):
 
 def _check_values(value, name, form, module, key):
     "What a file says about a tensor is what its values say: width, mask, FP16, finite."
-    _check_finite(value, name, 'read')
-    if key == 'weight' and hasattr(module, 'weight_bits'):
-        _check_weight(value, module.weight_bits, name)
+    for block in value.reshape(-1).split(_BLOCK):
+        _check_finite(block, name, 'read')
+        if key == 'weight' and hasattr(module, 'weight_bits'):
+            _check_weight(block, module.weight_bits, name)
     forms = [form] if form[0] == '=' else [form_of(value, module, key, masks) for masks in ('always', 'paying')]
     if form not in forms:
         forms = ' or '.join(dict.fromkeys(forms))
@@ -927,7 +942,7 @@ def _tensor(name, shape, form, streams, tensors_read, rows, owner=None, like=0):
     _check_values(value, name, form, owner, key)
     tensors_read[name] = value
     row = dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel())
-    rows.append(row | dict(nonzero=int((value != 0).sum()), bytes=size))
+    rows.append(row | dict(nonzero=int(torch.count_nonzero(value)), bytes=size))
     return value
 
 # %% ../nbs/17_packing.ipynb #20fb107e
@@ -1098,7 +1113,7 @@ def _answers(model, x):
     "A model's outputs in evaluation mode; it is left as it was, and so are torch's random numbers."
     with evaluation_mode(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return tree_leaves(model(x))
+        return tree_leaves(model(x.clone()))  # a net may overwrite its input
 
 
 def _equal(a, b):
