@@ -918,7 +918,7 @@ MUTANTS = [
     ),
     Mutant(
         "a file's widths are not those of its values",
-        "_check_weight(value, module.weight_bits, name)",
+        "_check_weight(block, module.weight_bits, name)",
         "pass",
         "strangers::test_one_bit_with_the_values_unchanged",
     ),
@@ -936,7 +936,7 @@ MUTANTS = [
     ),
     Mutant(
         "scales of a file may be NaN",
-        "_check_finite(value, name, 'read')",
+        "_check_finite(block, name, 'read')",
         "pass",
         "strangers::test_scales_that_are_no_numbers",
     ),
