@@ -64,7 +64,7 @@ def load_packed(
     size=None,  # (channels, height, width); None: as the file says
 ) -> tuple:  # (net, size, accounting)
     "What `micronet-score` needs of a packed file."
-    from micronet_nb.packing import unpack
+    from micronet_nb.packing import check_size, unpack
 
     net = unpack(path)
     about = net.meta['about']
@@ -72,6 +72,8 @@ def load_packed(
         raise MicronetError(
             f'{path} does not say what its input is: give --size channels x height x width, like 3x32x32'
         )
+    if size is not None:
+        check_size(net, size)  # that of the file was checked on reading
     return net, tuple(size or about['input_size']), about.get('accounting', 'official')
 
 # %% ../nbs/30_cli.ipynb #6bd45a1e
