@@ -302,7 +302,10 @@ def to_onnx(
     form: str = 'qdq',  # integers, QuantizeLinear and DequantizeLinear; 'float': float32 weights, Round and Clip
     input_size: tuple = None,  # of one input, such as (3, 32, 32); None: as `lower` or the packed file says
 ) -> Path:
-    "Writes a net as an ONNX file for float32 batches of any length, checked by onnx."
+    """Writes a net as an ONNX file for float32 batches of any length, checked by onnx.
+
+    A NaN pixel is refused by `onnx_session`, but another runtime that opens the QDQ file answers with finite logits.
+    """
     if form not in ('qdq', 'float'):
         raise MicronetError(f"form is 'qdq' or 'float', not {form!r}")
     graph = as_graph(graph)

@@ -1196,12 +1196,17 @@ def contents(
     return pd.DataFrame(_open(path)[1], columns=['tensor', 'module', 'kind', 'form', 'numbers', 'nonzero', 'bytes'])
 
 # %% ../nbs/17_packing.ipynb #fb93e64e
+_SAME = 'the same tensor again: stored once'
+
+
 def _why(r):
     "Why a module is stored in other than the charged bytes; '' where rounding up to whole bytes is all."
     more = r.difference > 0
     layer = r.kind in ('IntConv2d', 'IntLinear', 'Conv2d', 'Linear')
     if 0 <= r.difference < 1:
         return ''
+    if r.form.startswith('=') and not more:
+        return _SAME
     if 'BatchNorm' in r.kind:
         return 'not folded: four vectors and a counter, charged as one scale and one bias'
     if r.kind in ('ScaleBias', 'constant') and more:
@@ -1254,18 +1259,18 @@ def half_scales(
 # %% ../nbs/17_packing.ipynb #0570d81f
 def _owners(graph):
     "ScaleBias to (role, owner): a layer's 'scale', the same 'again', of layers 'joined' before it, of a 'quantiser'."
-    sums_of, owners = {}, {}  # node to layers, name to (role, owner)
+    sums_of, owners, scaled = {}, {}, set()  # node to calls of layers, name to (role, owner), calls with a scale
     for n in graph.graph.nodes:
         m = graph.get_submodule(n.target) if n.op == 'call_module' else None
         layers = frozenset().union(*(sums_of.get(i, ()) for i in n.all_input_nodes))  # whose sums these still are
         if isinstance(m, (nn.Conv2d, nn.Linear)):
-            sums_of[n] = {n.target}
+            sums_of[n] = {n}  # the call: a shared layer has a scale for each
         elif isinstance(m, ScaleBias):
             if len(layers) == 1:
-                role = 'again' if ('scale', *layers) in owners.values() else 'scale'
-                owners.setdefault(n.target, (role, *layers))
+                owners.setdefault(n.target, ('again' if layers <= scaled else 'scale', *{i.target for i in layers}))
+                scaled |= layers
             elif layers:
-                owners.setdefault(n.target, ('joined', layers))
+                owners.setdefault(n.target, ('joined', frozenset(i.target for i in layers)))
             elif len(m.weight) == 1 and not m.has_bias:
                 owners.setdefault(n.target, ('quantiser', re.sub(r'_input_scale(_\d+)?$', '', n.target)))
         elif not isinstance(m, Quantise):
@@ -1274,15 +1279,16 @@ def _owners(graph):
 
 # %% ../nbs/17_packing.ipynb #f0141017
 def _lines(charged, owners):
-    "Charged rows with their roles, and the keys that they are matched by, the strictest first."
-    rows, layer = [], ''
+    "Charged rows: role, keys to match by (the strictest first), and whether an earlier row has billed their tensors."
+    rows, layer, seen = [], '', set()
     for r in charged.layers.itertuples():
         if r.kind in ('conv', 'linear'):
             layer = r.name
         role, owner = owners.get(r.name, ('scale' if r.kind == 'bias' else r.kind, r.name))
         kind = 'scale' if role == 'joined' else role
         keys = [(role, owner) if owner else None, (kind, r.shape, layer), (kind, r.shape)]
-        rows.append(r._asdict() | dict(role=role, keys=keys))
+        rows.append(r._asdict() | dict(role=role, keys=keys, billed=(r.kind, r.name) in seen))
+        seen.add((r.kind, r.name))
     return rows
 
 
@@ -1357,10 +1363,14 @@ def _line(a, b, owners, stored):
     ops = [x['multiplies'] + x['adds'] if x else 0.0 for x in (a, b)]
     size = [4 * x['storage'] if x else 0.0 for x in (a, b)]
     rows = _stored_for(b, stored) if b else stored[:0]
-    in_file = int(rows.bytes.sum())
+    billed = len(rows) and b['billed']
+    in_file = 0 if billed else int(rows.bytes.sum())
     kind, form = (rows.kind.iloc[0], rows.form.iloc[0]) if len(rows) else ('', '-')
     difference = SimpleNamespace(difference=in_file - size[1], kind=kind, form=form)
-    reasons = _changed(a, b, ops, size, owners), _why(difference) if len(rows) or size[1] else ''
+    why = _why(difference) if len(rows) or size[1] else ''
+    if billed or (form[0] == '=' and not in_file):
+        why = _SAME
+    reasons = _changed(a, b, ops, size, owners), why
     first = a or b
     return first['name'], first['kind'], first['shape'], *ops, *size, in_file, '; '.join(filter(None, reasons))
 

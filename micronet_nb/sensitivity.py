@@ -26,7 +26,7 @@ from .layers import compressible, computes_otherwise, dense_weight, matching, re
 from .pruning import layer_positions, magnitude_mask
 from .quantisers import fake_quantise, grid, kept_word, solve_scales
 from .scoring import TRACKS, score, trace
-from .training import as_logits, normalised
+from .training import as_logits, normalised, train_and_valid
 
 # %% ../nbs/06_sensitivity.ipynb #8304d03a
 @torch.no_grad()
@@ -357,7 +357,7 @@ def measure_sensitivity(
     quiet: bool = False,  # no progress bar
 ) -> pd.DataFrame:  # layer, kind, level, top1 and drop in %, loss, increase and its standard error se
     "Accuracy and loss with one layer at a time degraded. Slide 'Robust Analysis'."
-    levels, (train, valid) = _levels(sparsities, weight_bits, activation_bits), data
+    levels, (train, valid) = _levels(sparsities, weight_bits, activation_bits), train_and_valid(data)
     net, images, shown = _working_copy(model), _some(valid, n), _some(train, n_train)
     stats = stats or getattr(model, 'input_stats', None) or dataset_stats(train)
     every, names = compressible(net), matching(compressible(net), layers)

@@ -934,6 +934,16 @@ def _epoch(run, valid, bar, folder, every, stop):
     _add_row(run, valid)
     return _due(run, folder, every, stop)
 
+# %% ../nbs/04_training.ipynb #dd158870
+def train_and_valid(
+    data,  # as `fit` was given it
+) -> tuple:
+    "The two data sets of a pair."
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        given = f'{len(data)} data sets' if isinstance(data, (tuple, list)) else f'one {type(data).__name__}'
+        raise MicronetError(f'data is {given}, where a pair is wanted: give (train, valid)')
+    return data
+
 # %% ../nbs/04_training.ipynb #e5dac8e2
 def fit(
     model: nn.Module,  # trained in place; ends on the device
@@ -949,7 +959,7 @@ def fit(
     quiet: bool = False,  # no progress bar
 ) -> Run:
     "Trains `model`. The run has `history` (a row an epoch), `model` and, where asked for, `ema.module`."
-    train, valid = data
+    train, valid = train_and_valid(data)
     set_seed(config.seed)
     run = Run(model, train, config, teacher, callbacks, loss, stats or dataset_stats(train))
     _prepare(run)
@@ -1017,7 +1027,7 @@ def fit_stage(
     **kwargs,  # teacher, callbacks, loss, stats, every, stop, quiet: as for `fit`
 ) -> dict:  # key, history (a row an epoch), seconds, data_seconds, steps, top1 and loss on the validation set
     "`fit`, once per configuration; raises Stopped where `stop` came first, and the same call goes on."
-    train, valid = data
+    train, valid = train_and_valid(data)
     world, key_config = _world(), _key_config(config, (settings or {}) | ({'half': True} if half else {}), train)
 
     def work(folder):

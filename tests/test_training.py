@@ -336,6 +336,22 @@ def test_evaluate_takes_the_statistics_that_the_net_was_trained_with(tmp_path):
             assert evaluate(net, valid)["loss"] == made["loss"] == evaluate(net, valid, given or stats)["loss"]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda data, folder: fit(flat(), data, SHORT, quiet=True),
+        lambda data, folder: fit_stage("one", flat(), data, SHORT, root=folder, quiet=True),
+        lambda data, folder: measure_sensitivity(flat(), data, quiet=True),
+    ],
+    ids=["fit", "fit_stage", "measure_sensitivity"],
+)
+def test_one_data_set_is_no_pair(call, tmp_path):
+    train, _ = data()
+    for given, words in ((train, "one Dataset"), ((train, None, None), "3 data sets")):
+        with pytest.raises(MicronetError, match=rf"data is {words}, .*give \(train, valid\)"):
+            call(given, tmp_path)
+
+
 def test_sensitivity_takes_the_statistics_that_the_net_was_trained_with():
     train, valid = data()
     fit(net := flat(), (train, None), SHORT, stats=CIFAR100_STATS, quiet=True)
