@@ -954,7 +954,13 @@ def fit(
     stop: float = None,  # seconds after which to save a checkpoint and return early: then `run.done` is False
     quiet: bool = False,  # no progress bar
 ) -> Run:
-    "Trains `model`. The run has `history` (a row an epoch), `model` and, where asked for, `ema.module`."
+    """Trains `model`. The run has `history` (a row an epoch), `model` and, where asked for, `ema.module`.
+
+    >>> data = load_dataset('digits', 'train'), load_dataset('digits', 'valid')
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    >>> [row['epoch'] for row in fit(net, data, FitConfig(epochs=2, batch_size=128), quiet=True).history]
+    [1, 2]
+    """
     train, valid = data
     set_seed(config.seed)
     run = Run(model, train, config, teacher, callbacks, loss, stats or dataset_stats(train))
