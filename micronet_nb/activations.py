@@ -394,7 +394,13 @@ def quantise_activations(
     affine: bool = False,  # signed inputs get unsigned integers with a lower end of their own (`solve_window`)
     before=None,  # types of modules, such as (nn.Hardswish,), that get a quantiser instead of Conv2d and Linear
 ) -> dict:  # layer name to ActivationQuantiser, all of the model; `untouched`: a table of weights whose input has none
-    "Puts a quantiser before each layer, scale and sign found on the images. Slide 'Activation Quantization'."
+    """Puts a quantiser before each layer, scale and sign found on the images. Slide 'Activation Quantization'.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3)).eval()
+    >>> quantisers = quantise_activations(net, torch.randn(8, 3, 8, 8), bits=4)
+    >>> {name: (q.bits, q.signed) for name, q in quantisers.items()}
+    {'0': (8, True), '2': (4, False)}
+    """
     samples = batches if isinstance(batches, dict) else calibrate(model, batches, seed=seed, before=before)
     places = _places(model, before)
     chosen, widths = matching(places, layers), per_layer(places, bits, noun='widths')

@@ -81,7 +81,13 @@ def kd_loss(
     standardise: bool = False,  # logits by `z_score`?
     soft: float = None,  # weight of the teacher's share, >= 0; None: 1 - hard
 ):
-    "`distil` with these choices, for `fit`; its `keywords` tell them. The default is RIAIR's."
+    """`distil` with these choices, for `fit`; its `keywords` tell them. The default is RIAIR's.
+
+    >>> loss = kd_loss(temperature=4.0, hard=0.1)
+    >>> logits, target = torch.zeros(2, 10), torch.tensor([3, 7])
+    >>> loss(logits, target, logits, FitConfig())  # as the teacher: what is left is a tenth of log(10)
+    tensor(0.2303)
+    """
     if direction not in DIRECTIONS:
         raise MicronetError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}")
     if not _is_number(temperature) or not 0 < temperature < float('inf'):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'Quantise', 'ScaleBias', 'check_integers', 'IntWeights', 'IntConv2d', 'IntLinear', 'as_graph', 'shapes_of',
-           'int_sums', 'IntegerRun', 'run_integer', 'kernel_ranges', 'register_bits', 'sum_widths']
+           'int_sums', 'IntegerRun', 'run_integer', 'sum_widths']
 
 # %% ../nbs/12_integer.ipynb #a222b348
 import functools, math, operator

@@ -1095,7 +1095,13 @@ def _open(path):
 def unpack(
     path,  # made by `pack`
 ) -> fx.GraphModule:
-    "The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told."
+    """The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told.
+
+    >>> from tempfile import mkdtemp
+    >>> graph, x = lower(torch.nn.Sequential(torch.nn.Linear(8, 2)), torch.randn(4, 8)), torch.randn(4, 8)
+    >>> unpack(pack(graph, mkdtemp() + '/net.safetensors'))(x).equal(graph(x))
+    True
+    """
     return _open(path)[0]
 
 # %% ../nbs/17_packing.ipynb #4e00e670
@@ -1173,7 +1179,13 @@ def pack(
     about: dict = None,  # input_size, accounting, dataset, pixels; None: what `lower` or `unpack` knew
     masks: str = None,  # 'always' or 'paying', see `form_of`; None: as about's accounting charges, else 'paying'
 ) -> Path:
-    "Writes a net as a safetensors file, and keeps it where it unpacks to the same net."
+    """Writes a net as a safetensors file, and keeps it where it unpacks to the same net.
+
+    >>> from tempfile import mkdtemp
+    >>> graph = lower(torch.nn.Sequential(torch.nn.Linear(8, 2)), torch.randn(4, 8))
+    >>> pack(graph, mkdtemp() + '/net.safetensors').name
+    'net.safetensors'
+    """
     if masks not in ('always', 'paying', None):
         raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
     given, graph = graph, as_graph(graph)

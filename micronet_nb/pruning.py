@@ -331,7 +331,13 @@ def prune(
     start=0.0,  # gradual: the rates at the first step, said like `rates`
     ramp: float = 0.75,  # gradual: fraction of the run after which `rates` is reached
 ) -> Pruner:  # a callback of `fit`, or `attach` it to a loop of one's own; `untouched` is a table of what it passes by
-    "Masks the smallest weights of each layer, instead of the masks of an earlier call. Slide 'Pruning'."
+    """Masks the smallest weights of each layer, instead of the masks of an earlier call. Slide 'Pruning'.
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    >>> pruner = prune(net, 0.8)
+    >>> [int(net[i].weight.count_nonzero()) for i in (0, 2)]  # of 40 and 10
+    [8, 2]
+    """
     require_shapes(model, 'pruning')
     layers, gradual = compressible(model), method == 'gradual'
     plan, first = plan_rates(model, rates), plan_rates(model, start if gradual else 0.0)

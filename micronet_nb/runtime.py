@@ -490,7 +490,14 @@ def _check_graph(graph):
 
 
 class Runner:
-    "A lowered graph on integer units, in memory that is used again: the graph's bits, floats at the same batch size."
+    """A lowered graph on integer units, in memory that is used again: the graph's bits, floats at the same batch size.
+
+    >>> net, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval(), torch.randn(8, 3, 8, 8)
+    >>> _ = quantise_activations(net, x, bits=8), quantise_weights(net, 4)
+    >>> graph = lower(net, x)
+    >>> Runner(graph)(x).equal(graph(x))
+    True
+    """
 
     def __init__(
         self,

@@ -413,7 +413,13 @@ def evaluate(
     n: int = None,  # the first n images only
     top: tuple = (1,),  # (1, 5): also how often the label is among the five largest logits
 ) -> dict:  # top1 (and so on) in %, loss, n
-    "Accuracy and cross-entropy, in float32."
+    """Accuracy and cross-entropy, in float32.
+
+    >>> valid = load_dataset('digits', 'valid')
+    >>> always_3 = lambda images: torch.eye(10)[3].repeat(len(images), 1)
+    >>> round(evaluate(always_3, valid, stats=((0.0,) * 3, (1.0,) * 3))['top1'], 1)
+    10.3
+    """
     stats, device = known_stats(model, stats), _device(model)
     right, loss, seen = dict.fromkeys(top, 0), 0.0, 0
     with evaluation_mode(model):
@@ -958,7 +964,13 @@ def fit(
     stop: float = None,  # seconds after which to save a checkpoint and return early: then `run.done` is False
     quiet: bool = False,  # no progress bar
 ) -> Run:
-    "Trains `model`. The run has `history` (a row an epoch), `model` and, where asked for, `ema.module`."
+    """Trains `model`. The run has `history` (a row an epoch), `model` and, where asked for, `ema.module`.
+
+    >>> data = load_dataset('digits', 'train'), load_dataset('digits', 'valid')
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    >>> [row['epoch'] for row in fit(net, data, FitConfig(epochs=2, batch_size=128), quiet=True).history]
+    [1, 2]
+    """
     train, valid = train_and_valid(data)
     set_seed(config.seed)
     run = Run(model, train, config, teacher, callbacks, loss, stats or dataset_stats(train))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WeightQuantiser', 'plan_bits', 'quantise_weights', 'remove_weight_quantisers', 'weight_bits', 'weight_integers',
-           'weight_table', 'specs_of', 'bit_table', 'choose_bits', 'width_table', 'choose_widths', 'size_bits']
+           'weight_table', 'specs_of', 'bit_table', 'choose_bits', 'width_table', 'choose_widths']
 
 # %% ../nbs/11_weights.ipynb #02060869
 import copy, math
@@ -200,7 +200,14 @@ def quantise_weights(
     per: str = 'channel',  # a scale a 'channel', a 'tensor', or 'auto': channels in depthwise layers only (RIAIR)
     learn: bool = False,  # learn the scales (LSQ) instead of keeping them
 ) -> dict:  # layer name to bits; `untouched` is a table of the weights that it passes by
-    "A quantiser behind each layer's mask, unless it has just that; the scales solved. Slide 'Weight Quantization'."
+    """A quantiser behind each layer's mask, unless it has just that; the scales solved. Slide 'Weight Quantization'.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    >>> quantise_weights(net, {'0': 8, '2': 3})
+    {'0': 8, '2': 3}
+    >>> len(net[2].weight[0].unique()) <= 2**3
+    True
+    """
     require_shapes(model, 'quantising')
     plan, layers = plan_bits(model, bits), compressible(model)
     per = {n: _per(layers[n], per) for n in plan}
