@@ -304,8 +304,6 @@ def to_onnx(
 ) -> Path:
     """Writes a net as an ONNX file for float32 batches of any length, checked by onnx.
 
-    A NaN pixel is refused by `onnx_session`, but another runtime that opens the QDQ file answers with finite logits.
-
     >>> from tempfile import mkdtemp
     >>> graph = lower(torch.nn.Sequential(torch.nn.Linear(8, 2)), torch.randn(4, 8))
     >>> to_onnx(graph, mkdtemp() + '/net.onnx').name
