@@ -139,7 +139,8 @@ def test_api_covers_the_modules():
 
 
 def test_links_within_the_readme_lead_to_headings_of_the_site():
-    text = "see [there](#what-came-out) and [the API](#an-api-of-its-own)\n\n## What came out\n\n## An API, of its own\n"
+    links = "see [there](#what-came-out) and [the API](#an-api-of-its-own)"
+    text = f"{links}\n\n## What came out\n\n## An API, of its own\n"
     linked = api.inner_links(text)
     assert "](#What-came-out)" in linked and "](#An-API,-of-its-own)" in linked
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
