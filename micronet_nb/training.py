@@ -558,6 +558,10 @@ def _can_capture(run):
     return all(getattr(c, 'capturable', False) for c in within)
 
 
+class _CannotCapture(Exception):
+    "The device refuses to capture a step: it asks for a number in the middle, say."
+
+
 class _Captured:
     "A step's work on the device: run a few times, then captured as a CUDA graph and replayed."
 
@@ -572,6 +576,15 @@ class _Captured:
         _after_update(self.run)
         return loss
 
+    def _capture(self):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.loss = self._work()
+        except RuntimeError as e:  # nothing has been computed yet
+            raise _CannotCapture(str(e).splitlines()[0]) from e
+        return graph
+
     def __call__(self, x, y):
         if self.steps < self.warm_up:
             self.steps, self.x, self.y = self.steps + 1, x.clone(), y.clone()  # static: the graph reads them
@@ -583,10 +596,7 @@ class _Captured:
         self.x.copy_(x)
         self.y.copy_(y)
         if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.loss = self._work()
-            self.graph = graph
+            self.graph = self._capture()
         self.graph.replay()
         return self.loss
 
@@ -596,9 +606,8 @@ def _learn(run, x, y):
     if run.captured:
         try:
             return run.captured(x, y)
-        except RuntimeError as e:  # a net that asks the device for a number in the middle of a step
-            reason = str(e).splitlines()[0]
-            warnings.warn(f'the step cannot be captured as a CUDA graph ({reason}): it goes on kernel by kernel')
+        except _CannotCapture as e:
+            warnings.warn(f'the step cannot be captured as a CUDA graph ({e}): it goes on kernel by kernel')
             run.captured = None
             run.optimizer.zero_grad(set_to_none=True)
     loss = _gradients(run, x, y)

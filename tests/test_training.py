@@ -435,7 +435,7 @@ class Refuses:
     "Stands for a step that cannot be captured as a CUDA graph."
 
     def __call__(self, x, y):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        raise training._CannotCapture("operation not permitted when stream is capturing")
 
 
 def test_a_step_that_cannot_be_captured_goes_on_kernel_by_kernel(monkeypatch):
