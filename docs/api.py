@@ -7,6 +7,19 @@ import io
 import re
 import tokenize
 from pathlib import Path
+from urllib.parse import quote
+
+
+def anchor(heading):
+    "What nbconvert calls a heading."
+    return html.escape(quote(heading.replace(" ", "-"), safe="?/:@!$&'()*+,;=~"))
+
+
+def inner_links(text):
+    "Markdown whose links to its own headings, written as GitHub has them, are written as nbconvert has them."
+    headings = re.findall(r"^#+ (.+?) *$", text, re.M)
+    names = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-"): anchor(h) for h in headings}
+    return re.sub(r"\]\(#([^)]+)\)", lambda link: f"](#{names.get(link[1], link[1])})", text)
 
 
 def comments_of(source):

@@ -7,7 +7,6 @@ import sys
 from configparser import ConfigParser
 from html import escape, unescape
 from pathlib import Path
-from urllib.parse import quote
 
 import nbformat
 import yaml
@@ -118,11 +117,6 @@ def outputs_of(cells):
             )
 
 
-def anchor(heading):
-    "What nbconvert calls a heading."
-    return escape(quote(heading.replace(" ", "-"), safe="?/:@!$&'()*+,;=~"))
-
-
 def results(found):
     "The page Results, and the cards of the first page."
     purpose = (
@@ -137,8 +131,8 @@ def results(found):
             if not cells:
                 log.warning(f"results.yml: {stem} has no heading {heading!r}")
                 continue
-            at = f"{stem}.html#{anchor(heading)}"
-            page.append(f'<h3 id="{stem}-{anchor(heading)}"><a href="{at}">{escape(heading)}</a></h3>')
+            at = f"{stem}.html#{api.anchor(heading)}"
+            page.append(f'<h3 id="{stem}-{api.anchor(heading)}"><a href="{at}">{escape(heading)}</a></h3>')
             page.append(pages.body(nbformat.v4.new_notebook(cells=list(outputs_of(cells)))))
         cards.append(card(stem, title, subtitle, [c for h in headings for c in section(nb, h)]))
     return "\n".join(page), "\n".join(cards)
@@ -171,7 +165,7 @@ def make():
     page, cards = results(found)
     put("results.md", page)
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](nbs/", "](")
-    put("index.md", f'{markdown(readme)}<h2 id="Gallery">Gallery</h2><div class="gallery">{cards}</div>')
+    put("index.md", f'{markdown(api.inner_links(readme))}<h2 id="Gallery">Gallery</h2><div class="gallery">{cards}</div>')
     for name, file in {"contributing": "CONTRIBUTING.md", "changes": "CHANGELOG.md"}.items():
         put(f"{name}.md", markdown((ROOT / file).read_text(encoding="utf-8").replace("](nbs/", "](")))
     import micronet_nb

@@ -197,6 +197,7 @@ class Sample:
     high: float = 0.0  # largest input, or 0
     first: bool = False  # of the layer that ran first, which sees the image
     scales: dict = field(default_factory=dict)  # bits to scale, as far as solved
+    windows: dict = field(default_factory=dict)  # bits to (scale, smallest integer), as far as solved
 
     @property
     def signed(self):
@@ -219,6 +220,7 @@ def _observe(sample, x, limit, rng, name):
     sample.values = _merge(sample.values, sample.nonzero, new, limit, rng)
     sample.seen, sample.nonzero = sample.seen + len(x), sample.nonzero + len(new)
     sample.scales.clear()
+    sample.windows.clear()
 
 # %% ../nbs/10_activations.ipynb #6f4deb30
 def _images(batches):
@@ -257,7 +259,7 @@ def calibrate(
 ) -> dict:  # layer name to Sample, in the order in which the layers first ran
     "Samples the inputs of every Conv2d and Linear. Slide 'Activation Quantization'."
     require_shapes(model, 'calibration')
-    samples, layers, there = {}, _places(model, before), activation_quantisers(model)
+    samples, layers, quantisers = {}, _places(model, before), activation_quantisers(model)
     hooks, device = [], next(model.parameters()).device
     with evaluation_mode(model):
         remove_activation_quantisers(model)
@@ -270,7 +272,7 @@ def calibrate(
         finally:
             for h in hooks:
                 h.remove()
-            for n, q in there.items():
+            for n, q in quantisers.items():
                 attach_quantiser(model.get_submodule(n), q)
     if not samples:
         raise MicronetError(
@@ -311,6 +313,13 @@ def solve_window(
     bits: int,  # 1 to 16
 ) -> tuple:  # (scale, smallest integer)
     "The scale a and the lower end l that minimise the squared error of a clamp(round(x/a), l, l + 2^bits - 1)."
+    if bits not in sample.windows:
+        sample.windows[bits] = _solve_window(sample, bits)
+    return sample.windows[bits]
+
+
+def _solve_window(sample, bits):
+    "The window, by two scans of scales and lower ends on a histogram."
     top, span = grid(bits, False)[1], sample.high - sample.low
     if not len(sample.values) or not span > 1e-30:  # too small for a scale that float32 holds
         return 1.0, 0
@@ -385,10 +394,16 @@ def quantise_activations(
     affine: bool = False,  # signed inputs get unsigned integers with a lower end of their own (`solve_window`)
     before=None,  # types of modules, such as (nn.Hardswish,), that get a quantiser instead of Conv2d and Linear
 ) -> dict:  # layer name to ActivationQuantiser, all of the model; `untouched`: a table of weights whose input has none
-    "Puts a quantiser before each layer, scale and sign found on the images. Slide 'Activation Quantization'."
+    """Puts a quantiser before each layer, scale and sign found on the images. Slide 'Activation Quantization'.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3)).eval()
+    >>> quantisers = quantise_activations(net, torch.randn(8, 3, 8, 8), bits=4)
+    >>> {name: (q.bits, q.signed) for name, q in quantisers.items()}
+    {'0': (8, True), '2': (4, False)}
+    """
     samples = batches if isinstance(batches, dict) else calibrate(model, batches, seed=seed, before=before)
     places = _places(model, before)
-    chosen, widths = matching(places, layers), per_layer(places, bits, what='widths')
+    chosen, widths = matching(places, layers), per_layer(places, bits, noun='widths')
     names = _that_ran([n for n in chosen if n in widths], samples)
     plan = {
         n: first_bits if samples[n].first and first_bits is not None and before is None else widths[n] for n in names

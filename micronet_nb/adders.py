@@ -221,16 +221,3 @@ def adder(
 
     with _watched(net, hook):
         yield net
-
-# %% ../nbs/15_adders.ipynb #1e093654
-@torch.inference_mode()
-def classes_with(
-    net: nn.Module,  # an integer graph
-    x: torch.Tensor,  # (n, ...) its input
-    way: str,  # one of WAYS
-    bits: int = 16,  # of the register
-    batch: int = 20,  # images at a time
-) -> torch.Tensor:  # (n,) predicted classes
-    "What the net answers when its layers add in this way."
-    with adder(net, way, bits):
-        return torch.cat([net(part).argmax(1) for part in x.split(batch)])

@@ -64,7 +64,7 @@ def load_packed(
     size=None,  # (channels, height, width); None: as the file says
 ) -> tuple:  # (net, size, accounting)
     "What `micronet-score` needs of a packed file."
-    from micronet_nb.packing import unpack
+    from micronet_nb.packing import check_size, unpack
 
     net = unpack(path)
     about = net.meta['about']
@@ -72,6 +72,8 @@ def load_packed(
         raise MicronetError(
             f'{path} does not say what its input is: give --size channels x height x width, like 3x32x32'
         )
+    if size is not None:
+        check_size(net, size)  # that of the file was checked on reading
     return net, tuple(size or about['input_size']), about.get('accounting', 'official')
 
 # %% ../nbs/30_cli.ipynb #6bd45a1e
@@ -378,9 +380,13 @@ def _fits(net, ds, pixels, name):
 
 # %% ../nbs/30_cli.ipynb #449e5b01
 def _eval_run(args):
+    import torch
+    from functools import partial
+    from micronet_nb.core import progress
     from micronet_nb.data import load_dataset
+    from micronet_nb.layers import predict
     from micronet_nb.runtime import Runner
-    from micronet_nb.packing import top1, unpack
+    from micronet_nb.packing import pixels_to_input, unpack
 
     net = unpack(args.file)
     about = net.meta['about']
@@ -402,7 +408,11 @@ def _eval_run(args):
         raise MicronetError(f'{args.file} takes images of {wanted}, {name} has {given}')
     _fits(net, ds, pixels, name)
     start = time.perf_counter()
-    right, n = top1(Runner(net, batch=args.batch), ds, pixels, args.n, args.batch)
+    images, to_input = ds.images[: args.n], partial(pixels_to_input, pixels=pixels)
+    runner, parts = Runner(net, batch=args.batch), progress(images.split(args.batch), 'evaluating', unit='batch')
+    classes = torch.cat([predict(runner, x, args.batch, to_input) for x in parts])  # `evaluate` would load timm
+    n = len(classes)
+    right = int((classes == ds.labels[:n]).sum())
     speed = n / (time.perf_counter() - start)
     answers = f'top-1 {100 * right / n:.2f} % ({right:,} of {n:,} test images of {name})'
     print(f'{args.file}: {answers}, {speed:.0f} images a second')
@@ -438,7 +448,7 @@ def _cifar100_parser():
         epilog=f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on',
     )
     p.add_argument(
-        'what',
+        'task',
         nargs='?',
         choices=('run', 'speed'),
         default='run',
@@ -466,11 +476,11 @@ def _cifar100_run(args):
     from micronet_nb.cifar100 import STOPPED, OutOfTime, run_track
 
     try:
-        if args.what == 'run':
+        if args.task == 'run':
             return run_track(args)
-        from micronet_nb.benchmarks import speed
+        from micronet_nb.benchmarks import training_speed
 
-        for r in speed(args.profile, minutes=args.minutes or 3.0, folder=args.out and args.out / 'results'):
+        for r in training_speed(args.profile, minutes=args.minutes or 3.0, folder=args.out and args.out / 'results'):
             print(', '.join(f'{k} {v:,.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in r.items()))
     except OutOfTime as e:
         print(f'time is over: {e}')

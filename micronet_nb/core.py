@@ -35,7 +35,7 @@ class Profile:
 
 PROFILES = {
     'embedded': Profile(
-        'embedded', 'digits', 'a first look, tests, CI; no data set to download', '7 minutes on 2 cores'
+        'embedded', 'digits', 'a first look, tests, CI; no data set to download', '6 minutes on 2 cores'
     ),
     'laptop': Profile('laptop', 'cifar100', "the study's trends without a GPU", '2 hours on 2 cores'),
     'paper': Profile(

@@ -7,7 +7,7 @@ __all__ = ['CIFAR100_STATS', 'fingerprint', 'Dataset', 'pixels', 'decode', 'list
            'dataset_stats', 'normalise', 'has_cifar100']
 
 # %% ../nbs/01_data.ipynb #c0f8bfa4
-import contextlib, hashlib, io, json, logging, os, time
+import contextlib, functools, hashlib, io, json, logging, os, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,8 +142,9 @@ def grey_to_rgb(
     return np.ascontiguousarray(np.broadcast_to(level[:, None], (len(level), 3, *level.shape[1:])).astype(np.uint8))
 
 # %% ../nbs/01_data.ipynb #2600d614
-def _digits(split, root=None, size=None):
-    "scikit-learn's digits: nothing to download, nothing to cache."
+@functools.cache
+def _digits_as_read():
+    "Images, labels, class names and splits of scikit-learn's digits: a text file, read once a process."
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -152,8 +153,14 @@ def _digits(split, root=None, size=None):
     images, labels, classes = grey_to_rgb(raw.images), raw.target.astype(np.int64), [str(c) for c in raw.target_names]
     parts = make_splits(labels, test=True)
     parts['trainvalid'] = np.concatenate([parts['train'], parts['valid']])
+    return images, labels, classes, parts
+
+
+def _digits(split, root=None, size=None):
+    "scikit-learn's digits: nothing to download."
+    images, labels, classes, parts = _digits_as_read()
     ids = parts[split]
-    return Dataset(torch.from_numpy(images[ids]), torch.from_numpy(labels[ids]), classes, 'digits', split)
+    return Dataset(torch.from_numpy(images[ids]), torch.from_numpy(labels[ids]), list(classes), 'digits', split)
 
 # %% ../nbs/01_data.ipynb #4f6c9394
 def pixels(

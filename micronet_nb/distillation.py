@@ -83,7 +83,13 @@ def kd_loss(
     standardise: bool = False,  # logits by `z_score`?
     soft: float = None,  # weight of the teacher's share, >= 0; None: 1 - hard
 ):
-    "`distil` with these choices, for `fit`; its `keywords` tell them. The default is RIAIR's."
+    """`distil` with these choices, for `fit`; its `keywords` tell them. The default is RIAIR's.
+
+    >>> loss = kd_loss(temperature=4.0, hard=0.1)
+    >>> logits, target = torch.zeros(2, 10), torch.tensor([3, 7])
+    >>> loss(logits, target, logits, FitConfig())  # as the teacher: what is left is a tenth of log(10)
+    tensor(0.2303)
+    """
     if direction not in DIRECTIONS:
         raise MicronetError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}")
     if not _is_number(temperature) or not 0 < temperature < float('inf'):
@@ -170,8 +176,8 @@ def study_teaching(
     profile: str,  # embedded, laptop or paper
     from_stats,  # (mean, std) of the student's batch
 ) -> tuple:  # (keywords for `fit_stage`, what its key holds of them)
-    "How a profile's tables are taught: by a teacher's answers alone, as the study's were, or, without one, by labels."
-    names, loss = STUDIES[get_profile(profile).name].teacher, kd_loss()
+    "How a profile's tables are taught: by a teacher's answers alone, as the study's ImageNet nets, or by labels."
+    names, loss = STUDIES[get_profile(profile).name].teacher, kd_loss('teacher||student')
     if not names:
         return {}, {}
     teaching = dict(teacher=published_teacher(names, from_stats), loss=loss)

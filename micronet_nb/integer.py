@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'Quantise', 'ScaleBias', 'check_integers', 'IntWeights', 'IntConv2d', 'IntLinear', 'as_graph', 'shapes_of',
-           'int_sums', 'IntegerRun', 'run_integer', 'kernel_ranges', 'register_bits', 'sum_widths']
+           'int_sums', 'IntegerRun', 'run_integer', 'sum_widths']
 
 # %% ../nbs/12_integer.ipynb #a222b348
 import functools, math, operator
@@ -141,6 +141,31 @@ class IntLinear(IntWeights, nn.Linear):
 
     def sums(self, x, weight):
         return F.linear(x, weight)
+
+# %% ../nbs/12_integer.ipynb #3b72373b
+def random_integers(
+    w: torch.Tensor,  # any, for its shape
+    bits: int,  # signed
+) -> torch.Tensor:  # float32
+    "Random integers of so many bits in the shape of w, 70 % of them 0."
+    return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), w.shape).float() * (torch.rand(w.shape) < 0.3)
+
+
+def toy_net() -> nn.Sequential:  # (n, 64, h, w) to (n, 12, h, w)
+    "Two layers of random 4-bit integers with the scales and quantisers around them, for examples."
+    net = nn.Sequential(
+        Quantise(4),
+        IntConv2d(64, 48, 1, weight_bits=4),
+        ScaleBias(48),
+        Quantise(4),
+        IntConv2d(48, 12, 3, padding=1, weight_bits=4),
+        ScaleBias(12),
+    )
+    for m in (net[1], net[4]):
+        m.weight.data = random_integers(m.weight, 4)
+    net[2].weight.data = torch.rand(48) * 0.1
+    net[2].bias.data = torch.randn(48)
+    return net
 
 # %% ../nbs/12_integer.ipynb #ca7ef7db
 GATES = dict(

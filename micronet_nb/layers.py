@@ -52,13 +52,13 @@ def per_layer(
     layers,  # names of layers
     value,  # one for all; dict of name or pattern to value; or list of values in the order of the layers
     default=None,  # for layers that a dict does not name; None: they are left out
-    what: str = 'values',  # what a list holds, for the message: 'rates', ...
+    noun: str = 'values',  # what a list holds, for the message: 'rates', ...
 ) -> dict:  # layer name to value, in the order of the layers
     "One value a layer."
     names = list(layers)
     if isinstance(value, (list, tuple)):
         if len(value) != len(names):
-            raise MicronetError(f'{len(value)} {what} for {len(names)} layers: they do not belong together')
+            raise MicronetError(f'{len(value)} {noun} for {len(names)} layers: they do not belong together')
         return dict(zip(names, value))
     if not isinstance(value, dict):
         return dict.fromkeys(names, value)
@@ -68,7 +68,7 @@ def per_layer(
 # %% ../nbs/03_layers.ipynb #2c446803
 def require_shapes(
     model: nn.Module,  # any model
-    what: str,  # what wants the shapes, for the message
+    caller: str,  # what wants the shapes, for the message
 ):
     "Refuses a model with a parameter or buffer of a lazy module that has no shape yet."
     for name, t in (*model.named_parameters(), *model.named_buffers()):
@@ -76,20 +76,33 @@ def require_shapes(
             continue
         kind = 'parameter' if isinstance(t, nn.Parameter) else 'buffer'
         tensor = f'{name!r}, a {kind} of a lazy module'
-        raise MicronetError(f'{what} needs the shape of {tensor}: run the model on one batch first')
+        raise MicronetError(f'{caller} needs the shape of {tensor}: run the model on one batch first')
 
 # %% ../nbs/03_layers.ipynb #2f69e63f
 @contextlib.contextmanager
 def evaluation_mode(
-    model: nn.Module,  # any model, in any mode
+    model,  # any module, in any mode; another function has no mode, and passes through
 ):
     "The model in evaluation mode; at the end, or after an error, each of its modules is in its own mode again."
-    modes = {m: m.training for m in model.modules()}
+    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
     try:
-        yield model.eval()
+        yield model.eval() if modes else model
     finally:
         for m, training in modes.items():
             m.training = training
+
+# %% ../nbs/03_layers.ipynb #5b45efe4
+@torch.inference_mode()
+def predict(
+    model,  # a module, in any mode; or any function of a batch: a `Runner`, an ONNX session wrapped
+    images: torch.Tensor,  # (n, ...)
+    batch_size: int = 25,  # images at a time
+    to_input=None,  # makes what the model takes of a batch of images; None: they are what it takes
+) -> torch.Tensor:  # (n,) int64
+    "The class of the largest logit, image by image, in the arithmetic of what the model returns."
+    with evaluation_mode(model):
+        batches = images.split(batch_size)
+        return torch.cat([model(to_input(x) if to_input else x).argmax(1) for x in batches])
 
 # %% ../nbs/03_layers.ipynb #5bbadd9d
 def on_weight(
@@ -286,7 +299,7 @@ SIZEABLE = 0.05  # share of a net's weights that is not passed by without a warn
 
 def tell_untouched(
     table: pd.DataFrame,  # as `untouched` gives it
-    what: str,  # what passes by: 'prune', ...
+    caller: str,  # what passes by: 'prune', ...
     stacklevel: int = 4,  # frames up to the user's own line
 ) -> pd.DataFrame:  # the table
     "Warns where a sizeable share of the weights is out of reach."
@@ -294,7 +307,7 @@ def tell_untouched(
     if far.share.sum() >= SIZEABLE:
         names = ', '.join(f'{n} ({m})' for n, m in far.module.head(3).items()) + ', ...' * (len(far) > 3)
         passed = f'{far.share.sum():.0%} of the weights, which are not in Conv2d or Linear layers: {names}'
-        warnings.warn(f'{what} passes by {passed}; untouched(model) lists them', stacklevel=stacklevel)
+        warnings.warn(f'{caller} passes by {passed}; untouched(model) lists them', stacklevel=stacklevel)
     return table
 
 # %% ../nbs/03_layers.ipynb #193d3b99

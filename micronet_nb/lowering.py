@@ -1078,7 +1078,13 @@ def lower(
     example: torch.Tensor,  # (n, ...) input of the net, normalised
     scales: torch.dtype = torch.float16,  # of scales and biases: torch.float16, float32 or float64
 ) -> fx.GraphModule:  # on the CPU; meta['input_size'] is the shape of one input
-    "A graph of integer modules; its float64 answer is the model's on the example, else an error says what cannot be."
+    """A graph of integer modules; its float64 answer is the model's on the example, else an error says what cannot be.
+
+    >>> net, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval(), torch.randn(8, 3, 8, 8)
+    >>> _ = quantise_activations(net, x, bits=8), quantise_weights(net, 4)
+    >>> [type(layer).__name__ for layer in lower(net, x).children()]
+    ['ScaleBias', 'Quantise', 'IntConv2d', 'ScaleBias']
+    """
     if scales not in (torch.float16, torch.float32, torch.float64):
         raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
     _check_example(example)

@@ -302,7 +302,13 @@ def to_onnx(
     form: str = 'qdq',  # integers, QuantizeLinear and DequantizeLinear; 'float': float32 weights, Round and Clip
     input_size: tuple = None,  # of one input, such as (3, 32, 32); None: as `lower` or the packed file says
 ) -> Path:
-    "Writes a net as an ONNX file for float32 batches of any length, checked by onnx."
+    """Writes a net as an ONNX file for float32 batches of any length, checked by onnx.
+
+    >>> from tempfile import mkdtemp
+    >>> graph = lower(torch.nn.Sequential(torch.nn.Linear(8, 2)), torch.randn(4, 8))
+    >>> to_onnx(graph, mkdtemp() + '/net.onnx').name
+    'net.onnx'
+    """
     if form not in ('qdq', 'float'):
         raise MicronetError(f"form is 'qdq' or 'float', not {form!r}")
     graph = as_graph(graph)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUNCTIONS', 'METHODS', 'encode', 'decode', 'unpack', 'pack', 'contents', 'bill', 'half_scales', 'compare_charges',
-           'parts_of', 'top1']
+           'parts_of']
 
 # %% ../nbs/17_packing.ipynb #5056f3b0
 import copy, hashlib, inspect, itertools, json, keyword, math, operator, os, re, tempfile, zlib
@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from .core import MicronetError, atomic_path, progress
+from .core import MicronetError, atomic_path
 from fastcore.basics import patch
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .data import normalise
-from .integer import MODULES, IntConv2d, IntLinear, Quantise, ScaleBias, as_graph, check_integers
+from .integer import MODULES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias, as_graph, check_integers
 from .layers import evaluation_mode
 from .scoring import ACCOUNTINGS, score
 
@@ -70,9 +70,31 @@ def _mask(
     size = (n + 7) // 8
     if size > len(data):
         raise MicronetError(f'a bitmask of {n:,} bits needs {size:,} bytes, the file has {len(data):,} left')
-    return np.unpackbits(data[:size], count=n).astype(bool), size
+    return np.unpackbits(data[:size], count=n).view(bool), size
 
 # %% ../nbs/17_packing.ipynb #76831682
+_BLOCK = 2**18  # numbers that are decoded at a time, so that little more memory is taken than they need
+
+
+def _check_filling(data, used):
+    "The bits that fill up the last byte are 0."
+    if used % 8 and data[used // 8] & (255 >> used % 8):
+        raise MicronetError('the bits that fill up a byte are not 0: pack the net again')
+
+
+def _slice(data, first, at, k, bits, dtype):
+    "Values at to at + k of a stream whose values begin at bit `first`."
+    each = bits or 8 * dtype.itemsize
+    start, stop = first + at * each, first + (at + k) * each
+    part = data[start // 8 : (stop + 7) // 8]
+    if bits:
+        stream = np.unpackbits(part)[start % 8 :]
+        return torch.from_numpy(from_bits(stream[: k * bits], bits)).to(dtype)
+    values = torch.empty(k, dtype=dtype)
+    values.view(torch.uint8).numpy()[:] = part
+    return values
+
+
 def decode(
     data: np.ndarray,  # uint8; may go on after this tensor
     n: int,  # numbers in the tensor
@@ -80,24 +102,24 @@ def decode(
     masked: bool = True,  # as `encode`
     dtype=torch.float32,  # of the result; where bits is None, of the stored floats
 ) -> tuple:  # (n,) tensor, bytes used
-    "The inverse of `encode`; MicronetError where the data is too short."
-    mask, start = _mask(data, n) if masked else (np.ones(min(n, 8 * len(data)), bool), 0)
-    k = int(mask.sum()) if masked else n  # values that follow
+    "The inverse of `encode`; MicronetError where the data is too short, or what `encode` would not write."
+    mask, start = _mask(data, n) if masked else (None, 0)
+    k = int(np.count_nonzero(mask)) if masked else n  # values that follow
     each = bits or 8 * dtype.itemsize  # bits of one
     first = n if masked and bits else 8 * start  # bit at which the values begin
     size = (first + k * each + 7) // 8
     if size > len(data):
         raise MicronetError(f'a tensor of {n:,} numbers needs {size:,} bytes, the file has {len(data):,} left')
-    if bits:
-        stream = np.unpackbits(data[first // 8 : size])[first % 8 :]
-        values = torch.from_numpy(from_bits(stream[: k * bits], bits)).to(dtype)
-    else:
-        values = torch.empty(k, dtype=dtype)
-        values.view(torch.uint8).numpy()[:] = data[start:size]
-    if not masked:
-        return values, size
-    out = torch.zeros(n, dtype=dtype)
-    out[torch.from_numpy(mask)] = values
+    _check_filling(data, first + k * each if bits else n * masked)
+    out, at = torch.zeros(n, dtype=dtype), 0
+    for i in range(0, n, _BLOCK):
+        block = out[i : i + _BLOCK]
+        kept = torch.from_numpy(mask[i : i + _BLOCK]) if masked else torch.ones(len(block), dtype=torch.bool)
+        values = _slice(data, first, at, int(kept.sum()), bits, dtype)
+        if masked and bool((values == 0).any()):
+            raise MicronetError('a bitmask calls a number nonzero that is 0: pack the net again')
+        block.masked_scatter_(kept, values)
+        at += len(values)
     return out, size
 
 # %% ../nbs/17_packing.ipynb #65e2f511
@@ -155,10 +177,84 @@ def arguments(
         defaults |= {'bias': None, 'weight_bits': 4, 'wide': False}
     return {k: v for k, v in held.items() if v is not defaults[k] and v != defaults[k]}
 
+# %% ../nbs/17_packing.ipynb #db1c771e
+def _whole(low, high):
+    "A test for whole numbers of a range."
+    return lambda v: type(v) is int and low <= v <= high
+
+
+def _real(low=-math.inf, high=math.inf):
+    "A test for numbers of a range, NaN excluded."
+    return lambda v: type(v) in (int, float) and low <= v <= high
+
+
+def _each(test, lengths=(1, 2)):
+    "A test for one value, or a tuple of some."
+    return lambda v: test(v) or (isinstance(v, (tuple, list)) and len(v) in lengths and all(map(test, v)))
+
+
+def _or(test, *values):
+    "A test that some values pass, too."
+    return lambda v: test(v) or any(v is x or (isinstance(x, str) and v == x) for x in values)
+
+
+_flag, _never = (lambda v: type(v) is bool), (lambda v: False)
+_count, _window, _dim = _whole(1, 2**53), _each(_whole(1, 2**16)), _whole(-8, 8)
+
+# %% ../nbs/17_packing.ipynb #9ddb4389
+ARGUMENTS = {  # of modules in a file: name to a test of the value
+    **dict.fromkeys('in_channels out_channels in_features out_features num_features channels groups'.split(), _count),
+    **dict.fromkeys('kernel_size stride dilation'.split(), _window),
+    'padding': _or(_each(_whole(0, 2**16)), 'same', 'valid'),
+    'padding_mode': _or(_never, 'zeros', 'reflect', 'replicate', 'circular'),
+    'approximate': _or(_never, 'none', 'tanh'),
+    **dict.fromkeys('weight_bits bits'.split(), _whole(1, 16)),
+    'low': _whole(-(2**16), 0),
+    **dict.fromkeys('bias wide signed affine track_running_stats elementwise_affine inplace'.split(), _flag),
+    **dict.fromkeys('ceil_mode count_include_pad return_indices'.split(), _flag),
+    'eps': _real(0, 1e6),
+    'momentum': _or(_real(0, 1), None),
+    'p': _real(0, 1),
+    'normalized_shape': _each(_count, range(1, 9)),
+    **dict.fromkeys('min_val max_val'.split(), _real()),
+    'negative_slope': _real(-1e6, 1e6),
+    'dim': _or(_dim, None),
+    **dict.fromkeys('start_dim end_dim'.split(), _dim),
+    'divisor_override': _or(_count, None),
+    'output_size': _each(_or(_whole(1, 2**16), None)),
+}
+
+
+def check_arguments(
+    cls: str,  # name of a class in MODULES
+    args: dict,  # of its constructor, by name
+):
+    "Refuses an argument that is not in the table, or not of its kind and range."
+    base = next((c for c in (nn.Conv2d, nn.Linear) if issubclass(MODULES[cls], c)), MODULES[cls])
+    known = {*inspect.signature(base).parameters} - {'device', 'dtype', 'args', 'kwargs'}
+    if base is not MODULES[cls] and issubclass(MODULES[cls], IntWeights):
+        known = known - {'bias'} | {'weight_bits', 'wide'}
+    for k, v in args.items():
+        if k not in known or not ARGUMENTS.get(k, _or(_real(-(2**53), 2**53), None, True, False))(v):
+            raise MicronetError(
+                f'{k}={str(v)[:60]!r} cannot be an argument of {cls} in a packed file: see packing.ARGUMENTS'
+            )
+
 # %% ../nbs/17_packing.ipynb #f456e04d
 DTYPES = {
     str(t).removeprefix('torch.'): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 }
+
+
+_KINDS = rf'0|[md]([1-9]|1[0-6])|[md]?({"|".join(DTYPES)})'  # of forms
+
+
+def _parsed(form):
+    "The kind and the dtype of a form."
+    match = isinstance(form, str) and re.fullmatch(rf'({_KINDS})( ({"|".join(DTYPES)}))?', form, re.ASCII)
+    if not match:
+        raise MicronetError(f'{form!r} is no form of a tensor: see `form_of` for those that there are')
+    return match[1], DTYPES[match[5] or _implied(match[1])]
 
 
 def _implied(form):
@@ -169,7 +265,7 @@ def _implied(form):
 
 def _weight_form(w, bits, dtype, masks):
     "m or d, and the bits of an integer or the dtype of a float."
-    N, nnz, each = w.numel(), int((w != 0).sum()), bits or 8 * w.dtype.itemsize
+    N, nnz, each = w.numel(), int(torch.count_nonzero(w)), bits or 8 * w.dtype.itemsize
     masked = masks == 'always' or N + nnz * each < N * each or (bits == 1 and nnz < N)
     return ('m' if masked else 'd') + str(bits or dtype)
 
@@ -210,6 +306,7 @@ class Streams:
     ):
         self.parts, self.tensors, self.at = {}, tensors, Counter()
         self.version = 1  # of the format that what was written needs
+        self.room = 16 * sum(t.numel() * t.itemsize for t in (tensors or {}).values()) + 10**8  # bytes of memory
 
     def write(self, tensor, form):
         "Appends a tensor to the part of its form."
@@ -227,6 +324,17 @@ class Streams:
 
 # %% ../nbs/17_packing.ipynb #20df5297
 @patch
+def _take(self: Streams, n, dtype):
+    "Memory for n numbers, as long as the file's size warrants it."
+    self.room -= n * (dtype.itemsize + 1)
+    if self.room < 0:
+        raise MicronetError(
+            f'a tensor of {n:,} numbers, with those before it, needs more memory than 16 times the file and 100 MB: '
+            'pack the net in parts'
+        )
+
+
+@patch
 def _read_weight(self: Streams, kind, n, dtype, shape):
     "A tensor of the weight stream."
     data = self.tensors.get('weights', torch.empty(0, dtype=torch.uint8))[self.at['weights'] :].numpy()
@@ -243,12 +351,12 @@ def read(
     like: int = 0,  # numbers in the weight of the same module
 ) -> tuple:  # tensor, bytes in the file
     "The next tensor of a form."
-    (kind, *rest), n = form.split(), math.prod(shape)
-    dtype = DTYPES[rest[0] if rest else _implied(kind)]
+    (kind, dtype), n = _parsed(form), math.prod(shape)
     if kind == '0' and n > like:
         raise MicronetError(f'{n:,} zeros beside {like:,} weights')
     if kind == '0':
         return torch.zeros(shape, dtype=dtype), 0
+    self._take(n, dtype)
     if kind[0] in 'md':
         return self._read_weight(kind, n, dtype, shape)
     values = self.tensors.get(kind, torch.empty(0))[self.at[kind] :][:n]
@@ -258,6 +366,10 @@ def read(
     return values.to(dtype, copy=True).view(shape), n * values.dtype.itemsize
 
 # %% ../nbs/17_packing.ipynb #eef3b43d
+TEXTS = set('none tanh zeros constant reflect replicate circular same valid floor trunc'.split())  # as arguments
+DEPTH = 8  # of tuples in tuples
+
+
 def encode_argument(
     value,  # an argument of a node
     index: dict,  # node to its number
@@ -284,24 +396,40 @@ def encode_argument(
     raise MicronetError(f'a packed file cannot hold the argument {value!r} ({type(value).__name__})')
 
 # %% ../nbs/17_packing.ipynb #9d89f9c9
+def _decode_wrapped(value, again):
+    "A float, a text, a dtype, a tuple or a slice."
+    ((kind, v),) = value.items()
+    if kind == 'f' and v in ('inf', '-inf', 'nan'):
+        return float(v)
+    if kind == 's' and v in TEXTS:
+        return v
+    if kind == 'd' and v in DTYPES:
+        return DTYPES[v]
+    if kind in ('t', 'c') and isinstance(v, list) and (kind == 't' or len(v) == 3):
+        return (tuple if kind == 't' else lambda ends: slice(*ends))([again(x) for x in v])
+    raise MicronetError(f'{str(value)[:60]} cannot be an argument in a packed file')
+
+
 def decode_argument(
     value,  # as JSON gave it
     nodes: list,  # nodes so far
+    depth: int = 0,  # of the tuples and lists that it lies in
 ):
     "The inverse of `encode_argument`."
-    again = lambda v: decode_argument(v, nodes)
+    again = lambda v: decode_argument(v, nodes, depth + 1)
+    if depth > DEPTH:
+        raise MicronetError(f'an argument lies in more than {DEPTH} tuples and lists: a packed file holds flatter ones')
     if isinstance(value, str):
         if not (value.isdecimal() and 1 <= int(value) <= len(nodes)):
             raise MicronetError(f'a node refers to the node {value!r} before it, of {len(nodes)}')
         return nodes[-int(value)]
     if isinstance(value, list):
         return [again(v) for v in value]
-    if not isinstance(value, dict):
+    if isinstance(value, dict) and len(value) == 1:
+        return _decode_wrapped(value, again)
+    if value is None or type(value) in (bool, float) or type(value) is int and abs(value) < 2**63:
         return value
-    readers = dict(f=float, s=str, d=DTYPES.__getitem__, t=lambda v: tuple(map(again, v)))
-    readers['c'] = lambda v: slice(*map(again, v))
-    ((kind, v),) = value.items()
-    return readers[kind](v)
+    raise MicronetError(f'{str(value)[:60]} cannot be an argument in a packed file')
 
 # %% ../nbs/17_packing.ipynb #c989260b
 def check_name(
@@ -369,6 +497,14 @@ def encode_node(
     return row
 
 # %% ../nbs/17_packing.ipynb #37466594
+KEYWORDS = set(  # names of arguments of functions and methods
+    '''input other tensors value mode pad min max min_val max_val dim dims dim0 dim1 keepdim start_dim end_dim axis
+    kernel_size stride padding ceil_mode count_include_pad divisor_override return_indices dilation output_size inplace
+    p training approximate negative_slope alpha dtype chunks split_size split_size_or_sections shape size sizes
+    exponent mat2 rounding_mode decimals a b'''.split()
+)
+
+
 def decode_node(
     graph: fx.Graph,  # gets the node
     row: list,  # as `encode_node`
@@ -382,6 +518,8 @@ def decode_node(
     for callee, known in (('function', FUNCTIONS), ('method', METHODS)):
         if op == f'call_{callee}' and target not in known:
             raise MicronetError(f'it calls the {callee} {target!r}, which is none that a packed file may name')
+    if more := {*kwargs} - KEYWORDS:
+        raise MicronetError(f'{str(target)[:60]} has the argument {min(more)[:60]!r}: see packing.KEYWORDS')
     if op in ('placeholder', 'output') and (kwargs or len(args) != (op == 'output')):
         raise MicronetError(f'an {op} with arguments {args!r}')
     if op == 'call_module':
@@ -398,6 +536,102 @@ def _number(i):
     if type(i) is not int or i < 0:
         raise MicronetError(f'{i!r} is not the number of a module')
     return i
+
+# %% ../nbs/17_packing.ipynb #36c318f9
+_NAMES = {f: k for k, f in FUNCTIONS.items()}
+_SUMS = set('operator.add operator.sub operator.iadd operator.isub operator.neg operator.floordiv'.split())
+_PRODUCTS = {'operator.mul', 'operator.imul'}
+_SHAPED = set('view reshape expand torch.reshape'.split())  # take a shape as it is
+_JOINS = {'torch.cat', 'torch.stack'}
+NUMBER_BITS = 1000  # of numbers that are computed from sizes
+
+
+def _number_flow(name, operands):
+    "Bits of a number that is computed from numbers: what flows is known by them."
+    bits = [64 if o is None else o for o in operands]
+    if all(isinstance(b, int) for b in bits) and name in _SUMS | _PRODUCTS | {'operator.truediv'}:
+        total = sum(bits) if name in _PRODUCTS else max(bits) + 1
+        if total <= NUMBER_BITS:
+            return total
+    raise MicronetError(f'it calls {name} on numbers, which no packed file may, or with more than {NUMBER_BITS} bits')
+
+
+def _taken(operand, index):
+    "What indexing gives."
+    if isinstance(operand, int):
+        raise MicronetError('it takes a part of a number')
+    part = {'shape': 64, 'tensors': 'tensor'}
+    return operand if operand == 'tensor' or isinstance(index, slice) else part[operand]
+
+
+def _called(name, node, operands):
+    "What a function or method makes of operands: 'tensor', 'tensors', 'shape', or the bits of a number."
+    if name.endswith('getitem') and len(node.args) == 2:
+        return _taken(operands[0], node.args[1])
+    if not {'tensor', 'tensors'} & {*operands}:
+        return _number_flow(name, operands)
+    if 'tensors' in operands and name not in _JOINS or 'shape' in operands and name not in _SHAPED:
+        raise MicronetError(f'it calls {name} on a tuple, which no packed file may')
+    if name == 'size':
+        return 64 if len(node.args) + len(node.kwargs) > 1 else 'shape'
+    if name == 'dim':
+        return 64
+    whole = name.removeprefix('torch.')
+    with_places = node.kwargs.get('return_indices') or (name.endswith('max_pool2d') and node.args[-1] is True)
+    return 'tensors' if whole in ('chunk', 'split') or with_places else 'tensor'
+
+
+def value_kind(
+    node: fx.Node,  # of a graph
+    known: dict,  # node before it to what this gave
+    modules: dict,  # name to module
+):
+    "What flows out of a node; a call of nothing that flows is refused."
+    if node.op in ('placeholder', 'get_attr'):
+        return 'tensor'
+    operands = [known[i] for i in node.all_input_nodes]
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    if not operands or node.op in ('call_module', 'call_method') and not isinstance(first, fx.Node):
+        raise MicronetError(f'the node {node.name} is given no other node: each call of a packed file works on one')
+    if node.op == 'output':
+        return None
+    if node.op == 'call_module':
+        if known[first] != 'tensor' or len(node.args) + len(node.kwargs) > 1:
+            raise MicronetError(f'the node {node.name} gives a module something other than one tensor')
+        return 'tensors' if getattr(modules[node.target], 'return_indices', False) else 'tensor'
+    name = node.target if node.op == 'call_method' else _NAMES[node.target]
+    flat = [known.get(v) if isinstance(v, fx.Node) else None for v in (*node.args, *node.kwargs.values())]
+    try:
+        return _called(name, node, flat if {*operands}.isdisjoint({'tensor', 'tensors'}) else operands)
+    except MicronetError as e:
+        raise MicronetError(f'the node {node.name} is refused: {e}') from e
+
+
+def _overwrites(node, modules):
+    "May a node write into its input?"
+    if node.op == 'call_module':
+        return bool(getattr(modules[node.target], 'inplace', False))
+    name = node.target if node.op == 'call_method' else _NAMES.get(node.target, '')
+    in_place = name.endswith('_') or name.startswith('operator.i') or bool(node.kwargs.get('inplace'))
+    return in_place or any(v is True for v in node.args)
+
+
+def check_flow(
+    graph: fx.Graph,  # of a file
+    modules: dict,  # name to module
+):
+    "Every node, in order, by `value_kind`; one output, which is the last."
+    known, fixed = {}, set()  # fixed: values that are the same for every input
+    for node in graph.nodes:
+        known[node] = value_kind(node, known, modules)
+        sources = node.all_input_nodes
+        if node.op == 'get_attr' or sources and fixed.issuperset(sources):
+            fixed.add(node)
+        if sources and sources[0] in fixed and _overwrites(node, modules):
+            raise MicronetError(f'the node {node.name} overwrites a stored tensor, so no second run would be the same')
+    ops = [n.op for n in graph.nodes]
+    if ops.count('output') != 1 or ops[-1] != 'output' or 'placeholder' not in ops:
+        raise MicronetError('a graph has an input, and one output, which is its last node')
 
 # %% ../nbs/17_packing.ipynb #6019cfdc
 def _viewed(stored, shape, order):
@@ -418,37 +652,42 @@ def _order(stored, tensor):
     return None
 
 # %% ../nbs/17_packing.ipynb #159a265c
-def _check_finite(tensor, name):
+def _check_finite(tensor, name, verb='packed'):
     "No NaN and no infinity."
     if not bool(torch.isfinite(tensor.detach()).all()):
-        raise MicronetError(f'{name} holds NaN or infinity: a net that broke in training is not packed')
+        raise MicronetError(f'{name} holds NaN or infinity: a net that broke in training is not {verb}')
 
 
-def _check_weight(m, name):
+def _check_weight(weight, bits, name):
     "Integers of the promised width; one bit is -1 and 1."
-    _check_finite(m.weight, name)
-    if m.weight_bits == 1 and bool(((m.weight == 0) | (m.weight.abs() == 1)).all()):
-        return
-    check_integers(m.weight, m.weight_bits, name)
+    _check_finite(weight, name)
+    if weight.numel():
+        check_integers(weight, bits, name)
 
 # %% ../nbs/17_packing.ipynb #2c5f0815
 def _value(v):
     "An argument as Python has it: lists are tuples, {'f': 'inf'} is infinity."
     if isinstance(v, list):
         return tuple(map(_value, v))
-    return float(v['f']) if isinstance(v, dict) else v
+    if isinstance(v, dict):
+        if [*v] != ['f'] or v['f'] not in ('inf', '-inf'):
+            raise MicronetError(f'{str(v)[:60]} cannot be an argument in a packed file')
+        return float(v['f'])
+    return v
 
 
 def _make(cls, args):
     "A module of its class and arguments, without memory for its tensors."
+    args = {k: _value(v) for k, v in args.items()}
+    check_arguments(cls, args)
     with torch.device('meta'):
-        return MODULES[cls](**{k: _value(v) for k, v in args.items()})
+        return MODULES[cls](**args)
 
 # %% ../nbs/17_packing.ipynb #79c233f9
-def _check_attributes(module, name, made):
+def _check_attributes(module, name, fresh):
     "Plain attributes are those that the arguments make."
     for k, v in vars(module).items():
-        wanted = getattr(made, k, v)
+        wanted = getattr(fresh, k, v)
         if k[0] == '_' or k == 'training' or isinstance(wanted, (torch.Tensor, nn.Module)):
             continue
         if _listed(v) != _listed(wanted):
@@ -463,11 +702,11 @@ def _listed(v):
     return [*map(_listed, v)] if isinstance(v, (tuple, list)) else v
 
 
-def _check_made(module, name, made):
+def _check_module(module, name, fresh):
     "Names of the tensors by which a module differs from one that its arguments make; nothing else may differ."
-    wanted, cls = made.state_dict(keep_vars=True), type(module).__name__
+    wanted, cls = fresh.state_dict(keep_vars=True), type(module).__name__
     held = {k: t for k, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
-    if more := {k for k, t in [*made.named_parameters(), *made.named_buffers()]} - {*wanted}:
+    if more := {k for k, t in [*fresh.named_parameters(), *fresh.named_buffers()]} - {*wanted}:
         raise MicronetError(f'{name}.{min(more)} is no part of the state of {cls}, so a packed file would lose it')
     if more := {*held} - {*wanted}:
         raise MicronetError(
@@ -478,7 +717,7 @@ def _check_made(module, name, made):
     for k, t in wanted.items():
         if (mine := operator.attrgetter(k)(module)) is None or mine.shape != t.shape:
             raise MicronetError(f'{name}.{k} is {shown(mine)}, and the arguments of its {cls} ask for {shown(t)}')
-    _check_attributes(module, name, made)
+    _check_attributes(module, name, fresh)
     return [*wanted]
 
 # %% ../nbs/17_packing.ipynb #989fbfa9
@@ -506,9 +745,9 @@ def _kind(module, name, masks, out, paid):
     args = arguments(module, name)
     if infinite := {k: {'f': repr(v)} for k, v in args.items() if isinstance(v, float) and not math.isfinite(v)}:
         args, out.version = args | infinite, FORMAT
-    keys = _check_made(module, name, _make(type(module).__name__, args))
+    keys = _check_module(module, name, _make(type(module).__name__, args))
     if hasattr(module, 'weight_bits'):
-        _check_weight(module, f'{name}.weight')
+        _check_weight(module.weight, module.weight_bits, f'{name}.weight')
     tensors = {k: operator.attrgetter(k)(module) for k in keys}
     forms = {k: _put(t, f'{name}.{k}', form_of(t, module, k, masks), out, paid) for k, t in tensors.items()}
     return json.dumps([type(module).__name__, args, forms])
@@ -575,7 +814,7 @@ def compress(
 
 def _expand(
     data: torch.Tensor,  # uint8, as `compress`
-    limit: int = 2**26,  # bytes of the text
+    limit: int = 2**22,  # bytes of the text: 200 times a large net's
 ):
     "The structure that `compress` made."
     z = zlib.decompressobj()
@@ -664,27 +903,50 @@ def unseal(
         raise MicronetError(f'{path} is no safetensors file, whatever its SHA-256: {e}') from e
 
 # %% ../nbs/17_packing.ipynb #82c53043
-def _tied(name, shape, reference, made):
+def _tied(name, shape, reference, tensors_read):
     "A tensor that is in the file already, in its own order of dimensions or another."
     first, _, order = reference.partition(' ')
-    if (value := made.get(first)) is None or value.numel() != math.prod(shape):
+    if (value := tensors_read.get(first)) is None or value.numel() != math.prod(shape):
         raise MicronetError(f'{name} is said to equal {first}, which has not its shape')
-    return _viewed(value, shape, [int(d) for d in order] or range(len(shape)))
+    order = [int(d) for d in order] or [*range(len(shape))]
+    if sorted(order) != [*range(len(shape))]:
+        raise MicronetError(f'{name} is said to be {first} in the order {order}, which is no order of its dimensions')
+    return _viewed(value, shape, order)
 
 
-def _tensor(name, shape, form, streams, made, rows, module='', cls='constant', like=0):
+def _check_values(value, name, form, module, key):
+    "What a file says about a tensor is what its values say: width, mask, FP16, finite."
+    for block in value.reshape(-1).split(_BLOCK):
+        _check_finite(block, name, 'read')
+        if key == 'weight' and hasattr(module, 'weight_bits'):
+            _check_weight(block, module.weight_bits, name)
+    forms = [form] if form[0] == '=' else [form_of(value, module, key, masks) for masks in ('always', 'paying')]
+    if form not in forms:
+        forms = ' or '.join(dict.fromkeys(forms))
+        raise MicronetError(f'{name} is stored as {form!r}, and its values make it {forms}: pack the net again')
+
+# %% ../nbs/17_packing.ipynb #28328139
+def _tensor(name, shape, form, streams, tensors_read, rows, owner=None, like=0):
     "A tensor of the file: read, or found where another has it too."
-    if form[0] == '=':
-        value, size = _tied(name, shape, form[1:], made), 0
+    key, module, cls = name, '', 'constant'
+    if owner is not None:
+        module, owner, key = owner
+        cls = type(owner).__name__
+    if isinstance(form, str) and form.startswith('='):
+        value, size = _tied(name, shape, form[1:], tensors_read), 0
     else:
-        value, size = streams.read(form, shape, like)
-    made[name] = value
+        try:
+            value, size = streams.read(form, shape, like)
+        except MicronetError as e:
+            raise MicronetError(f'{name} cannot be read: {e}') from e
+    _check_values(value, name, form, owner, key)
+    tensors_read[name] = value
     row = dict(tensor=name, module=module, kind=cls, form=form, numbers=value.numel())
-    rows.append(row | dict(nonzero=int((value != 0).sum()), bytes=size))
+    rows.append(row | dict(nonzero=int(torch.count_nonzero(value)), bytes=size))
     return value
 
 # %% ../nbs/17_packing.ipynb #20fb107e
-def _module(name, kind, streams, made, rows):
+def _module(name, kind, streams, tensors_read, rows):
     "A module with its tensors; a row each is added to `rows`."
     cls, args, forms = kind
     if cls not in MODULES:
@@ -694,8 +956,8 @@ def _module(name, kind, streams, made, rows):
     if [*forms] != [*state]:
         raise MicronetError(f'{name} should store {", ".join(state) or "nothing"}, not {", ".join(forms) or "nothing"}')
     for k, t in state.items():
-        like = made[f'{name}.weight'].numel() if f'{name}.weight' in made else 0
-        value = _tensor(f'{name}.{k}', tuple(t.shape), forms[k], streams, made, rows, name, cls, like)
+        like = tensors_read[f'{name}.weight'].numel() if f'{name}.weight' in tensors_read else 0
+        value = _tensor(f'{name}.{k}', tuple(t.shape), forms[k], streams, tensors_read, rows, (name, m, k), like)
         owner, _, k = k.rpartition('.')
         part = m.get_submodule(owner)
         if k in part._parameters:
@@ -704,22 +966,102 @@ def _module(name, kind, streams, made, rows):
             part._buffers[k] = value
     return m
 
+# %% ../nbs/17_packing.ipynb #ffe5edc7
+NUMBERS = 10**8  # that one value of a net may have, for one input
+PIECES = 2**16  # that a tensor may be split into
+
+
+class _Sizes(fx.Interpreter):
+    "Runs a graph without values, and refuses those that are too large."
+
+    def __init__(self, graph):
+        super().__init__(graph)
+        self.extra_traceback = False
+
+    def call_module(self, target, args, kwargs):
+        module = self.fetch_attr(target)
+        state = {k: t.to('meta') for k, t in module.state_dict(keep_vars=True).items()}
+        return torch.func.functional_call(module, state, args, kwargs)
+
+    def get_attr(self, target, args, kwargs):
+        return super().get_attr(target, args, kwargs).to('meta')
+
+    def run_node(self, n):
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        if getattr(n.target, '__name__', n.target) in ('chunk', 'split') and max(args[0].shape, default=0) > PIECES:
+            raise MicronetError(f'{n.name} splits a tensor that is longer than {PIECES:,}')
+        value = super().run_node(n)
+        most = max((t.numel() for t in tree_leaves(value) if isinstance(t, torch.Tensor)), default=0)
+        if most > NUMBERS:
+            raise MicronetError(
+                f'{n.name} makes {most:,} numbers of an input, more than the {NUMBERS:,} that are tried'
+            )
+        return value
+
+
+@torch.no_grad()
+def check_size(
+    graph: fx.GraphModule,  # of a file
+    input_size,  # (channels, height, width)
+):
+    "Refuses a graph that does not run on an input of this size, or that makes too much of it."
+    if math.prod(input_size) > NUMBERS:
+        raise MicronetError(f'an input of {input_size} has more numbers than the {NUMBERS:,} that are tried')
+    dtype = next((t.dtype for t in (*graph.parameters(), *graph.buffers()) if t.is_floating_point()), torch.float32)
+    try:
+        _Sizes(graph).run(torch.empty(1, *input_size, dtype=dtype, device='meta'))
+    except Exception as e:  # a forged graph can fail anywhere
+        reason = (str(e).splitlines() or ['?'])[0][:200]
+        raise MicronetError(
+            f"it does not run on an input of {'x'.join(map(str, input_size))}, which it is said to take ({reason})"
+        ) from e
+
+# %% ../nbs/17_packing.ipynb #39eedf0f
+PARTS = 10_000  # nodes, constants and levels of modules' names, all together
+
+
+def _check_length(s):
+    "Lists of a length that a net may have."
+    names = [name for name, _ in s['modules']]
+    parts = len(s['nodes']) + len(s['constants']) + sum(1 + check_name(n).count('.') for n in names)
+    if parts > PARTS:
+        raise MicronetError(
+            f'its graph has {parts:,} nodes, constants and levels of names, and a packed file holds {PARTS:,}'
+        )
+
+
+def _check_names(s):
+    "Modules and constants are named once, and read."
+    names, constants = [name for name, _ in s['modules']], [name for name, _, _ in s['constants']]
+    read = {check_name(n[1]) for n in s['nodes'] if n[0] == 'a'}
+    called = {names[_number(n[1])] for n in s['nodes'] if n[0] == 'm'}
+    for all_names, used, noun in ((names, called, 'modules'), (constants, read, 'constants')):
+        if len({*all_names}) < len(all_names) or {*all_names} != used:
+            raise MicronetError(f'its {noun} are not those that its nodes read, each once: pack the net again')
+    if {*names} & {*constants}:
+        raise MicronetError(f'{min({*names} & {*constants})} is a module and a constant')
+
 # %% ../nbs/17_packing.ipynb #95dcbdd6
 def _build(tensors):
     "The graph in a file's tensors, and a row for each of its tensors."
     structure, streams = _expand(tensors.pop('graph')), Streams(tensors)
-    made, rows, parts = {}, [], {}  # tensors by name, a row a tensor, modules by name
+    _check_length(structure)
+    graph = _graph(structure)
+    _check_names(structure)
+    tensors_read, rows, parts = {}, [], {}  # tensors by name, a row a tensor, modules by name
     for name, kind in structure['modules']:
-        parts[check_name(name)] = _module(name, structure['kinds'][_number(kind)], streams, made, rows)
+        parts[check_name(name)] = _module(name, structure['kinds'][_number(kind)], streams, tensors_read, rows)
     owned = {f'{n}.{k}': t for n, m in parts.items() for k, t in m.state_dict(keep_vars=True).items()}
     for name, shape, form in structure['constants']:
-        value = _tensor(check_name(name), tuple(map(_number, shape)), form, streams, made, rows)
+        value = _tensor(check_name(name), tuple(map(_number, shape)), form, streams, tensors_read, rows)
         parts[name] = owned.get(name, value)
     if left := {k: len(v) - streams.at[k] for k, v in tensors.items() if len(v) != streams.at[k]}:
         raise MicronetError(f'values are left over: {left}')
-    net = fx.GraphModule(parts, _graph(structure)).eval()
+    check_flow(graph, parts)
+    net = fx.GraphModule(parts, graph).eval()
     net.meta['about'] = about = check_about(structure['about'])
     if 'input_size' in about:
+        check_size(net, about['input_size'])
         net.meta['input_size'] = tuple(about['input_size'])
     return net, rows
 
@@ -730,6 +1072,8 @@ def _graph(structure):
     names = structure['names'] or [None] * len(structure['nodes'])
     for row, name in zip(structure['nodes'], names, strict=True):
         nodes.append(decode_node(graph, row, nodes, modules, name))
+        if name and nodes[-1].name != name:
+            raise MicronetError(f'two nodes are called {name!r}')
     graph.lint()
     return graph
 
@@ -751,7 +1095,13 @@ def _open(path):
 def unpack(
     path,  # made by `pack`
 ) -> fx.GraphModule:
-    "The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told."
+    """The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told.
+
+    >>> from tempfile import mkdtemp
+    >>> graph, x = lower(torch.nn.Sequential(torch.nn.Linear(8, 2)), torch.randn(4, 8)), torch.randn(4, 8)
+    >>> unpack(pack(graph, mkdtemp() + '/net.safetensors'))(x).equal(graph(x))
+    True
+    """
     return _open(path)[0]
 
 # %% ../nbs/17_packing.ipynb #4e00e670
@@ -769,7 +1119,7 @@ def _answers(model, x):
     "A model's outputs in evaluation mode; it is left as it was, and so are torch's random numbers."
     with evaluation_mode(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return tree_leaves(model(x))
+        return tree_leaves(model(x.clone()))  # a net may overwrite its input
 
 
 def _equal(a, b):
@@ -829,7 +1179,13 @@ def pack(
     about: dict = None,  # input_size, accounting, dataset, pixels; None: what `lower` or `unpack` knew
     masks: str = None,  # 'always' or 'paying', see `form_of`; None: as about's accounting charges, else 'paying'
 ) -> Path:
-    "Writes a net as a safetensors file, and keeps it where it unpacks to the same net."
+    """Writes a net as a safetensors file, and keeps it where it unpacks to the same net.
+
+    >>> from tempfile import mkdtemp
+    >>> graph = lower(torch.nn.Sequential(torch.nn.Linear(8, 2)), torch.randn(4, 8))
+    >>> pack(graph, mkdtemp() + '/net.safetensors').name
+    'net.safetensors'
+    """
     if masks not in ('always', 'paying', None):
         raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
     given, graph = graph, as_graph(graph)
@@ -852,12 +1208,17 @@ def contents(
     return pd.DataFrame(_open(path)[1], columns=['tensor', 'module', 'kind', 'form', 'numbers', 'nonzero', 'bytes'])
 
 # %% ../nbs/17_packing.ipynb #fb93e64e
+_SAME = 'the same tensor again: stored once'
+
+
 def _why(r):
     "Why a module is stored in other than the charged bytes; '' where rounding up to whole bytes is all."
     more = r.difference > 0
     layer = r.kind in ('IntConv2d', 'IntLinear', 'Conv2d', 'Linear')
     if 0 <= r.difference < 1:
         return ''
+    if r.form.startswith('=') and not more:
+        return _SAME
     if 'BatchNorm' in r.kind:
         return 'not folded: four vectors and a counter, charged as one scale and one bias'
     if r.kind in ('ScaleBias', 'constant') and more:
@@ -910,18 +1271,18 @@ def half_scales(
 # %% ../nbs/17_packing.ipynb #0570d81f
 def _owners(graph):
     "ScaleBias to (role, owner): a layer's 'scale', the same 'again', of layers 'joined' before it, of a 'quantiser'."
-    sums_of, owners = {}, {}  # node to layers, name to (role, owner)
+    sums_of, owners, scaled = {}, {}, set()  # node to calls of layers, name to (role, owner), calls with a scale
     for n in graph.graph.nodes:
         m = graph.get_submodule(n.target) if n.op == 'call_module' else None
         layers = frozenset().union(*(sums_of.get(i, ()) for i in n.all_input_nodes))  # whose sums these still are
         if isinstance(m, (nn.Conv2d, nn.Linear)):
-            sums_of[n] = {n.target}
+            sums_of[n] = {n}  # the call: a shared layer has a scale for each
         elif isinstance(m, ScaleBias):
             if len(layers) == 1:
-                role = 'again' if ('scale', *layers) in owners.values() else 'scale'
-                owners.setdefault(n.target, (role, *layers))
+                owners.setdefault(n.target, ('again' if layers <= scaled else 'scale', *{i.target for i in layers}))
+                scaled |= layers
             elif layers:
-                owners.setdefault(n.target, ('joined', layers))
+                owners.setdefault(n.target, ('joined', frozenset(i.target for i in layers)))
             elif len(m.weight) == 1 and not m.has_bias:
                 owners.setdefault(n.target, ('quantiser', re.sub(r'_input_scale(_\d+)?$', '', n.target)))
         elif not isinstance(m, Quantise):
@@ -930,15 +1291,16 @@ def _owners(graph):
 
 # %% ../nbs/17_packing.ipynb #f0141017
 def _lines(charged, owners):
-    "Charged rows with their roles, and the keys that they are matched by, the strictest first."
-    rows, layer = [], ''
+    "Charged rows: role, keys to match by (the strictest first), and whether an earlier row has billed their tensors."
+    rows, layer, seen = [], '', set()
     for r in charged.layers.itertuples():
         if r.kind in ('conv', 'linear'):
             layer = r.name
         role, owner = owners.get(r.name, ('scale' if r.kind == 'bias' else r.kind, r.name))
         kind = 'scale' if role == 'joined' else role
         keys = [(role, owner) if owner else None, (kind, r.shape, layer), (kind, r.shape)]
-        rows.append(r._asdict() | dict(role=role, keys=keys))
+        rows.append(r._asdict() | dict(role=role, keys=keys, billed=(r.kind, r.name) in seen))
+        seen.add((r.kind, r.name))
     return rows
 
 
@@ -1013,10 +1375,14 @@ def _line(a, b, owners, stored):
     ops = [x['multiplies'] + x['adds'] if x else 0.0 for x in (a, b)]
     size = [4 * x['storage'] if x else 0.0 for x in (a, b)]
     rows = _stored_for(b, stored) if b else stored[:0]
-    in_file = int(rows.bytes.sum())
+    billed = len(rows) and b['billed']
+    in_file = 0 if billed else int(rows.bytes.sum())
     kind, form = (rows.kind.iloc[0], rows.form.iloc[0]) if len(rows) else ('', '-')
     difference = SimpleNamespace(difference=in_file - size[1], kind=kind, form=form)
-    reasons = _changed(a, b, ops, size, owners), _why(difference) if len(rows) or size[1] else ''
+    why = _why(difference) if len(rows) or size[1] else ''
+    if billed or (form[0] == '=' and not in_file):
+        why = _SAME
+    reasons = _changed(a, b, ops, size, owners), why
     first = a or b
     return first['name'], first['kind'], first['shape'], *ops, *size, in_file, '; '.join(filter(None, reasons))
 
@@ -1061,20 +1427,3 @@ def pixels_to_input(
     from micronet_nb.released import prepare  # loads timm, which takes as long as torch
 
     return prepare(images)
-
-# %% ../nbs/17_packing.ipynb #70661521
-@torch.inference_mode()
-def top1(
-    net,  # for example unpacked, or a `Runner` of it: float32 (n, 3, h, w) to (n, classes)
-    dataset,  # images (n, 3, h, w) uint8, labels
-    pixels,  # see `pixels_to_input`
-    n: int = None,  # how many, from the front; None: all
-    batch: int = 10,  # images at a time
-) -> tuple:  # (right, n)
-    "How many of the first n images a net classifies rightly."
-    n, right = min(n or len(dataset), len(dataset)), 0
-    for i in progress(range(0, n, batch), 'evaluating', unit='batch'):
-        some = slice(i, min(i + batch, n))
-        classes = net(pixels_to_input(dataset.images[some], pixels)).argmax(1)
-        right += int((classes == dataset.labels[some]).sum())
-    return right, n

@@ -263,6 +263,8 @@ METHODS = ('static', 'dynamic', 'progressive', 'gradual')
 class Pruner:
     "A callback of `fit` that renews masks as its method says; `Pruner()` only holds them. Slide 'Pruning'."
 
+    capturable = True  # its part in the update only launches work, see `fit` on a GPU
+
     def __init__(
         self,
         rates=None,  # layer name to fraction; None: renews nothing
@@ -329,7 +331,13 @@ def prune(
     start=0.0,  # gradual: the rates at the first step, said like `rates`
     ramp: float = 0.75,  # gradual: fraction of the run after which `rates` is reached
 ) -> Pruner:  # a callback of `fit`, or `attach` it to a loop of one's own; `untouched` is a table of what it passes by
-    "Masks the smallest weights of each layer, instead of the masks of an earlier call. Slide 'Pruning'."
+    """Masks the smallest weights of each layer, instead of the masks of an earlier call. Slide 'Pruning'.
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    >>> pruner = prune(net, 0.8)
+    >>> [int(net[i].weight.count_nonzero()) for i in (0, 2)]  # of 40 and 10
+    [8, 2]
+    """
     require_shapes(model, 'pruning')
     layers, gradual = compressible(model), method == 'gradual'
     plan, first = plan_rates(model, rates), plan_rates(model, start if gradual else 0.0)
@@ -355,7 +363,11 @@ def prune(
 # %% ../nbs/07_pruning.ipynb #06205d28
 @patch
 @torch.no_grad()
-def on_gradients(self: Pruner, run):
+def on_gradients(
+    self: Pruner,
+    run,  # of `fit`, or what `attach` was told: model
+):
+    "Called between backward pass and update: notes the weights, where masked ones are to hold still."
     if self.method != 'dynamic':
         self.hidden = [
             (dense_weight(m), k.mask, dense_weight(m).detach().clone()) for m, k in masks(run.model).values()
@@ -364,7 +376,11 @@ def on_gradients(self: Pruner, run):
 
 @patch
 @torch.no_grad()
-def on_update(self: Pruner, run):
+def on_update(
+    self: Pruner,
+    run,  # not looked at
+):
+    "Called after the update: puts masked weights back where they were."
     for w, mask, old in self.hidden:
         w.copy_(torch.where(mask, w, old))
     self.hidden = []
@@ -392,13 +408,21 @@ def renew(
 
 # %% ../nbs/07_pruning.ipynb #a8c53a72
 @patch
-def on_epoch(self: Pruner, run):
+def on_epoch(
+    self: Pruner,
+    run,  # model, optimizer
+):
+    "Called before the first step of an epoch: progressive renews its masks."
     if self.method == 'progressive':
         renew(run.model, self.rates, run.optimizer.state)
 
 
 @patch
-def on_step(self: Pruner, run):
+def on_step(
+    self: Pruner,
+    run,  # model, optimizer, step (how many are done), total (how many there will be)
+):
+    "Called before each forward pass: dynamic renews its masks, and so does gradual while its rates rise."
     if self.method == 'dynamic':
         renew(run.model, self.rates)
     last = max(run.total - 1, 1)

@@ -74,14 +74,11 @@ def best_scale(
 # %% ../nbs/09_quantisers.ipynb #69a6cc05
 def _look_around(x, lo, hi, n=128):
     "The best of n scales from 2 to 0.16 times max/Qmax, for rows whose largest magnitude is 1."
-    a = torch.full((len(x),), 1 / hi, dtype=x.dtype, device=x.device)
-    best = torch.zeros_like(a)
-    for factor in torch.logspace(0.3, -0.8, n).tolist():
-        xq, qq = _project(x, hi / factor, lo, hi)
-        gain = xq * xq / qq.clamp(min=1)
-        a = torch.where(gain > best, xq / qq.clamp(min=1), a)
-        best = torch.maximum(gain, best)
-    return a
+    tried = [_project(x, hi / factor, lo, hi) for factor in torch.logspace(0.3, -0.8, n).tolist()]
+    xq, qq = (torch.stack(sums) for sums in zip(*tried))
+    gain, a = xq * xq / qq.clamp(min=1), xq / qq.clamp(min=1)
+    best, first = gain.max(0)
+    return torch.where(best > 0, a.gather(0, first[None])[0], 1 / hi)
 
 # %% ../nbs/09_quantisers.ipynb #9603045c
 def _error(x, a, lo, hi):

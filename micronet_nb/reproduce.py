@@ -269,6 +269,28 @@ def _fault(cells, last, raised=None):
     number = sum(not _tagged(c, *_ADDED) for c in cells[: cells.index(cell)]) + 1
     return dict(cell=number, id=cell.get('id'), source=_source(cell), error=error)
 
+# %% ../nbs/95_reproduce.ipynb #6b1e50a8
+_SAVE_EVERY = 10  # seconds
+
+
+def _engine():
+    "papermill's own engine, which writes the notebook every few seconds instead of twice a cell."
+    from papermill.engines import NBClientEngine
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, *args, **kwargs):
+            save = nb_man.save
+
+            def save_seldom(**more):
+                if nb_man.end_time or (nb_man.now() - nb_man.last_save_time).total_seconds() > _SAVE_EVERY:
+                    save(**more)
+
+            nb_man.save = save_seldom
+            super().execute_managed_notebook(nb_man, *args, **kwargs)
+
+    return Engine
+
 # %% ../nbs/95_reproduce.ipynb #225768a0
 def _papermill(job, tell):
     "Executes the job's notebook; returns what went wrong, {} where nothing was seen."
@@ -280,16 +302,19 @@ def _papermill(job, tell):
         at.append(cell_index)
         tell(cell=cell_index)
 
+    papermill.engines.papermill_engines.register('micronet', _engine())
     try:
         papermill.execute_notebook(
             job['source'],
             job['part'],
             job['parameters'],
+            engine_name='micronet',
             progress_bar=False,
             start_timeout=300,
             iopub_timeout=60,
             coalesce_streams=True,
             on_cell_start=started,
+            shutdown_kernel='immediate',
         )
     except papermill.PapermillExecutionError:
         pass  # the cell itself says it better
@@ -431,8 +456,11 @@ def run_notebook(
     env = SWIFT | ({'OMP_NUM_THREADS': str(threads)} if threads else {}) | os.environ
     env |= dict(MICRONET_OUT=str(out / 'results'), MICRONET_RUN=key, MICRONET_SOUGHT=str(sought))
     env |= dict(JUPYTER_PREFER_ENV_PATH='1')
-    with tempfile.TemporaryFile('w+', errors='replace') as log:
-        child = _start_child(env, out, log)
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary,
+        tempfile.TemporaryFile('w+', errors='replace') as log,
+    ):
+        child = _start_child(env | dict(TMPDIR=temporary), out, log)
         begun(child)
         try:
             fault = _listen(child, job, tell)

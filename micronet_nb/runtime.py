@@ -490,7 +490,14 @@ def _check_graph(graph):
 
 
 class Runner:
-    "A lowered graph on integer units, in memory that is used again: the graph's bits, floats at the same batch size."
+    """A lowered graph on integer units, in memory that is used again: the graph's bits, floats at the same batch size.
+
+    >>> net, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval(), torch.randn(8, 3, 8, 8)
+    >>> _ = quantise_activations(net, x, bits=8), quantise_weights(net, 4)
+    >>> graph = lower(net, x)
+    >>> Runner(graph)(x).equal(graph(x))
+    True
+    """
 
     def __init__(
         self,
@@ -503,6 +510,7 @@ class Runner:
         graph = graph if isinstance(graph, fx.GraphModule) else as_graph(graph)
         _check_graph(graph)
         self.graph, self.int8, self.batch = in_evaluation(graph), int8, batch
+        self.input_stats = getattr(graph, 'input_stats', None)  # of the pixels, where `fit` has left them
         self.options = dict(fma=fma, compiled=compiled)
         self.tasks = None  # planned at the first call
         nodes = self.graph.graph.nodes

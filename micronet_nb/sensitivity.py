@@ -26,7 +26,7 @@ from .layers import compressible, computes_otherwise, dense_weight, matching, re
 from .pruning import layer_positions, magnitude_mask
 from .quantisers import fake_quantise, grid, kept_word, solve_scales
 from .scoring import TRACKS, score, trace
-from .training import as_logits, normalised
+from .training import as_logits, normalised, train_and_valid
 
 # %% ../nbs/06_sensitivity.ipynb #8304d03a
 @torch.no_grad()
@@ -356,8 +356,15 @@ def measure_sensitivity(
     reuse: bool = True,  # do not run again what comes before a layer
     quiet: bool = False,  # no progress bar
 ) -> pd.DataFrame:  # layer, kind, level, top1 and drop in %, loss, increase and its standard error se
-    "Accuracy and loss with one layer at a time degraded. Slide 'Robust Analysis'."
-    levels, (train, valid) = _levels(sparsities, weight_bits, activation_bits), data
+    """Accuracy and loss with one layer at a time degraded. Slide 'Robust Analysis'.
+
+    >>> data = load_dataset('digits', 'train'), load_dataset('digits', 'valid')
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    >>> table = measure_sensitivity(net, data, sparsities=(0.5,), weight_bits=(4,), activation_bits=(), quiet=True)
+    >>> table[['layer', 'kind', 'level']].values.tolist()
+    [['1', 'sparsity', 0.5], ['1', 'weight bits', 4.0]]
+    """
+    levels, (train, valid) = _levels(sparsities, weight_bits, activation_bits), train_and_valid(data)
     net, images, shown = _working_copy(model), _some(valid, n), _some(train, n_train)
     stats = stats or getattr(model, 'input_stats', None) or dataset_stats(train)
     every, names = compressible(net), matching(compressible(net), layers)

@@ -7,7 +7,7 @@ __all__ = ['SMALL_STUDIES', 'STUDIES', 'augment', 'FitConfig', 'normalised', 'ev
            'fit_stage', 'study_data', 'student', 'student_config']
 
 # %% ../nbs/04_training.ipynb #917ec6c7
-import contextlib, json, math, os, shutil, time
+import contextlib, json, math, os, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -371,31 +371,71 @@ def as_logits(
 
 # %% ../nbs/04_training.ipynb #240978e3
 def _device(model):
-    "Where the first parameter or buffer lies; the CPU for a net without any."
-    return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device('cpu'))
+    "Where the first parameter or buffer lies; the CPU for a net without any, and for what is no module."
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    return next((t.device for t in tensors), torch.device('cpu'))
 
 
+def model_input(
+    images: torch.Tensor,  # (n, c, h, w) uint8, or float in [0,1]
+    stats,  # (mean, std), or a function from images to what the net takes
+) -> torch.Tensor:
+    "Images as the net wants them."
+    if callable(stats):
+        return stats(images)
+    return normalised(images.float() / 255 if images.dtype == torch.uint8 else images, stats)
+
+
+def batches_of(
+    data,  # images and labels; or an iterable of (images, labels), whose batches stay as they are
+    batch_size: int,  # of a data set
+    n: int = None,  # the first n images; None: all
+):
+    "Yields (images, labels), to the last image."
+    n = n or None
+    if not hasattr(data, 'images'):
+        for images, labels in data:
+            yield images[:n], labels[:n]
+            n = None if n is None else n - len(labels[:n])
+            if n == 0:
+                return
+        return
+    n = min(n or len(data), len(data))
+    for i in range(0, n, batch_size):
+        batch = slice(i, min(i + batch_size, n))
+        yield data.images[batch], data.labels[batch]
+
+# %% ../nbs/04_training.ipynb #3ce9e13b
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,  # in any mode; left in it
-    dataset,  # images uint8, labels
-    stats=None,  # (mean, std) of the training set; None: what `fit` left with the net
-    batch_size: int = 250,  # images at a time
+    model,  # a module, in any mode; or any function from a batch to logits: a `Runner`, an ONNX session wrapped
+    data,  # images (n, c, h, w) uint8 and labels; or an iterable of (images, labels): from a folder, a loader
+    stats=None,  # (mean, std) of the training set; or images to input, a function; None: what `fit` left with the net
+    batch_size: int = 250,  # images at a time, of a data set
     n: int = None,  # the first n images only
-) -> dict:  # top1 in %, loss, n
-    "Accuracy and cross-entropy on a data set, in float32."
-    stats = known_stats(model, stats)
-    device, hits, loss = _device(model), 0.0, 0.0
-    n = min(n or len(dataset), len(dataset))
+    top: tuple = (1,),  # (1, 5): also how often the label is among the five largest logits
+) -> dict:  # top1 (and so on) in %, loss, n
+    """Accuracy and cross-entropy, in float32.
+
+    >>> valid = load_dataset('digits', 'valid')
+    >>> always_3 = lambda images: torch.eye(10)[3].repeat(len(images), 1)
+    >>> round(evaluate(always_3, valid, stats=((0.0,) * 3, (1.0,) * 3))['top1'], 1)
+    10.3
+    """
+    stats, device = known_stats(model, stats), _device(model)
+    right, loss, seen = dict.fromkeys(top, 0), 0.0, 0
     with evaluation_mode(model):
-        for i in range(0, n, batch_size):
-            batch = slice(i, min(i + batch_size, n))
-            x = normalised(dataset.images[batch].to(device).float() / 255, stats)
-            y = dataset.labels[batch].to(device)
+        for images, labels in batches_of(data, batch_size, n):
+            x, y = model_input(images.to(device), stats), labels.to(device)
             out = as_logits(model(x), x, model)
-            hits += float((out.argmax(1) == y).sum())
             loss += float(F.cross_entropy(out, y, reduction='sum'))
-    return dict(top1=100 * hits / n, loss=loss / n, n=n)
+            seen += len(y)
+            for k in top:
+                best = out.argmax(1, keepdim=True) if k == 1 else out.topk(min(k, out.shape[1]), 1).indices
+                right[k] += int((best == y[:, None]).sum())
+    if not seen:
+        raise MicronetError('no image to evaluate: the data are empty, or an iterator that has been used up')
+    return {f'top{k}': 100 * hits / seen for k, hits in right.items()} | dict(loss=loss / seen, n=seen)
 
 # %% ../nbs/04_training.ipynb #379179d5
 def hard_loss(
@@ -482,7 +522,7 @@ class Run:
 
     @property
     def lr(self):
-        return self.optimizer.param_groups[0]['lr']
+        return float(self.optimizer.param_groups[0]['lr'])
 
     def tell(self, event):
         for c in self.callbacks:
@@ -500,6 +540,82 @@ def _compiled(net, config):
         return net
     return torch.compile(net, backend=config.compile if isinstance(config.compile, str) else 'inductor')
 
+# %% ../nbs/04_training.ipynb #e27d40c9
+def _set_lr(run, step):
+    "The schedule's rate for this step, kept in a tensor on a GPU."
+    run.schedule.step_update(step)
+    if run.device.type == 'cuda':
+        for group, rate in zip(run.optimizer.param_groups, run.rates):
+            group['lr'] = rate.fill_(float(group['lr']))
+
+
+def _can_capture(run):
+    "One CUDA device, and callbacks whose part in the update is work for the device alone."
+    if run.device.type != 'cuda' or run.world.num_processes > 1 or os.environ.get('MICRONET_GRAPHS') == '0':
+        return False
+    inductor = sys.modules.get('torch._inductor.config')
+    if inductor and inductor.triton.cudagraphs:
+        return False  # torch.compile captures by itself
+    within = [c for c in run.callbacks if hasattr(c, 'on_gradients') or hasattr(c, 'on_update')]
+    return all(getattr(c, 'capturable', False) for c in within)
+
+
+class _CannotCapture(Exception):
+    "The device refuses to capture a step: it asks for a number in the middle, say."
+
+
+class _Captured:
+    "A step's work on the device: run a few times, then captured as a CUDA graph and replayed."
+
+    warm_up = 3  # steps
+
+    def __init__(self, run):
+        self.run, self.steps, self.graph, self.stream = run, 0, None, torch.cuda.Stream(run.device)
+
+    def _work(self):
+        loss = _gradients(self.run, self.x, self.y)
+        _update(self.run)
+        _after_update(self.run)
+        return loss
+
+    def _capture(self):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.loss = self._work()
+        except RuntimeError as e:  # nothing has been computed yet
+            raise _CannotCapture(str(e).splitlines()[0]) from e
+        return graph
+
+    def __call__(self, x, y):
+        if self.steps < self.warm_up:
+            self.steps, self.x, self.y = self.steps + 1, x.clone(), y.clone()  # static: the graph reads them
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self._work()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        self.x.copy_(x)
+        self.y.copy_(y)
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+        return self.loss
+
+
+def _learn(run, x, y):
+    "A step's work on the device, replayed where it can be; returns the loss."
+    if run.captured:
+        try:
+            return run.captured(x, y)
+        except _CannotCapture as e:
+            warnings.warn(f'the step cannot be captured as a CUDA graph ({e}): it goes on kernel by kernel')
+            run.captured = None
+            run.optimizer.zero_grad(set_to_none=True)
+    loss = _gradients(run, x, y)
+    _update(run)
+    return loss
+
 # %% ../nbs/04_training.ipynb #b86cadef
 def _prepare(run):
     "Model, optimiser, schedule and average, on the device."
@@ -507,9 +623,11 @@ def _prepare(run):
     if run.teacher is not None:
         _place(run.teacher, run.device, c).eval()
     kind = 'sgd' if c.momentum else 'momentum'  # timm's 'sgd' is Nesterov's, which torch refuses without momentum
+    fused = dict(fused=True) if run.device.type == 'cuda' else {}  # takes its rate from a tensor, as a graph must
     run.optimizer = create_optimizer_v2(
-        model, kind, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, filter_bias_and_bn=False
+        model, kind, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, filter_bias_and_bn=False, **fused
     )
+    run.rates = [torch.tensor(0.0, device=run.device) for _ in run.optimizer.param_groups]
     run.ema = ModelEmaV3(model, decay=c.ema) if c.ema else None
     if run.world.num_processes > 1:
         model = _shared_model(run)
@@ -517,7 +635,8 @@ def _prepare(run):
     warmup = dict(warmup_t=round(c.warmup_epochs * run.steps_an_epoch), warmup_lr_init=c.lr / 100)
     units = dict(t_initial=run.total, warmup_prefix=False, t_in_epochs=False)  # steps
     run.schedule = CosineLRScheduler(run.optimizer, **units, **warmup)
-    run.schedule.step_update(0)
+    run.captured = _Captured(run) if _can_capture(run) else None
+    _set_lr(run, 0)
 
 # %% ../nbs/04_training.ipynb #f4959b74
 def _dice(run, *more):
@@ -528,6 +647,31 @@ def _dice(run, *more):
 def _autocast(run):
     "bf16 where it is asked for, on the run's device."
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == 'bf16')
+
+# %% ../nbs/04_training.ipynb #5d7c1f0a
+def _gradients(run, x, y):
+    "Forward and backward pass; returns the loss."
+    with torch.no_grad(), _autocast(run):
+        teacher_logits = as_logits(run.teach(x), x, run.teacher) if run.teach is not None else None
+    with _autocast(run):
+        out = as_logits(run.forward(x), x, run.model)
+    loss = run.loss(out, y, teacher_logits, run.config)
+    loss.backward()
+    return loss.detach()
+
+
+def _update(run):
+    "The optimiser's step."
+    run.tell('on_gradients')
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def _after_update(run):
+    "What follows the update: callbacks, the average."
+    run.tell('on_update')
+    if run.ema:
+        run.ema.update(run.model)
 
 # %% ../nbs/04_training.ipynb #777c0202
 def _step(run, x, y):
@@ -544,21 +688,12 @@ def _step(run, x, y):
         _dice(run, w.process_index)
     if c.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), _autocast(run):
-        teacher_logits = as_logits(run.teach(x), x, run.teacher) if run.teach is not None else None
-    with _autocast(run):
-        out = as_logits(run.forward(x), x, run.model)
-    loss = run.loss(out, y, teacher_logits, c)
-    run.bad = torch.where(torch.isfinite(loss.detach()), run.bad, run.bad.clamp(max=run.step))
-    loss.backward()
-    run.tell('on_gradients')
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    loss = _learn(run, x, y)
+    run.bad = torch.where(torch.isfinite(loss), run.bad, run.bad.clamp(max=run.step))
     run.step += 1
-    run.schedule.step_update(run.step)
-    run.tell('on_update')
-    if run.ema:
-        run.ema.update(run.model)
+    _set_lr(run, run.step)
+    if not run.captured:
+        _after_update(run)
 
 # %% ../nbs/04_training.ipynb #e8a3db30
 def _synchronise(model):
@@ -618,7 +753,7 @@ def _check_finite(run):
     "Refuses to go on where a loss has not been finite."
     if (bad := _least(run, run.bad)) == _NEVER:
         return
-    run.schedule.step_update(bad)
+    _set_lr(run, bad)
     place = f'epoch {bad // run.steps_an_epoch}, learning rate {run.lr:.4g}'
     raise MicronetError(f'the loss is not finite since step {bad} ({place}): {_LOWER_LR}')
 
@@ -750,7 +885,7 @@ def _resume(run, folder):
         raise MicronetError(f'{newest} is the checkpoint of another model ({reason}): {remedy}') from None
     for name, value in progress_made.items():
         setattr(run, name, value)
-    run.schedule.step_update(run.step)
+    _set_lr(run, run.step)
 
 # %% ../nbs/04_training.ipynb #ba7574a6
 @contextlib.contextmanager
@@ -816,6 +951,16 @@ def _epoch(run, valid, bar, folder, every, stop):
     _add_row(run, valid)
     return _due(run, folder, every, stop)
 
+# %% ../nbs/04_training.ipynb #dd158870
+def train_and_valid(
+    data,  # as `fit` was given it
+) -> tuple:
+    "The two data sets of a pair."
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        given = f'{len(data)} data sets' if isinstance(data, (tuple, list)) else f'one {type(data).__name__}'
+        raise MicronetError(f'data is {given}, where a pair is wanted: give (train, valid)')
+    return data
+
 # %% ../nbs/04_training.ipynb #e5dac8e2
 def fit(
     model: nn.Module,  # trained in place; ends on the device
@@ -830,8 +975,14 @@ def fit(
     stop: float = None,  # seconds after which to save a checkpoint and return early: then `run.done` is False
     quiet: bool = False,  # no progress bar
 ) -> Run:
-    "Trains `model`. The run has `history` (a row an epoch), `model` and, where asked for, `ema.module`."
-    train, valid = data
+    """Trains `model`. The run has `history` (a row an epoch), `model` and, where asked for, `ema.module`.
+
+    >>> data = load_dataset('digits', 'train'), load_dataset('digits', 'valid')
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    >>> [row['epoch'] for row in fit(net, data, FitConfig(epochs=2, batch_size=128), quiet=True).history]
+    [1, 2]
+    """
+    train, valid = train_and_valid(data)
     set_seed(config.seed)
     run = Run(model, train, config, teacher, callbacks, loss, stats or dataset_stats(train))
     _prepare(run)
@@ -848,10 +999,10 @@ def fit(
 FIT_VERSION = 1  # of the code in `fit`
 
 
-def _key_config(config, what, train):
+def _key_config(config, settings, train):
     "What the key of a trained net is made of; its words are those of all stored keys."
     code = {'fit_version': FIT_VERSION} if FIT_VERSION != 1 else {}  # the first version left no trace
-    return dict(fit=_settings(config), what=what, data=train.describe(), n=len(train)) | code
+    return dict(fit=_settings(config), what=settings, data=train.describe(), n=len(train)) | code
 
 # %% ../nbs/04_training.ipynb #3ae8730e
 class Stopped(MicronetError):
@@ -891,7 +1042,7 @@ def fit_stage(
     model: nn.Module,  # trained in place, or filled with the stored weights
     data,  # (train, valid) data sets
     config: FitConfig,  # see there
-    what: dict = None,  # all else that the result depends on: model, rates, bits, loss, teacher, stats of other data
+    settings: dict = None,  # all else the result depends on: model, rates, bits, loss, teacher, stats of other data
     upstream=(),  # keys of the stages that the starting weights (and the teacher) come from
     root=None,  # folder of all stages; default `runs_dir()/'stages'`
     half: bool = False,  # matrices and kernels are stored in FP16, and the model ends with what is stored
@@ -899,8 +1050,8 @@ def fit_stage(
     **kwargs,  # teacher, callbacks, loss, stats, every, stop, quiet: as for `fit`
 ) -> dict:  # key, history (a row an epoch), seconds, data_seconds, steps, top1 and loss on the validation set
     "`fit`, once per configuration; raises Stopped where `stop` came first, and the same call goes on."
-    train, valid = data
-    world, key_config = _world(), _key_config(config, (what or {}) | ({'half': True} if half else {}), train)
+    train, valid = train_and_valid(data)
+    world, key_config = _world(), _key_config(config, (settings or {}) | ({'half': True} if half else {}), train)
 
     def work(folder):
         return _work(folder, model, data, config, half, kwargs)
@@ -932,7 +1083,7 @@ SMALL_STUDIES = {
     'embedded': _Study(
         'densenet_bc_10_8',
         FitConfig(epochs=8, lr=0.1, augment='digits'),
-        FitConfig(epochs=2, lr=0.02, warmup_epochs=0.0, augment='digits'),
+        FitConfig(epochs=1, lr=0.02, warmup_epochs=0.0, augment='digits'),
     ),
     'laptop': _Study(
         'densenet_bc_16_12',
@@ -946,10 +1097,10 @@ SMALL_STUDIES = {
     ),
 }
 
-# 36,000 images a run: six minutes on one core at 100 images/s, which is what a taught step does there.
+# 10,240 images a run: 100 seconds on one core at 100 images/s, which is what a taught step does there.
 # 07_pruning takes 16 runs, 08_distillation 18, 10_activations 17, 11_weights 15, of which two are those of 10.
 _PUBLISHED_TUNE = FitConfig(
-    epochs=4, epoch_images=9000, lr=0.01, warmup_epochs=0.0, weight_decay=1e-5, augment='flip', channels_last=True
+    epochs=4, epoch_images=2560, lr=0.02, warmup_epochs=0.0, weight_decay=1e-5, augment='flip', channels_last=True
 )
 STUDIES = SMALL_STUDIES | dict(laptop=_Study('kaist-v2-15', None, _PUBLISHED_TUNE, teacher='kaist-v2-30'))
 
@@ -969,12 +1120,9 @@ def _published_key(name):
 
 
 def _published_student(name, valid, root):
-    "A published net to be tuned: its zeros are ordinary weights, and its batch norms forget as slowly as its team's."
+    "A published net to be tuned: its zeros are ordinary weights."
     model, key = load_published(name), _published_key(name)
     remove_pruning(model)
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.momentum = 0.01
     settings = dict(model=name, data=valid.describe())
     measured = stage('published-top1', settings, lambda folder: evaluate(model, valid), [key], root)
     return model.train(), measured | dict(key=key)

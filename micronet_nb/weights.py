@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WeightQuantiser', 'plan_bits', 'quantise_weights', 'remove_weight_quantisers', 'weight_bits', 'weight_integers',
-           'weight_table', 'specs_of', 'bit_table', 'choose_bits', 'size_bits']
+           'weight_table', 'specs_of', 'bit_table', 'choose_bits', 'width_table', 'choose_widths']
 
 # %% ../nbs/11_weights.ipynb #02060869
 import copy, math
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .activations import quantise_activations
+from .activations import calibrate, quantise_activations, remove_activation_quantisers
 from micronet_nb.layers import (
     Reach,
     compressible,
@@ -35,7 +35,7 @@ from micronet_nb.layers import (
 )
 from .pruning import prune
 from .quantisers import fake_quantise, grid, quantise, solve_scales
-from .scoring import LayerSpec, weight_storage
+from .scoring import LayerSpec, TRACKS, score, weight_storage
 from .training import SMALL_STUDIES, as_logits, fit_stage, normalised, student, student_config, study_data
 
 # %% ../nbs/11_weights.ipynb #7da63cf9
@@ -127,11 +127,13 @@ def _grid_scale(x, hi):
     ordered = m.sort(1).values
     few_values = (ordered[:, 1:] != ordered[:, :-1]).sum(1) <= hi  # no more than the grid has
     left = (few_values & (ordered[:, -1] > 0)).nonzero()[:, 0]
+    smallest = torch.where(m > 0, m, torch.inf).amin(1, keepdim=True)
+    largest_k = hi * smallest[:, 0] / ordered[:, -1] * (1 + 1e-5)  # the largest value is at most hi scales
     for k in range(1, hi + 1):
+        left = left[k <= largest_k[left]]
         if not len(left):
             break
-        smallest = torch.where(m[left] > 0, m[left], torch.inf).amin(1, keepdim=True)
-        q = (m[left] / smallest * k).round()
+        q = (m[left] / smallest[left] * k).round()
         a = _common_scale(m[left], q)
         fits = (q <= hi).all(1) & (a[:, None] * q == m[left]).all(1)
         scale[left[fits]], left = a[fits], left[~fits]
@@ -198,7 +200,14 @@ def quantise_weights(
     per: str = 'channel',  # a scale a 'channel', a 'tensor', or 'auto': channels in depthwise layers only (RIAIR)
     learn: bool = False,  # learn the scales (LSQ) instead of keeping them
 ) -> dict:  # layer name to bits; `untouched` is a table of the weights that it passes by
-    "A quantiser behind each layer's mask, unless it has just that; the scales solved. Slide 'Weight Quantization'."
+    """A quantiser behind each layer's mask, unless it has just that; the scales solved. Slide 'Weight Quantization'.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    >>> quantise_weights(net, {'0': 8, '2': 3})
+    {'0': 8, '2': 3}
+    >>> len(net[2].weight[0].unique()) <= 2**3
+    True
+    """
     require_shapes(model, 'quantising')
     plan, layers = plan_bits(model, bits), compressible(model)
     per = {n: _per(layers[n], per) for n in plan}
@@ -281,6 +290,11 @@ def _answers(net, images):
     return torch.cat([F.log_softmax(as_logits(net(x.to(device)), x, net), 1) for x in images.split(250)])
 
 
+def _divergence(net, images, clean):
+    "KL from the clean answers to the net's, nats an image; rounding may leave it below 0."
+    return max(float(F.kl_div(_answers(net, images), clean, reduction='batchmean', log_target=True)), 0.0)
+
+
 @torch.no_grad()
 def bit_table(
     model: nn.Module,  # any, also masked or with quantised activations; left as it is; weight quantisers are ignored
@@ -299,11 +313,11 @@ def bit_table(
         remove_weight_quantisers(net, restore=True)
         for n, m in layers.items():
             parametrize.register_parametrization(m, 'weight', quantisers[n], unsafe=True)
-            kl = float(F.kl_div(_answers(net, images), clean, reduction='batchmean', log_target=True))
+            kl = _divergence(net, images, clean)
             remove_weight_quantisers(net, restore=True)
             zeros, size = table.masked[n] + table.rounded[n], table.weights[n]
             storage = weight_storage(int(size), int(size - zeros), b, always=False)
-            row = dict(layer=n, kind='weight bits', level=b, kl=max(kl, 0.0))
+            row = dict(layer=n, kind='weight bits', level=b, kl=kl)
             rows.append(row | dict(error=table.error[n], storage=storage))
     return pd.DataFrame(rows)
 
@@ -338,6 +352,73 @@ def choose_bits(
         plan[rows.layer.iloc[i]] = int(rows.level.iloc[i])
     return {n: plan[n] for n in table.layer.unique()}
 
+# %% ../nbs/11_weights.ipynb #c46e9a10
+@torch.no_grad()
+def _input_table(net, samples, images, widths, affine):
+    "What quantising the input of each layer alone costs in answers: layer, level (bits), kl."
+    clean, rows = _answers(net, images), []
+    for n in [n for n in compressible(net) if n in samples]:
+        for b in widths:
+            quantise_activations(net, samples, b, b, layers=[n], affine=affine)
+            rows.append(dict(layer=n, level=b, kl=_divergence(net, images, clean)))
+            remove_activation_quantisers(net)
+    return pd.DataFrame(rows)
+
+
+def _layer_costs(net, samples, weight_width, input_width, first_bits, affine, input_size, scoring):
+    "Each layer's part of the score where all have these widths, and the rest of it."
+    quantise_weights(net, weight_width)
+    quantise_activations(net, samples, input_width, first_bits, affine=affine)
+    s = score(net, input_size, **scoring)
+    storage, operations = TRACKS[s.track]
+    parts = s.layers.storage / storage + (s.layers.multiplies + s.layers['adds']) / operations
+    own = s.layers.kind.isin(('conv', 'linear'))
+    costs = parts[own].groupby(s.layers.name[own]).sum().to_dict()
+    return costs, s.score - sum(costs.values())
+
+# %% ../nbs/11_weights.ipynb #9a1d53ef
+def width_table(
+    model: nn.Module,  # any, also masked; left as it is; its quantisers are ignored
+    samples,  # images to find the scales on, normalised, or what `calibrate` returned
+    images: torch.Tensor,  # (n, c, h, w) normalised: answers are compared on them
+    weight_widths=(4, 5, 6, 7, 8),  # bits
+    input_widths=(5, 6, 7, 8),  # bits of a layer's input
+    first_bits: int = 8,  # of the image
+    affine: bool = True,  # inputs with a sign get a window of their own
+    quiet: bool = False,  # no progress bar
+    **scoring,  # for `score`: track, accounting, adder, ...
+) -> pd.DataFrame:  # layer, weight_bits, input_bits, kl (nats an image), cost (score); attrs['rest']: the rest
+    "What each pair of widths costs a layer in answers, each width measured alone, and in score."
+    net = copy.deepcopy(model).eval()
+    remove_weight_quantisers(net, restore=True)
+    remove_activation_quantisers(net)
+    samples = samples if isinstance(samples, dict) else calibrate(net, samples)
+    of_weights = bit_table(net, images, weight_widths, quiet=quiet).set_index(['layer', 'level']).kl
+    of_inputs = _input_table(net, samples, images, {*input_widths, first_bits}, affine)
+    of_inputs = of_inputs.set_index(['layer', 'level']).kl
+    size, rows, rest = tuple(images.shape[1:]), [], 0.0
+    for w in weight_widths:
+        for a in input_widths:
+            costs, other = _layer_costs(copy.deepcopy(net), samples, w, a, first_bits, affine, size, scoring)
+            rest = max(rest, other)
+            for n, cost in costs.items():
+                seen = first_bits if samples[n].first else a
+                kl = of_weights[n, w] + of_inputs[n, seen]
+                rows.append(dict(layer=n, weight_bits=w, input_bits=seen, kl=kl, cost=cost))
+    table = pd.DataFrame(rows).drop_duplicates(['layer', 'weight_bits', 'input_bits'])
+    table.attrs['rest'] = rest
+    return table
+
+
+def choose_widths(
+    table: pd.DataFrame,  # from `width_table`
+    budget: float,  # largest score
+) -> tuple:  # layer name to bits of its weights; layer name to bits of its input
+    "The pairs of widths with the least sum of KL within the budget."
+    choices = table.reset_index(drop=True)
+    pick = choose_bits(choices.assign(level=choices.index, storage=choices.cost), budget - table.attrs['rest'])
+    return tuple({n: int(choices[kind][i]) for n, i in pick.items()} for kind in ('weight_bits', 'input_bits'))
+
 # %% ../nbs/11_weights.ipynb #5173577f
 def size_bits(
     model: nn.Module,  # any model
@@ -371,7 +452,7 @@ def compressed_student(
         net,
         data,
         replace(SMALL_STUDIES[profile].tune, seed=seed),
-        what=COMPRESSION,
+        settings=COMPRESSION,
         upstream=[start['key']],
         callbacks=[pruner],
         stats=stats,

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# jsonschema, which nbformat imports, takes a second to build a grammar of addresses: no notebook's schema asks for it
+sys.modules.setdefault("rfc3987_syntax", None)
+
 import nbformat
 import pytest
 
@@ -42,10 +45,16 @@ def toy(folder, stem, *middle, parameters="profile = 'embedded'\nn = 7", end="fi
     return Path(folder) / f"{stem}.ipynb"
 
 
+# `python -m`, without the second of jsonschema
+RUN = (
+    "import runpy, sys; sys.modules['rfc3987_syntax'] = None; runpy.run_module(sys.argv.pop(1), None, '__main__', True)"
+)
+
+
 def command(*args, module="micronet_nb.reproduce", **more):
     "Runs a console command to its end, from another folder than the checkout."
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)],
+        [sys.executable, "-c", RUN, module, *map(str, args)],
         capture_output=True,
         text=True,
         cwd=more.pop("cwd", "/"),
@@ -59,6 +68,22 @@ def assert_one_line(done, *words):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def pictures(root):
+    "Three classes of distinct colours, 20 training and 4 validation images each; returns the folder."
+    import numpy as np
+    from PIL import Image
+
+    dice = np.random.default_rng(0)
+    for split, n in (("train", 20), ("val", 4)):
+        for c in range(3):
+            (root / split / f"class{c}").mkdir(parents=True)
+            for i in range(n):
+                pixels = dice.integers(0, 80, (40, 48, 3), dtype=np.uint8)
+                pixels[..., c] += 150
+                Image.fromarray(pixels).save(root / split / f"class{c}" / f"{i}.jpg")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -700,7 +700,7 @@ MUTANTS = [
     ),
     Mutant(
         "the rate stays where it was",
-        "run.step += 1; run.schedule.step_update(run.step)",
+        "run.step += 1; _set_lr(run, run.step)",
         "run.step += 1",
         "recipe::test_the_rate_climbs_and_falls_as_half_a_cosine",
     ),
@@ -718,8 +718,8 @@ MUTANTS = [
     ),
     Mutant(
         "nets are evaluated as they come",
-        "yield model.eval()",
-        "yield model",
+        "yield model.eval() if modes",
+        "yield model if modes",
         "recipe::test_nets_are_evaluated_in_evaluation_mode",
     ),
     Mutant(
@@ -900,8 +900,8 @@ MUTANTS = [
     ),
     Mutant(
         "a bit is lost between mask and values",
-        "np.unpackbits(data[first//8:size])[first%8:]",
-        "np.unpackbits(data[first//8:size])",
+        "np.unpackbits(part)[start % 8:]",
+        "np.unpackbits(part)",
         "integers::test_a_packed_tensor_is_read_from_its_bits",
     ),
     Mutant(
@@ -915,6 +915,36 @@ MUTANTS = [
         "_BLANK.encode(), 1)).hexdigest() != digest:",
         "_BLANK.encode(), 1)).hexdigest() == '':",
         "integers::test_a_file_with_one_other_bit_is_refused",
+    ),
+    Mutant(
+        "a file's widths are not those of its values",
+        "_check_weight(block, module.weight_bits, name)",
+        "pass",
+        "strangers::test_one_bit_with_the_values_unchanged",
+    ),
+    Mutant(
+        "any form that can be read will do",
+        "if form not in forms:",
+        "if False:",
+        "strangers::test_a_scale_in_32_bits_that_16_would_hold",
+    ),
+    Mutant(
+        "a mask may call zeros nonzero",
+        "if masked and bool((values == 0).any()):",
+        "if False:",
+        "strangers::test_a_mask_that_calls_zeros_nonzero",
+    ),
+    Mutant(
+        "scales of a file may be NaN",
+        "_check_finite(block, name, 'read')",
+        "pass",
+        "strangers::test_scales_that_are_no_numbers",
+    ),
+    Mutant(
+        "arguments of modules are not looked at",
+        "check_arguments(cls, args)",
+        "pass",
+        "strangers::test_a_module_on_a_device_of_the_file",
     ),
     Mutant(
         "ONNX quantisers have a zero point of 1",

@@ -85,6 +85,7 @@ def test_only_checkpoint_and_data_sets_are_looked_for():
         "'m/u.bin'",
         "'m/t.bin'",
         "entry",  # a file of data/published/nets.json, its SHA-256 beside it
+        "published_nets",  # the same
         "n",
     }  # the runner: what a notebook has asked for
 

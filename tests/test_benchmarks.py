@@ -10,7 +10,7 @@ from micronet_nb.training import SMALL_STUDIES
 
 
 def test_speed_measures_at_least_one_row(tmp_path):
-    rows = benchmarks.speed("embedded", minutes=1e-6, seconds=0.0, device="cpu", folder=tmp_path)
+    rows = benchmarks.training_speed("embedded", minutes=1e-6, seconds=0.0, device="cpu", folder=tmp_path)
     recorded = json.loads((tmp_path / "90_benchmarks.speed.json").read_text())["rows"]
     assert len(rows) == len(recorded) == 1 and {k: recorded[0][k] for k in ("net", "mode", "batch")} == {
         "net": SMALL_STUDIES["embedded"].model,

@@ -1,5 +1,6 @@
 "The CIFAR-100 track: killed and stopped anywhere it ends as if it had not been; it needs no notebook tools."
 
+import functools
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ RECIPES["embedded"] = {r: [cut(s) for s in steps] for r, steps in RECIPES["embed
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def short():
     "Both recipes at `embedded` with a few steps each, everything else as it is."
     kept = RECIPES["embedded"]
@@ -50,9 +51,21 @@ def short():
     RECIPES["embedded"] = kept
 
 
+@pytest.fixture(scope="module")
+def undisturbed(short, tmp_path_factory):
+    "A recipe, run from end to end once: its rows, and the folder of its record."
+
+    @functools.cache
+    def run(recipe):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        return run_recipe("embedded", recipe, root=folder / "stages", folder=folder, quiet=True), folder
+
+    return run
+
+
 @pytest.mark.parametrize("recipe", ["study", "ours"])
-def test_stopped_at_every_stage_it_ends_as_if_it_had_not_been(recipe, short, tmp_path):
-    whole = run_recipe("embedded", recipe, root=tmp_path / "a", folder=tmp_path / "ra", quiet=True)
+def test_stopped_at_every_stage_it_ends_as_if_it_had_not_been(recipe, undisturbed, tmp_path):
+    whole, folder = undisturbed(recipe)
     stops, pieces, rows = set(), 0, None
     while rows is None and pieces < 60:
         pieces += 1
@@ -65,7 +78,7 @@ def test_stopped_at_every_stage_it_ends_as_if_it_had_not_been(recipe, short, tmp
     for a, b in zip(whole, rows):
         for k, v in a.net.state_dict().items():
             assert torch.equal(v, b.net.state_dict()[k]), (a.step.row, k)
-    assert recorded(tmp_path / "ra", f"20_cifar100.{recipe}") == recorded(tmp_path / "rb", f"20_cifar100.{recipe}")
+    assert recorded(folder, f"20_cifar100.{recipe}") == recorded(tmp_path / "rb", f"20_cifar100.{recipe}")
 
 
 def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch, capsys):
@@ -111,9 +124,9 @@ def test_killed_in_a_step_the_same_command_goes_on(short, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("recipe", ["study", "ours"])
-def test_what_is_under_way_goes_on_elsewhere(recipe, short, tmp_path, monkeypatch, capsys):
+def test_what_is_under_way_goes_on_elsewhere(recipe, undisturbed, tmp_path, monkeypatch, capsys):
     "A machine a piece: each has only the stages of the one before, and the end is as if one had done it all."
-    whole = run_recipe("embedded", recipe, root=tmp_path / "whole", folder=tmp_path / "rw", quiet=True)
+    whole, _ = undisturbed(recipe)
     fit_stage = cifar100.fit_stage
     # one batch a machine
     monkeypatch.setattr(cifar100, "fit_stage", lambda *args, **kwargs: fit_stage(*args, **kwargs | dict(stop=0.0)))

@@ -136,3 +136,13 @@ def test_api_covers_the_modules():
         module = api.Module(path)
         defined = {name.split(".")[-1] for name, _ in module.definitions()}
         assert {*module.public} <= defined, path.name
+
+
+def test_links_within_the_readme_lead_to_headings_of_the_site():
+    links = "see [there](#what-came-out) and [the API](#an-api-of-its-own)"
+    text = f"{links}\n\n## What came out\n\n## An API, of its own\n"
+    linked = api.inner_links(text)
+    assert "](#What-came-out)" in linked and "](#An-API,-of-its-own)" in linked
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = {api.anchor(h) for h in re.findall(r"^#+ (.+?) *$", readme, re.M)}
+    assert {*re.findall(r"\]\(#([^)]+)\)", api.inner_links(readme))} <= names

@@ -1,4 +1,4 @@
-"The ImageNet track on folders of small images: the command, killed and resumed, launched twice, given what is wrong."
+"The ImageNet track on folders of small images: the command, killed and resumed, given what is wrong."
 
 import io
 import json
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from conftest import ROOT, command
+from conftest import command, pictures
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -44,15 +44,7 @@ SMALL = "--untrained --size 32 --resize 36 --workers 0 --calibration 8 --batch 8
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "Three classes of distinct colours, 20 training and 4 validation images each."
-    root, dice = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, n in (("train", 20), ("val", 4)):
-        for c in range(3):
-            (root / split / f"class{c}").mkdir(parents=True)
-            for i in range(n):
-                pixels = dice.integers(0, 80, (40, 48, 3), dtype=np.uint8)
-                pixels[..., c] += 150
-                Image.fromarray(pixels).save(root / split / f"class{c}" / f"{i}.jpg")
-    return root
+    return pictures(tmp_path_factory.mktemp("images"))
 
 
 def environment(tmp_path, **more):
@@ -320,32 +312,3 @@ def test_published_rows_are_the_slides():
     pruned, distilled = ("Sparse, large layer >= 50 %",), ("taught by labels", "taught by MixNet-L")
     names = ("Original", *pruned, *distilled, "Sparse_AQ6", "Sparse_AQ7_WQ")
     assert [top1[n] for n in names] == [75.98, 75.56, 74.4, 75.0, 75.51, 75.05]
-
-
-def test_two_processes_share_the_work(folder, tmp_path):
-    "`accelerate launch`: one record, every validation image counted once, the rows of a table made."
-    env = environment(tmp_path, OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU="1", PYTHONPATH=str(ROOT))
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        *launch.split(),
-        "--dynamo_backend",
-        "no",
-        "-m",
-        "micronet_nb.imagenet",
-    ]
-    args = [*SMALL, "--stage", "wq", "--teacher", "mixnet_s", "--epoch-images", "16"]
-    done = subprocess.run(
-        [sys.executable, *launch, "--data", str(folder), *args],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = rows_of(tmp_path)
-    assert list(rows) == STAGES["wq"] and all(r["n"] == 12 for r in rows.values())
-    assert done.stdout.count("Sparse_AQ7_WQ: top-1") == 1  # the main process speaks
-    assert len(list((tmp_path / "runs" / "stages").glob("mixnet-row-*/done.json"))) == 4

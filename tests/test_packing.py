@@ -99,6 +99,20 @@ def same(a, b, x):
         assert torch.equal(a(x), b(x))
 
 
+def conv_and_linear(density, linear_bits):
+    "A convolution and a linear layer, for inputs of 5x8x8."
+    layers = (
+        Quantise(4),
+        IntConv2d(5, 7, 3, weight_bits=4),
+        ScaleBias(7),
+        Quantise(3),
+        nn.Flatten(),
+        IntLinear(7 * 36, 9, weight_bits=linear_bits),
+        ScaleBias(9),
+    )
+    return filled(nn.Sequential(*layers), density)
+
+
 @pytest.fixture
 def small(tmp_path):
     return pack(filled(Odd()), tmp_path / 'small.safetensors', dict(input_size=(4, 8, 8)))
@@ -219,18 +233,7 @@ def test_lowered_nets_round_trip(name, tmp_path):
 @pytest.mark.parametrize('masks, accounting', [('always', 'riair-cifar100'), ('paying', 'official')])
 @pytest.mark.parametrize('density', [0, 0.1, 0.8, 1])
 def test_payload_is_the_charge(masks, accounting, density, tmp_path):
-    net = filled(
-        nn.Sequential(
-            Quantise(4),
-            IntConv2d(5, 7, 3, weight_bits=4),
-            ScaleBias(7),
-            Quantise(3),
-            nn.Flatten(),
-            IntLinear(7 * 36, 9, weight_bits=5),
-            ScaleBias(9),
-        ),
-        density,
-    )
+    net = conv_and_linear(density, 5)
     table = bill(pack(net, tmp_path / 'n', masks=masks), (5, 8, 8), accounting)
     assert table.stored.tolist() == [-(-c // 1) for c in table.charged]
     storage = score(net, (5, 8, 8), accounting=accounting, corrected=True).storage
@@ -583,18 +586,7 @@ def test_nan_goes_through_an_unpacked_graph(tmp_path):
 @pytest.mark.parametrize('accounting', [None, 'official', 'riair-cifar100'])
 @pytest.mark.parametrize('density', [0.5, 1])
 def test_a_file_is_what_its_accounting_charges(accounting, density, tmp_path):
-    net = filled(
-        nn.Sequential(
-            Quantise(4),
-            IntConv2d(5, 7, 3, weight_bits=4),
-            ScaleBias(7),
-            Quantise(3),
-            nn.Flatten(),
-            IntLinear(7 * 36, 9, weight_bits=1),
-            ScaleBias(9),
-        ),
-        density,
-    )
+    net = conv_and_linear(density, 1)
     path = pack(net, tmp_path / 'n', dict(input_size=(5, 8, 8)) | ({'accounting': accounting} if accounting else {}))
     table, parts = bill(path), parts_of(path)
     assert table.why.eq('').all()
@@ -614,13 +606,40 @@ def test_a_file_is_what_its_accounting_charges(accounting, density, tmp_path):
     assert parts_of(pack(net, path, masks='always'))['weights'] >= parts['weights']
 
 
-@pytest.mark.parametrize('name', ['resnet10t', 'mobilenetv2_050', 'mobilenetv3_small_050', 'wrn_10_1'])
-def test_one_truth(name):
+SAME = 'the same tensor again: stored once'
+
+
+class Again(nn.Module):
+    "One weight in two places: of two layers, or of one layer that is called twice."
+
+    def __init__(self, shared):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.a = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.b = self.a if shared else nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.b.weight = self.a.weight
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x)).relu()
+        return self.norm(self.b(self.a(x).relu()))
+
+
+@pytest.mark.parametrize(
+    'name', ['resnet10t', 'mobilenetv2_050', 'mobilenetv3_small_050', 'wrn_10_1', 'tied weight', 'shared layer']
+)
+def test_one_truth(name, tmp_path):
     "Trained, lowered and packed: the same figures, or a reason a line; weights and scales agree."
     import timm
 
     torch.manual_seed(0)
-    net = (create_model(name, 10, small=True) if name == 'wrn_10_1' else timm.create_model(name, num_classes=10)).eval()
+    twice = ' ' in name
+    if twice:
+        net = Again(name == 'shared layer').eval()
+    elif name == 'wrn_10_1':
+        net = create_model(name, 10, small=True).eval()
+    else:
+        net = timm.create_model(name, num_classes=10).eval()
     x = torch.randn(2, 3, 32, 32)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -640,26 +659,44 @@ def test_one_truth(name):
     ):
         assert abs(t[column].sum() - total) < 1e-3
     assert not t.why.str.contains('not explained').any() and (
-        name == 'wrn_10_1' or not t.why.str.contains('again').any()
+        name == 'wrn_10_1' or not t[t.why != SAME].why.str.contains('again').any()
     ), t[t.why.str.contains('not|again')]
     layers = t[t.kind.isin(['conv', 'linear'])]
     assert (
-        layers.why.eq('').all()
+        layers.why.tolist() == [''] * (len(layers) - twice) + [SAME] * twice
         and (layers['simulated bytes'] == layers['lowered bytes']).all()
-        and len(layers) == len(compressible(net))
+        and len(layers) == len({*compressible(net)} | ({'b'} if twice else set()))
         and (layers.simulated == layers.lowered).all()
     )
+    assert t['file bytes'].sum() == contents(pack(graph, tmp_path / 'n')).bytes.sum()
+    assert (t[t.why == SAME]['file bytes'] == 0).all()
     assert 0 <= t['file bytes'].sum() - t['lowered bytes'].sum() < len(t)
     known = {
         'a scale: the rules charge no quantiser of the net that is trained',
         'done by the quantiser that reads it, which ends there',
         'the bias is zero everywhere: neither added nor stored',
     }
-    assert {*t.why} - {''} <= known | {
+    assert {*t.why} - {'', *[SAME] * twice} <= known | {
         'the same scale again, for another reader',
         'with the bias of the norm behind it',
         'a norm: in the scale that is applied before it',
     }
+
+
+@pytest.mark.parametrize('module', [True, False])
+def test_a_scale_that_is_billed_already_costs_nothing(module, tmp_path):
+    "One module that is called twice, or two modules with one weight and one bias."
+    net = filled(nn.Sequential(Quantise(4), IntConv2d(4, 4, 1), ScaleBias(4), Quantise(4), IntConv2d(4, 4, 1)))
+    net.append(net[2] if module else ScaleBias(4))
+    net[5].weight, net[5].bias = net[2].weight, net[2].bias
+    graph = as_graph(net)
+    graph.meta['input_size'] = 4, 5, 5
+    path = pack(graph, tmp_path / 'n')
+    t = compare_charges(net, graph, path)
+    assert t['file bytes'].sum() == contents(path).bytes.sum()
+    scales = t[t.kind == 'scale']
+    assert scales['file bytes'].tolist() == [16, 0] and scales.why.tolist() == ['', SAME]
+    assert not bill(path).why.str.contains('channel|not explained').any()
 
 
 def test_a_difference_without_a_reason_is_said():

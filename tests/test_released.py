@@ -8,7 +8,7 @@ import torch
 from micronet_nb.cli import micronet_score
 from micronet_nb.core import MicronetError, find_file, released_figures
 from micronet_nb.data import load_dataset
-from micronet_nb.released import load_released, predict, prepare
+from micronet_nb.released import load_released, prepare, resumable_predictions
 from micronet_nb.runtime import Runner
 from micronet_nb.scoring import score
 
@@ -72,7 +72,7 @@ def test_runner_is_the_net_bit_for_bit_on_real_images():
             straight = net(x)
         for int8 in (None, False):
             assert torch.equal(Runner(net, int8)(x), straight)
-    assert (predict(Runner(net), images) == straight_predictions(net, images)).all()
+    assert (resumable_predictions(Runner(net), images) == straight_predictions(net, images)).all()
 
 
 def straight_predictions(net, images):

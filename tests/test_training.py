@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import pictures
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from micronet_nb import training
+from micronet_nb.cli import micronet_imagenet
 from micronet_nb.core import MicronetError
 from micronet_nb.data import CIFAR100_STATS, dataset_stats, load_dataset, normalise
+from micronet_nb.imagenet import STAGES
 from micronet_nb.models import densenet_bc
 from micronet_nb.sensitivity import measure_sensitivity
 from micronet_nb.training import FitConfig, checkpoints, evaluate, fit, fit_stage, hard_loss, known_stats
@@ -33,6 +36,10 @@ CONFIG = FitConfig(
     cutmix=1.0,
     label_smoothing=0.1,
 )
+
+
+IMAGENET = "--untrained --size 32 --resize 36 --workers 0 --calibration 8 --batch 8 --epochs 1".split()
+IMAGENET += "--stage wq --teacher mixnet_s --epoch-images 16".split()
 
 
 def data():
@@ -110,21 +117,28 @@ def worker(out):
         lambda: fit(normless(), data(), CONFIG, loss=poisoned, folder=root / "poisoned", quiet=True)
     )
     nets, eager = (normless(), normless()), replace(CONFIG, compile="eager")
-    stored = dict(what=dict(model="normless"), root=root / "stages", quiet=True)
+    stored = dict(settings=dict(model="normless"), root=root / "stages", quiet=True)
     results = [fit_stage("launched", net, data(), eager, **stored) for net in nets]
     report |= dict(stage=results[0], found=results[0] == results[1], filled=same_state(*nets))
+    report["imagenet"] = micronet_imagenet(["--data", str(root / "images"), *IMAGENET])
     (root / f"{rank}.json").write_text(json.dumps(report))
     alone.world.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    "What the two processes of one `accelerate launch` have seen, and the folder of what they have written."
+    """What the two processes of one `accelerate launch` have seen, and the folder of what they have written.
+
+    One for all tests: each of its processes imports for some seconds."""
     out = tmp_path_factory.mktemp("launched")
+    pictures(out / "images")
     env = os.environ | dict(
         ACCELERATE_USE_CPU="1",
         OMP_NUM_THREADS="1",
         OMP_WAIT_POLICY="PASSIVE",
+        MICRONET_OFFLINE="1",
+        MICRONET_RUNS=str(out / "runs"),
+        MICRONET_OUT=str(out / "records"),
         PYTHONPATH=str(Path(training.__file__).resolve().parent.parent),
     )
     command = [
@@ -147,7 +161,14 @@ def launched(tmp_path_factory):
     ]  # --multi_gpu is accelerate's word for several processes here
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
+    (out / "said").write_text(done.stdout)
     return out, [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def through():
+    "The net without batch norm, trained from end to end by this process alone."
+    return fit(normless(), data(), CONFIG, quiet=True)
 
 
 def distance(a, b):
@@ -156,17 +177,16 @@ def distance(a, b):
     return ((va - vb).norm() / va.norm()).item()
 
 
-def test_two_processes_train_as_one(launched):
+def test_two_processes_train_as_one(launched, through):
     "Without batch norm two processes give the weights and figures of one, up to rounding, and both the same."
     out, reports = launched
     assert [t["processes"] for t in reports] == [2, 2] and reports[0]["backend"] == "gloo"
     assert reports[0]["history"] == reports[1]["history"] and len(reports[0]["history"]) == 3
-    mine = fit(normless(), data(), CONFIG, quiet=True)
     theirs = [load_file(out / f"normless-{rank}.safetensors") for rank in (0, 1)]
     assert distance(theirs[0], theirs[1]) == 0
-    assert distance(mine.ema.module.state_dict(), theirs[0]) < 1e-4
+    assert distance(through.ema.module.state_dict(), theirs[0]) < 1e-4
     assert distance(normless().state_dict(), theirs[0]) > 1e-2  # it has learnt something
-    for a, b in zip(mine.history, reports[0]["history"], strict=True):
+    for a, b in zip(through.history, reports[0]["history"], strict=True):
         assert a["valid_loss"] == pytest.approx(b["valid_loss"], rel=1e-3) and a["lr"] == b["lr"]
 
 
@@ -201,6 +221,16 @@ def test_a_stage_is_written_once_and_found_by_all(launched):
     assert {p.name for p in folder.iterdir()} - {".lock"} == {"done.json", "model.safetensors"}
 
 
+def test_two_processes_share_the_work_of_imagenet(launched):
+    "One record, every validation image counted once, the rows of a table made."
+    out, reports = launched
+    assert [t["imagenet"] for t in reports] == [0, 0]
+    rows = json.loads((out / "records" / "21_imagenet.imagenet.untrained.json").read_text())["rows"]
+    assert [r["row"] for r in rows] == STAGES["wq"] and all(r["n"] == 12 for r in rows)
+    assert (out / "said").read_text().count("Sparse_AQ7_WQ: top-1") == 1  # the main process speaks
+    assert len(list((out / "runs" / "stages").glob("mixnet-row-*/done.json"))) == 4
+
+
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     "Each would train the whole by itself, and all would write the same files."
     fit(
@@ -212,9 +242,8 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["save_file", "torch.save", "os.replace"])
-def test_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, call):
+def test_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch, call, through):
     "The checkpoint before is still whole, the run goes on from it to the same weights, and the rest is swept away."
-    through = fit(normless(), data(), CONFIG, quiet=True)
     fit(normless(), data(), CONFIG, folder=tmp_path, stop=0.0, quiet=True)
 
     def killed(*args, **kwargs):
@@ -307,6 +336,22 @@ def test_evaluate_takes_the_statistics_that_the_net_was_trained_with(tmp_path):
             assert evaluate(net, valid)["loss"] == made["loss"] == evaluate(net, valid, given or stats)["loss"]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda data, folder: fit(flat(), data, SHORT, quiet=True),
+        lambda data, folder: fit_stage("one", flat(), data, SHORT, root=folder, quiet=True),
+        lambda data, folder: measure_sensitivity(flat(), data, quiet=True),
+    ],
+    ids=["fit", "fit_stage", "measure_sensitivity"],
+)
+def test_one_data_set_is_no_pair(call, tmp_path):
+    train, _ = data()
+    for given, words in ((train, "one Dataset"), ((train, None, None), "3 data sets")):
+        with pytest.raises(MicronetError, match=rf"data is {words}, .*give \(train, valid\)"):
+            call(given, tmp_path)
+
+
 def test_sensitivity_takes_the_statistics_that_the_net_was_trained_with():
     train, valid = data()
     fit(net := flat(), (train, None), SHORT, stats=CIFAR100_STATS, quiet=True)
@@ -384,3 +429,33 @@ def test_what_is_no_logits_is_named(how, what):
 
 if __name__ == "__main__":
     worker(sys.argv[1])
+
+
+class Refuses:
+    "Stands for a step that cannot be captured as a CUDA graph."
+
+    def __call__(self, x, y):
+        raise training._CannotCapture("operation not permitted when stream is capturing")
+
+
+def test_a_step_that_cannot_be_captured_goes_on_kernel_by_kernel(monkeypatch):
+    config = replace(CONFIG, epochs=1)
+    plain = fit(dense(), data(), config, quiet=True).ema.module.state_dict()
+    monkeypatch.setattr(training, "_can_capture", lambda run: True)
+    monkeypatch.setattr(training, "_Captured", lambda run: Refuses())
+    with pytest.warns(UserWarning, match="cannot be captured .* permitted when stream is capturing\\): it goes on"):
+        run = fit(dense(), data(), config, quiet=True)
+    assert run.captured is None
+    assert all(torch.equal(v, plain[k]) for k, v in run.ema.module.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_captured_step_does_what_its_kernels_do(monkeypatch):
+    ends = []
+    for graphs in "01":
+        monkeypatch.setenv("MICRONET_GRAPHS", graphs)
+        run = fit(dense(), data(), replace(CONFIG, epochs=1, lr=0.01), quiet=True)
+        assert (run.captured is not None) == (graphs == "1")
+        ends.append(torch.cat([v.flatten() for v in run.ema.module.parameters()]))
+    start = torch.cat([p.flatten() for p in dense().cuda().parameters()])
+    assert (ends[0] - ends[1]).norm() < 1e-3 * (ends[0] - start).norm()

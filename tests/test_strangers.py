@@ -1,0 +1,307 @@
+"Packed files from strangers: what lies about its score, fills the memory or hangs its reader is refused in one line."
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+
+import pytest
+import torch
+from conftest import ROOT
+from fuzz import fuzz, sealed, structure_of
+from torch import nn
+from torch.nn import functional as F
+
+from micronet_nb.cli import micronet_score
+from micronet_nb.core import MicronetError, find_file
+from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias
+from micronet_nb.packing import pack, seal, unpack
+
+CHECKPOINT = 'riair/densenet-100.pth.tar'
+
+
+class Toy(nn.Module):
+    "A net of each kind of module and call that packed files have."
+
+    def __init__(self):
+        super().__init__()
+        self.quantise = Quantise(8, signed=True)
+        self.conv, self.scale = IntConv2d(3, 4, 3, padding=1, weight_bits=4), ScaleBias(4)
+        self.plain, self.norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+        self.pool, self.act = nn.MaxPool2d(2), nn.Hardtanh(0.0, 6.0)
+        self.fc, self.last = IntLinear(6, 5, weight_bits=2), ScaleBias(5)
+        self.shift = nn.Parameter(torch.tensor([0.5, 0.25]).view(2, 1, 1))
+
+    def forward(self, x):
+        x = self.scale(self.conv(self.quantise(x)))
+        a, b = x.chunk(2, 1)
+        x = torch.cat([self.pool(self.act(x)), F.avg_pool2d(self.norm(self.plain(a)) * b + self.shift, 2)], 1)
+        return self.last(self.fc(x.mean((2, 3)).view(x.size(0), -1)))
+
+
+def integers(model, seed=0):
+    "Random weights within the promised widths, FP16 scales."
+    g = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if hasattr(m, 'weight_bits'):
+            top = 2 ** (m.weight_bits - 1)
+            m.weight.data = torch.randint(-top, top, m.weight.shape, generator=g).float()
+        elif isinstance(m, ScaleBias):
+            m.weight.data = torch.rand(m.weight.shape, generator=g).half().float()
+            m.bias.data = torch.randn(m.bias.shape, generator=g).half().float()
+    return model.eval()
+
+
+def toys(folder):
+    "Packed nets to mutate, each with the size of its input; one does not say it."
+    torch.manual_seed(0)
+    small = nn.Sequential(Quantise(3), IntConv2d(3, 4, 1, weight_bits=3), ScaleBias(4), nn.ReLU(), nn.Flatten())
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nets = [(Toy(), True), (small, True), (small, False), (layers, True)]
+    size = (3, 8, 8)
+    told = lambda known: dict(input_size=size) if known else {}
+    return [(pack(integers(m), folder / f'{i}', told(known)), size) for i, (m, known) in enumerate(nets)]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return pack(integers(Toy()), tmp_path / 'toy.safetensors', dict(input_size=(3, 8, 8)), masks='always')
+
+
+def forged(path, change, **tensors):
+    "A file with a changed structure and a right checksum."
+    held, structure = structure_of(path)
+    change(structure)
+    path.write_bytes(sealed(held | tensors, structure))
+    return path
+
+
+def refused(path, *words):
+    with pytest.raises(MicronetError) as e:
+        unpack(path)
+    assert '\n' not in str(e.value) and str(path) in str(e.value)
+    for w in words:
+        assert w in str(e.value), str(e.value)
+
+
+def kind_of(structure, cls):
+    return next(k for k in structure['kinds'] if k[0] == cls)
+
+
+def set_argument(cls, name, value):
+    return lambda s: kind_of(s, cls)[1].update({name: value})
+
+
+def set_form(cls, key, form):
+    return lambda s: kind_of(s, cls)[2].update({key: form})
+
+
+# --- a pack may not lie
+
+
+def one_bit(s):
+    for k in s['kinds']:
+        if k[0].startswith('Int'):
+            k[1]['weight_bits'] = 1
+
+
+def test_one_bit_with_the_values_unchanged(toy, capsys):
+    refused(forged(toy, one_bit), 'conv.weight holds', 'more than 1 bits')
+    assert micronet_score([str(toy)]) == 1
+    assert capsys.readouterr().err.count('\n') == 1
+
+
+@pytest.mark.skipif(find_file(CHECKPOINT) is None, reason=f'{CHECKPOINT} is not below MICRONET_DATA')
+def test_one_bit_of_the_released_net(tmp_path):
+    from micronet_nb.released import load_released
+
+    path = pack(load_released(), tmp_path / 'released.safetensors', dict(accounting='riair-cifar100'))
+    unpack(path)
+    refused(forged(path, one_bit), 'more than 1 bits')
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (set_argument('IntConv2d', 'weight_bits', 3), 'more than 3 bits'),
+        (set_argument('IntConv2d', 'weight_bits', 5), "is stored as 'm4', and its values make it m5"),
+        (set_form('IntConv2d', 'weight', 'd4'), 'pack the net again'),
+        (set_form('IntConv2d', 'weight', 'm40'), "'m40' is no form"),
+        (set_form('IntConv2d', 'weight', 'q4'), "'q4' is no form"),
+        (set_form('IntConv2d', 'weight', 4), '4 is no form'),
+        (set_form('Conv2d', 'weight', 'm4'), 'plain.weight'),
+        (set_form('ScaleBias', 'weight', 'float16 float64'), 'does not run on an input of 3x8x8'),
+        (set_form('ScaleBias', 'weight', '0'), 'zeros beside 0 weights'),
+        (set_argument('Quantise', 'bits', 4.5), 'bits='),
+        (set_argument('Quantise', 'signed', 0.5), 'signed='),
+        (set_argument('Quantise', 'low', -1), 'lower end'),
+    ],
+)
+def test_widths_forms_and_grids_are_those_of_the_values(toy, change, words):
+    with pytest.raises(MicronetError) as e:
+        unpack(forged(toy, change))
+    assert any(w in str(e.value) for w in words.split('|')) and '\n' not in str(e.value), e.value
+
+
+def test_a_mask_that_calls_zeros_nonzero(toy):
+    held, _ = structure_of(toy)
+    data = held['weights'].clone()
+    data[:13] = 255  # the mask of the first 104 of 108 weights
+    data[14:] = 0
+    refused(forged(toy, lambda s: None, weights=data), 'calls a number nonzero that is 0')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_scales_that_are_no_numbers(toy, value):
+    held, _ = structure_of(toy)
+    halves = held['float16'].clone()
+    halves[0] = value
+    refused(forged(toy, lambda s: None, float16=halves), 'scale.weight holds NaN or infinity')
+
+
+@pytest.mark.parametrize('value', [0.5, float('nan')])
+def test_weights_that_are_no_integers(toy, value):
+    "Floats in the place of an integer layer's weights."
+    held, s = structure_of(toy)
+    values = torch.cat([torch.full((108,), value), torch.zeros(0)]).view(torch.uint8)
+    change = set_form('IntConv2d', 'weight', 'dfloat32')
+    refused(forged(toy, change, weights=torch.cat([values, held['weights']])), 'conv.weight')
+
+
+def test_a_scale_in_32_bits_that_16_would_hold(toy):
+    held, _ = structure_of(toy)
+    numbers = dict(float16=held['float16'][4:], float32=torch.cat([held['float16'][:4].float(), held['float32']]))
+
+    def change(s):
+        s['kinds'][s['modules'][[n for n, _ in s['modules']].index('scale')][1]][2]['weight'] = 'float32'
+
+    refused(forged(toy, change, **numbers), "scale.weight is stored as 'float32', and its values make it float16")
+
+
+# --- bounded by the size of the file
+
+
+def test_a_module_on_a_device_of_the_file(toy):
+    "3.6 kB took 3.9 GB before they were refused."
+    refused(forged(toy, set_argument('Conv2d', 'device', 'cpu')), "device='cpu' cannot be an argument of Conv2d")
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (set_argument('IntConv2d', 'device', 'cpu'), "device='cpu' cannot be an argument of IntConv2d"),
+        (set_argument('Conv2d', 'dtype', 'float64'), 'cannot be an argument of Conv2d'),
+        (set_argument('BatchNorm2d', 'eps', '1e-5'), "eps='1e-5' cannot be an argument of BatchNorm2d"),
+        (set_argument('BatchNorm2d', 'eps', {'f': 'nan'}), 'cannot be an argument'),
+        (set_argument('BatchNorm2d', 'eps', {'f': '1' * 10**5}), 'cannot be an argument'),
+        (set_argument('IntConv2d', 'out_channels', 10**12), 'cannot be unpacked'),
+        (set_argument('IntConv2d', 'out_channels', 10**30), 'cannot be an argument'),
+        (set_argument('MaxPool2d', 'kernel_size', [2] * 1000), 'cannot be an argument of MaxPool2d'),
+        (set_argument('Conv2d', 'padding', 60_000), 'more than the 100,000,000 that are tried'),
+        (lambda s: s['about'].update(input_size=[3, 10**6, 10**6]), 'more numbers than'),
+        (lambda s: s['about'].update(input_size=[4, 8, 8]), 'does not run on an input of 4x8x8'),
+    ],
+)
+def test_arguments_of_modules(toy, change, words):
+    refused(forged(toy, change), words)
+
+
+def insert(*rows):
+    "Nodes behind the input, the last of which the rest reads."
+    return lambda s: s['nodes'].__setitem__(slice(1, 1), [json.loads(json.dumps(r)) for r in rows])
+
+
+@pytest.mark.parametrize(
+    'rows, words',
+    [
+        ([['f', 'operator.pow', [9, 9]], ['f', 'operator.pow', [9, '1']]], 'is given no other node'),
+        ([['c', 'dim', ['1']], ['f', 'operator.pow', [9, '1']]], 'operator.pow on numbers'),
+        ([['c', 'dim', ['1']], *[['f', 'operator.mul', ['1', '1']]] * 60], 'more than 1000 bits'),
+        ([['c', 'size', ['1']], *[['f', 'operator.add', ['1', '1']]] * 60], 'operator.add on numbers'),
+        ([['c', 'chunk', ['1', 2]], *[['f', 'operator.add', ['1', '1']]] * 60], 'on a tuple'),
+        ([['f', 'functional.pad', ['1', [10**6] * 4]]], 'more than the 100,000,000 that are tried'),
+        ([['c', 'expand', ['1', 10**9, -1, -1, -1]]], 'more than the 100,000,000 that are tried'),
+        ([['f', 'torch.add', ['1', '1'], {'out': '1'}]], "torch.add has the argument 'out'"),
+        ([['c', 'float', ['1']]] * 20_000, 'a packed file holds 10,000'),
+        ([['c', 'view', ['1', eval('[' * 50 + ']' * 50)]]], 'more than 8 tuples and lists'),
+        ([['c', 'view', ['1', {'s': 'cuda'}]]], 'cannot be an argument'),
+        ([['c', 'view', ['1', 2**70]]], 'cannot be an argument'),
+    ],
+)
+def test_calls_of_a_graph(toy, rows, words):
+    refused(forged(toy, insert(*rows)), words)
+
+
+MEASURED = """
+import resource, sys, time
+from micronet_nb.core import MicronetError
+from micronet_nb.packing import unpack
+import micronet_nb.scoring, torch
+torch.randn(8).sum()
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+for path in sys.argv[1:]:
+    try:
+        unpack(path)
+        verdict = 'accepted'
+    except MicronetError as e:
+        verdict = 'refused'
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(verdict, (now - before) * 1024, time.process_time() - started)
+    before, started = now, time.process_time()
+"""
+
+
+def bomb(text, level=9):
+    return torch.frombuffer(bytearray(zlib.compress(text, level)), dtype=torch.uint8)
+
+
+def many_nodes(n):
+    def change(s):
+        rows = [['p', 'x'], *[['c', 'float', ['1']]] * n, ['o', 'output', ['1']]]
+        s.update(nodes=rows, names=None, modules=[], constants=[], kinds=[])
+
+    return change
+
+
+def test_memory_and_time_are_bounded_by_the_size(toy, tmp_path):
+    "At most 20 times the file and 200 MB, and 5 s: for what is accepted, too."
+    held, _ = structure_of(toy)
+    files = dict(nodes=many_nodes(10**6), few_nodes=many_nodes(9_990), device=set_argument('Conv2d', 'device', 'cpu'))
+    paths = []
+    for name, change in files.items():
+        (tmp_path / name).write_bytes(toy.read_bytes())
+        try:
+            paths.append(forged(tmp_path / name, change))
+        except MicronetError:
+            raise AssertionError(name) from None
+        if name == 'few_nodes':
+            path = paths[-1]
+            tensors, s = structure_of(path)
+            path.write_bytes(sealed({'graph': tensors['graph']}, s))
+    for name, text in dict(deep=b'[' * 10**6, wide=b'[' + b'[],' * 10**6 + b'0]', spaces=b' ' * 2**28).items():
+        (tmp_path / name).write_bytes(seal(held | {'graph': bomb(text)}))
+        paths.append(tmp_path / name)
+    empty = nn.Sequential(IntLinear(2000, 2000, weight_bits=1))
+    empty[0].weight.data.zero_()
+    paths.append(pack(empty, tmp_path / 'empty', masks='always'))
+    command = [sys.executable, '-c', MEASURED, *map(str, paths)]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    for path, line in zip(paths, out.splitlines(), strict=True):
+        verdict, memory, seconds = line.split()
+        assert float(memory) <= 20 * path.stat().st_size + 200e6, (path.name, line)
+        assert float(seconds) < 5, (path.name, line)
+        assert (verdict == 'accepted') == (path.name in ('few_nodes', 'empty')), (path.name, line)
+
+
+# --- and any other
+
+
+def test_mutations_are_refused_or_are_nets(tmp_path):
+    "300 of them, or as many as MICRONET_FUZZ says."
+    n = int(os.environ.get('MICRONET_FUZZ', 300))
+    started = time.perf_counter()
+    outcome = fuzz(toys(tmp_path), n, int(os.environ.get('MICRONET_SEED', 0)), tmp_path)
+    print(outcome, f'{time.perf_counter() - started:.1f} s')
+    assert sum(outcome.values()) == n and outcome['refused'] > n // 3 and outcome['accepted'] > n // 50
