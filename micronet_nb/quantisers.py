@@ -6,6 +6,7 @@
 __all__ = ['grid', 'quantise', 'best_scale', 'solve_scale', 'solve_scales', 'round_ste', 'fake_quantise']
 
 # %% ../nbs/09_quantisers.ipynb #547e7ff3
+import numpy as np
 import torch
 
 from .core import MicronetError
@@ -96,6 +97,43 @@ def _solve(x, lo, hi, search):
     other = _settle(x, best_scale(x, hi, lo < 0) if exact else _look_around(x, lo, hi), lo, hi)
     return torch.where(_error(x, other, lo, hi) < _error(x, a, lo, hi), other, a)
 
+# %% ../nbs/09_quantisers.ipynb #6d1c0b02
+LONG = 2**14  # numbers in a row from which on they are sorted
+WIDE = 2**10  # Qmax up to which that is quicker
+
+
+class _Sorted:
+    "The magnitudes of a row in order, and the sum of those from each place on."
+
+    def __init__(self, x, hi):
+        self.x = np.sort(x.abs().cpu().numpy())
+        self.above = np.append(self.x[::-1].cumsum(dtype=np.float64)[::-1], 0.0)
+        self.halves, self.odd = np.arange(1, hi + 1) - 0.5, 2.0 * np.arange(1, hi + 1) - 1
+
+    def project(self, a):
+        "X'Q and Q'Q at each of the scales a (k,)."
+        at = np.searchsorted(self.x, (a[:, None] * self.halves).astype(self.x.dtype), 'right')
+        return self.above[at].sum(1), (len(self.x) - at) @ self.odd
+
+    def settle(self, a, turns=100):
+        "Alternates integers and scale to the fixed point; returns the scale and what it takes off the squared error."
+        for _ in range(turns):
+            (xq,), (qq,) = self.project(np.array([a]))
+            old, a = a, xq / qq if qq else a
+            if abs(a - old) <= 1e-7 * old:
+                break
+        (xq,), (qq,) = self.project(np.array([a]))
+        return a, a * (2 * xq - a * qq)
+
+
+def _solve_long(row, hi):
+    "The scale of one long row (n,) whose largest magnitude is 1: the best of 128 starts, or the plain iteration's."
+    ordered, tried = _Sorted(row, hi), np.logspace(0.3, -0.8, 128) / hi
+    xq, qq = ordered.project(tried)
+    best = (xq * xq / qq.clip(min=1)).argmax()
+    first = xq[best] / qq[best] if qq[best] else 1 / hi
+    return max((ordered.settle(a) for a in (1 / hi, first)), key=lambda found: found[1])[0]
+
 # %% ../nbs/09_quantisers.ipynb #6d1c0a57
 def _binary(x):
     "One signed bit: the mean magnitude of what is not zero, 1 where all is zero."
@@ -116,7 +154,7 @@ def solve_scale(
     x: torch.Tensor,  # (rows, n) floating point: a channel, or a whole tensor, in each row
     bits: int,  # 1 to 16
     signed: bool = True,  # see `grid`
-    search: str = 'auto',  # 'plain': the slides'; 'exact': `best_scale`; 'auto': exact for short rows, else 128 starts
+    search: str = 'auto',  # 'plain': the slides'; 'exact': `best_scale`; 'auto': exact for short rows, else from 128 starts
 ) -> torch.Tensor:  # (rows,) scales a > 0
     "The scale that minimises ||x - a q(x)||^2 in each row, never worse than the plain iteration. Slide 'Quantization'."
     if search not in ('plain', 'exact', 'auto'):
@@ -130,6 +168,9 @@ def solve_scale(
         x = x.clamp(min=0)  # what is below becomes 0 whatever the scale
     largest = x.abs().amax(1)
     unit = torch.where(largest > 0, largest, 1.0)
+    if search == 'auto' and x.shape[1] > LONG and hi <= WIDE:
+        long = [_solve_long(row / u, hi) for row, u in zip(x, unit)]
+        return torch.where(largest > 0, unit * unit.new_tensor(long), 1.0)
     rows = max(1, 32768 // max(x.shape[1] * (hi if search == 'exact' else 1), 1))
     blocks = [_solve(b / u[:, None], lo, hi, search) for b, u in zip(x.split(rows), unit.split(rows))]
     return torch.where(largest > 0, torch.cat(blocks) * unit, 1.0)
