@@ -271,11 +271,19 @@ class Pruner:
         method: str = 'static',  # one of METHODS
         start=None,  # gradual: layer name to fraction at the first step; None: 0
         ramp: float = 0.75,  # gradual: fraction of the run after which `rates` is reached
+        every: int = 1,  # dynamic: steps from one renewal to the next
+        until: int = None,  # dynamic: the last step at which masks are renewed; None: that of the run
     ):
         if method not in METHODS:
             raise MicronetError(f"no method {method!r}: choose one of {', '.join(METHODS)}")
         self.rates, self.method = dict(rates or {}), method
         self.start, self.ramp = dict(start or {}), _fraction(ramp, '`ramp`')
+        for name, n in dict(every=every, until=1 if until is None else until).items():
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                raise MicronetError(f'{name} counts steps: a whole number from 1 on, not {n!r}')
+        if (every, until) != (1, None) and method != 'dynamic':
+            raise MicronetError(f'every and until belong to dynamic pruning; {method} has its own times')
+        self.every, self.until = every, until
         self.hidden = []  # (dense weight, mask, its values before a step)
         self.untouched = None  # a table of the weights that `prune` passed by
         self.loop = None  # a training loop of one's own, see `attach`
@@ -283,7 +291,15 @@ class Pruner:
     def describe(self):
         "What a stage's key holds."
         gradual = dict(start=self.start, ramp=self.ramp) if self.method == 'gradual' else {}
-        return dict(method=self.method, rates=self.rates) | gradual
+        rarer = {} if (self.every, self.until) == (1, None) else dict(every=self.every, until=self.until)
+        return dict(method=self.method, rates=self.rates) | gradual | rarer
+
+    def renews(
+        self,
+        step: int,  # how many steps are done
+    ) -> bool:
+        "Does dynamic look for the smallest weights before this step?"
+        return self.method == 'dynamic' and step % self.every == 0 and (self.until is None or step <= self.until)
 
     def ramped(
         self,
@@ -330,6 +346,8 @@ def prune(
     method: str = 'static',  # one of METHODS
     start=0.0,  # gradual: the rates at the first step, said like `rates`
     ramp: float = 0.75,  # gradual: fraction of the run after which `rates` is reached
+    every: int = 1,  # dynamic: steps from one renewal to the next
+    until: int = None,  # dynamic: the last step at which masks are renewed; None: that of the run
 ) -> Pruner:  # a callback of `fit`, or `attach` it to a loop of one's own; `untouched` is a table of what it passes by
     """Masks the smallest weights of each layer, instead of the masks of an earlier call. Slide 'Pruning'.
 
@@ -342,7 +360,7 @@ def prune(
     layers, gradual = compressible(model), method == 'gradual'
     plan, first = plan_rates(model, rates), plan_rates(model, start if gradual else 0.0)
     rates = {n: r for n, r in plan.items() if r or first[n]}
-    pruner = Pruner(rates, method, first if gradual else None, ramp)
+    pruner = Pruner(rates, method, first if gradual else None, ramp, every, until)
     for n in pruner.rates:
         if not torch.isfinite(dense_weight(layers[n], n)).all():
             raise MicronetError(f'the weight of {n} holds NaN or infinity: find where the training went wrong first')
@@ -423,7 +441,7 @@ def on_step(
     run,  # model, optimizer, step (how many are done), total (how many there will be)
 ):
     "Called before each forward pass: dynamic renews its masks, and so does gradual while its rates rise."
-    if self.method == 'dynamic':
+    if self.renews(run.step):
         renew(run.model, self.rates)
     last = max(run.total - 1, 1)
     if self.method == 'gradual' and (run.step - 1) / last < self.ramp:
