@@ -154,7 +154,7 @@ def solve_scale(
     x: torch.Tensor,  # (rows, n) floating point: a channel, or a whole tensor, in each row
     bits: int,  # 1 to 16
     signed: bool = True,  # see `grid`
-    search: str = 'auto',  # 'plain': the slides'; 'exact': `best_scale`; 'auto': exact for short rows, else from 128 starts
+    search: str = 'auto',  # 'plain': the slides'; 'exact': `best_scale`; 'auto': exact if short, else 128 starts
 ) -> torch.Tensor:  # (rows,) scales a > 0
     "The scale that minimises ||x - a q(x)||^2 in each row, never worse than the plain iteration. Slide 'Quantization'."
     if search not in ('plain', 'exact', 'auto'):
