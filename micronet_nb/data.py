@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR100_STATS', 'fingerprint', 'Dataset', 'pixels', 'decode', 'list_images', 'load_dataset', 'overlap', 'batches',
-           'dataset_stats', 'normalise', 'has_cifar100']
+           'dataset_stats', 'check_stats', 'normalise', 'has_cifar100']
 
 # %% ../nbs/01_data.ipynb #c0f8bfa4
-import collections, contextlib, functools, hashlib, io, json, logging, os, warnings
+import collections, contextlib, functools, hashlib, io, json, logging, math, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -717,12 +717,27 @@ def dataset_stats(
 CIFAR100_STATS = (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)
 
 
+def check_stats(
+    stats,  # (mean, std), three numbers each
+) -> tuple:  # the same
+    "Refuses what pixels cannot be normalised by: a deviation of 0 makes NaN of them."
+    try:
+        mean, std = ([float(v) for v in part] for part in stats)
+        fine = len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
+    except (TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise MicronetError(f'{stats!r} is not (mean, std), three finite numbers each, those of std above 0')
+    return stats
+
+
 def normalise(
     images,  # (n,3,h,w) uint8
     mean,  # 3 numbers, of pixels in [0,1]
     std,  # 3 numbers
 ) -> torch.Tensor:
     "float32 (n,3,h,w): (images/255 - mean)/std."
+    check_stats((mean, std))
     mean, std = (torch.as_tensor(t, dtype=torch.float32, device=images.device).view(3, 1, 1) for t in (mean, std))
     return (images.float() / 255 - mean) / std
 
