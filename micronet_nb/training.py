@@ -958,7 +958,11 @@ def _read_progress(run, checkpoint):
         raise MicronetError(
             f'{checkpoint} is the checkpoint of a run with {different}: choose another folder, or remove it'
         )
-    whole = _PROGRESS.keys() <= told.keys() and len(told['began']) == 2 and all(isinstance(r, dict) for r in told['history'])
+    whole = (
+        _PROGRESS.keys() <= told.keys()
+        and len(told['began']) == 2
+        and all(isinstance(r, dict) for r in told['history'])
+    )
     if not whole or not 0 <= told['step'] <= run.total:
         raise MicronetError(f'{checkpoint} does not tell how far its run came: remove it and run again')
     return {name: told[name] for name in _PROGRESS}
@@ -1140,7 +1144,11 @@ def _check_result(result, folder):
     rows = result.get('history') if isinstance(result, dict) else None
     number = (int, float, type(None))
     fine = isinstance(rows, list) and rows and all(isinstance(r, dict) for r in rows)
-    if not fine or not all(isinstance(v, number) for r in rows for v in r.values()) or not isinstance(result.get('steps'), int):
+    if (
+        not fine
+        or not all(isinstance(v, number) for r in rows for v in r.values())
+        or not isinstance(result.get('steps'), int)
+    ):
         raise MicronetError(f'{folder} is not the stage of a trained net: remove it and run again')
 
 
