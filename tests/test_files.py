@@ -114,7 +114,7 @@ class Poison:
         self.what = what
 
     def on_update(self, run):
-        if run.step < run.total - 1:
+        if run.step < run.total:
             return
         if self.what == 'weights':
             run.model[1].weight.data[0, 0] = float('nan')
