@@ -166,7 +166,7 @@ def make():
     put("results.md", page)
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](nbs/", "](")
     put("index.md", f'{markdown(api.inner_links(readme))}<h2 id="Gallery">Gallery</h2><div class="gallery">{cards}</div>')
-    for name, file in {"contributing": "CONTRIBUTING.md", "changes": "CHANGELOG.md"}.items():
+    for name, file in {"contributing": "CONTRIBUTING.md", "files": "docs/FILES.md", "changes": "CHANGELOG.md"}.items():
         put(f"{name}.md", markdown((ROOT / file).read_text(encoding="utf-8").replace("](nbs/", "](")))
     import micronet_nb
 
@@ -178,7 +178,7 @@ def make():
         {"Study": [{"Overview": "index.md"}, {"Results": "results.md"}]},
         {"Notebooks": [{f"{stem[:2]} {title}": f"{stem}.md"} for stem, (title, _, _) in found.items()]},
         {"API": [{"Contents": "api/index.md"}, *({m.name: f"api/{m.name}.md"} for m in modules)]},
-        {"Project": [{"Contributing": "contributing.md"}, {"Changes": "changes.md"}]},
+        {"Project": [{"Contributing": "contributing.md"}, {"Files": "files.md"}, {"Changes": "changes.md"}]},
     ]
 
 

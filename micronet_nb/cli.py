@@ -27,9 +27,19 @@ def _command(
     except MicronetError as e:
         print(f'{name}: {e}', file=sys.stderr)
         return 1
+    except OSError as e:  # a disk that is full, say: the system names the path
+        print(f'{name}: {e}', file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f'\n{name}: stopped; the same command goes on', file=sys.stderr)
         return 130
+
+# %% ../nbs/30_cli.ipynb #75df242f
+def _seed(text):
+    "A whole number from 0 to 2^32 - 1, as numpy's generators take it."
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f'{text!r}: a whole number from 0 to {2**32 - 1} belongs there')
+    return int(text)
 
 # %% ../nbs/30_cli.ipynb #6447a381
 def _examples(name, lines):
@@ -133,7 +143,7 @@ def _score_parser():
     )
     p.add_argument(
         '--seed',
-        type=int,
+        type=_seed,
         default=0,
         help='of the random weights, whose places decide how full each kernel is (default: 0)',
     )
@@ -457,8 +467,8 @@ def _cifar100_parser():
     p.add_argument('--profile', default='embedded', help='embedded (default), laptop or paper')
     p.add_argument('--recipe', default='study', help='study (default), ours or published')
     p.add_argument('--minutes', type=float, help='stop after so many minutes (run: default never; speed: default 3)')
-    p.add_argument('--seed', type=int, default=0, help='of all steps (default: 0)')
-    p.add_argument('--last-seed', type=int, help='of the last step, all others as they are')
+    p.add_argument('--seed', type=_seed, default=0, help='of all steps (default: 0)')
+    p.add_argument('--last-seed', type=_seed, help='of the last step, all others as they are')
     p.add_argument(
         '--whole', action='store_true', help='train on the validation split, too: nothing is judged until the test'
     )
@@ -529,7 +539,7 @@ def _imagenet_parser():
     )
     for flag, default, text in numbers:
         shown = '' if default is None else f' (default: {default})'
-        p.add_argument(flag, type=int, default=default, help=text + shown)
+        p.add_argument(flag, type=_seed if flag == '--seed' else int, default=default, help=text + shown)
     p.add_argument('--lr', type=float, default=1e-4, help='peak learning rate, cosine (default: 1e-4)')
     p.add_argument('--minutes', type=float, help='stop after this time; the same command goes on')
     p.add_argument('--precision', choices=('bf16', 'no'), help='default: bf16 on a GPU')

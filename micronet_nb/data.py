@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR100_STATS', 'fingerprint', 'Dataset', 'pixels', 'decode', 'list_images', 'load_dataset', 'overlap', 'batches',
-           'dataset_stats', 'normalise', 'has_cifar100']
+           'dataset_stats', 'check_stats', 'normalise', 'has_cifar100']
 
 # %% ../nbs/01_data.ipynb #c0f8bfa4
-import contextlib, functools, hashlib, io, json, logging, os, time
+import collections, contextlib, functools, hashlib, io, json, logging, math, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,11 @@ import numpy as np
 import torch
 
 from .core import MicronetError, atomic_path, cache_dir, config_key, find_file, offline, progress
-from .core import read_json, write_json
+from .core import locked, read_sealed, remove_parts, sealed, write_json
+
+# %% ../nbs/01_data.ipynb #7069c1e4
+# Pillow warns of what `open_rgb` refuses
+warnings.filterwarnings('ignore', message='Image size .* exceeds limit of', category=Warning)
 
 # %% ../nbs/01_data.ipynb #c2b4b4fd
 def fingerprint(
@@ -163,17 +167,52 @@ def _digits(split, root=None, size=None):
     return Dataset(torch.from_numpy(images[ids]), torch.from_numpy(labels[ids]), list(classes), 'digits', split)
 
 # %% ../nbs/01_data.ipynb #4f6c9394
+FORMATS, MOST_PIXELS = ('PNG', 'JPEG'), 2**26
+
+
+def _is_deep(file):
+    "Whether a file is a PNG of 16 bits a channel: its first chunk says so."
+    head = file.read(25)
+    file.seek(0)
+    return head.startswith(b'\x89PNG') and head[24:] == b'\x10'
+
+
+def _opened(image):
+    "An image's file, open for reading; a FIFO or a device is none."
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    if Path(image).exists() and not Path(image).is_file():
+        raise ValueError('not a regular file')
+    return open(image, 'rb')
+
+
+def open_rgb(
+    image,  # bytes of a PNG or JPEG, or its path
+    check=lambda width, height: None,  # raises where the size is not wanted; called before a pixel is decoded
+) -> 'PIL.Image.Image':
+    "An image of three channels; broken images raise Pillow's own errors, those that are refused ValueError."
+    from PIL import Image
+
+    with _opened(image) as file:
+        deep = _is_deep(file)
+        with Image.open(file, formats=FORMATS) as im:
+            if im.mode[0] in 'IF' or deep:
+                raise ValueError(f'mode {im.mode} of 16 bits or more, which does not fit 8 bits a channel')
+            if im.width * im.height > MOST_PIXELS:
+                raise ValueError(f'{im.width}x{im.height} pixels, more than {MOST_PIXELS:,}')
+            check(*im.size)
+            return im.convert('RGB')
+
+# %% ../nbs/01_data.ipynb #223a3b8d
 def pixels(
     image,  # bytes of a PNG or JPEG, or its path
     size=None,  # side of the square to crop and resample to; None leaves it as it is
+    check=lambda width, height: None,  # see `open_rgb`
 ) -> np.ndarray:
     "uint8 (3,h,w); broken images raise Pillow's own errors, those of more than 8 bits a channel ValueError."
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
-        if im.mode[0] in 'IF':
-            raise ValueError(f'mode {im.mode}, which does not fit 8 bits a channel')
-        im = im.convert('RGB')
+    im = open_rgb(image, check)
     if size is not None and im.size != (size, size):
         im = ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(im).transpose(2, 0, 1)
@@ -181,18 +220,36 @@ def pixels(
 # %% ../nbs/01_data.ipynb #74fbf7d1
 def _pixels_of(name, image, shape, size=None):
     "`pixels`, of the given shape; an error names the image."
+
+    def check(width, height):
+        if size is None and (height, width) != tuple(shape[1:]):
+            expected = f'expected {shape[2]}x{shape[1]}: it belongs to another data set'
+            raise MicronetError(f'{name} is {width}x{height} pixels, {expected}')
+
     try:
-        x = pixels(image, size)
+        return pixels(image, size, check)
+    except MicronetError:
+        raise
     except Exception as e:
         raise MicronetError(f'{name} is not a readable image ({e}): replace or remove it') from None
-    if x.shape != tuple(shape):
-        width, height = x.shape[2], x.shape[1]
-        raise MicronetError(
-            f'{name} is {width}x{height} pixels, expected {shape[2]}x{shape[1]}: it belongs to another data set'
-        )
-    return x
 
 # %% ../nbs/01_data.ipynb #76831682
+def in_order(
+    pool,  # of threads
+    function,  # of an item
+    items,  # any iterable
+    ahead: int,  # results that may wait to be taken
+):
+    "Like `pool.map`, which runs through all items however slowly its results are taken."
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+# %% ../nbs/01_data.ipynb #f635f84f
 def decode(
     items,  # list of (name for errors, bytes or path)
     shape,  # (3,h,w) that every image must have
@@ -200,9 +257,13 @@ def decode(
     workers=None,  # threads; default one per core
 ):
     "Yields the images as uint8 arrays (256,3,h,w), in order, decoded in parallel; an error names the first bad one."
-    chunks = [items[i : i + 256] for i in range(0, len(items), 256)]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        done = pool.map(lambda chunk: np.stack([_pixels_of(*item, shape, size) for item in chunk]), chunks)
+    chunks, workers = [items[i : i + 256] for i in range(0, len(items), 256)], workers or os.cpu_count()
+
+    def work(chunk):
+        return np.stack([_pixels_of(*item, shape, size) for item in chunk])
+
+    with ThreadPoolExecutor(workers) as pool:
+        done = in_order(pool, work, chunks, ahead=2 * workers)
         try:
             yield from done if len(chunks) < 8 else progress(done, 'decoding', total=len(chunks), unit='chunk')
         finally:
@@ -237,15 +298,11 @@ def decoded_path(
 
 # %% ../nbs/01_data.ipynb #d52f4b26
 def _sweep(path):
-    "Removes what earlier states of the same sources, and decodings killed over an hour ago, have left beside `path`."
-
-    def dead(f):
-        return f.suffix == '.part' and f.stat().st_mtime < time.time() - 3600
-
+    "Removes what earlier states of the same sources have left beside `path`, and killed decodings; called under the lock."
+    remove_parts(path.parent)
     for f in path.parent.iterdir():
-        with contextlib.suppress(OSError):  # somebody else was faster
-            if f.stem != path.stem and f.name.startswith(path.stem.rpartition('-')[0] + '-') or dead(f):
-                f.unlink()
+        if f.stem != path.stem and f.name.startswith(path.stem.rpartition('-')[0] + '-'):
+            f.unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #538f86a6
 def _meta(images, raw, labels, expected):
@@ -273,6 +330,17 @@ def _fill(path, raw, order, size):
             f.write(chunk.tobytes())
 
 
+@contextlib.contextmanager
+def _in_cache():
+    "Where the cache cannot be written, says how to have another."
+    try:
+        yield
+    except MicronetError as e:
+        if not isinstance(e.__cause__, OSError):
+            raise
+        raise MicronetError(f'{e}, or set MICRONET_CACHE to another folder') from e.__cause__
+
+
 def write_decoded(
     path,  # as `decoded_path` gives it
     raw: _Raw,  # the source
@@ -281,40 +349,50 @@ def write_decoded(
 ):
     "Decodes `raw` into `path` and its sidecar, atomically."
     order = np.concatenate(list(raw.splits.values()))
-    try:
-        with atomic_path(path) as tmp:
-            _fill(tmp, raw, order, size)
-            meta = _meta(np.load(tmp, mmap_mode='r'), raw, np.asarray(raw.labels)[order], expected or {})
-        write_json(Path(path).with_suffix('.json'), meta)
-        _sweep(Path(path))
-    except OSError as e:
-        remedy = 'free some space, or set MICRONET_CACHE to another folder'
-        raise MicronetError(f'cannot write {path}: {e.strerror or e}; {remedy}') from e
+    with _in_cache(), atomic_path(path) as tmp:
+        _fill(tmp, raw, order, size)
+        meta = _meta(np.load(tmp, mmap_mode='r'), raw, np.asarray(raw.labels)[order], expected or {})
+    with _in_cache():
+        write_json(Path(path).with_suffix('.json'), sealed(meta))
 
 # %% ../nbs/01_data.ipynb #ff2ef02f
+_WHOLE = set()  # states of files whose content this process has compared with its fingerprint
+
+
+def _part_of(path, meta, name, split):
+    "A split, its pixels, labels and class names compared with the fingerprint: once a process, where no file changes."
+    place, images = meta['splits'][split], np.load(path, mmap_mode='c')
+    part, wanted = slice(place['start'], place['stop']), place['fingerprint']
+    labels = torch.tensor(meta['labels'][part])
+    files = [Path(path).stat(), Path(path).with_suffix('.json').stat()]
+    state = (str(path), split, *((s.st_size, s.st_mtime_ns, s.st_ino) for s in files))
+    known = wanted if state in _WHOLE else ''
+    dataset = Dataset(torch.from_numpy(images[part]), labels, meta['classes'], name, split, known)
+    if len(images) != len(meta['labels']) or dataset.fingerprint != wanted:
+        return None
+    _WHOLE.add(state)
+    return dataset
+
+
 def open_decoded(
     path,  # as `decoded_path` gives it
     name: str,  # data set
     split: str,  # train, valid, test or trainvalid
 ) -> Dataset | None:
     "A split of a decoding, memory-mapped; None where there is no whole one."
-    if not Path(path).with_suffix('.json').exists():
+    side = Path(path).with_suffix('.json')
+    if not side.exists():
         return None
-    meta = read_json(Path(path).with_suffix('.json'))
-    try:
-        images = np.load(path, mmap_mode='c')
-    except (OSError, ValueError, EOFError):
-        return None
-    if len(images) != len(meta['labels']):
-        return None
+    meta = read_sealed(side, dict(splits=dict, classes=list, labels=list))
     if split not in meta['splits']:
         raise MicronetError(f"{name} has no split {split!r} here: choose one of {', '.join(meta['splits'])}")
     place = meta['splits'][split]
-    if place['start'] == place['stop']:
+    if isinstance(place, dict) and place.get('start', 0) == place.get('stop'):
         raise MicronetError(f'{name} {split} is empty: its classes have too few images to hold any out')
-    part = slice(place['start'], place['stop'])
-    pixels_of_split, labels = torch.from_numpy(images[part]), torch.tensor(meta['labels'][part])
-    return Dataset(pixels_of_split, labels, meta['classes'], name, split, place['fingerprint'])
+    try:
+        return _part_of(path, meta, name, split)
+    except (OSError, ValueError, EOFError, TypeError, KeyError):  # MicronetError is a ValueError
+        return None
 
 # %% ../nbs/01_data.ipynb #43eb251e
 def decoded(
@@ -328,8 +406,12 @@ def decoded(
     "A split, from the cache where it is there whole, else decoded into it first."
     dataset = open_decoded(path, name, split)
     if dataset is None:
-        write_decoded(path, read(), size, expected)
-        dataset = open_decoded(path, name, split)
+        cache = Path(path).parent
+        with locked(cache.with_name(f'{cache.name}-lock')):
+            if (dataset := open_decoded(path, name, split)) is None:  # nobody was faster
+                write_decoded(path, read(), size, expected)
+                _sweep(Path(path))
+                dataset = open_decoded(path, name, split)
     if dataset is None:
         remedy = 'run again, or set MICRONET_CACHE to another folder'
         raise MicronetError(f'{path} was changed by something else while it was made: {remedy}')
@@ -362,13 +444,25 @@ def _read_columns(path, columns):
         ) from None
 
 
+def holds_bytes(
+    image,  # pyarrow's type of a column
+) -> bool:
+    "Whether a column holds images' bytes; text in that place would be opened as the name of a file."
+    import pyarrow as pa
+
+    if not pa.types.is_struct(image) or (at := image.get_field_index('bytes')) < 0:
+        return False
+    kind = image.field(at).type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
 def _open_parquet(path, columns):
     "The file as a table of these columns (an image, a label), and its class names."
     import pyarrow as pa
 
     table = _read_columns(path, columns)
     image, label = (table.schema.field(c).type for c in columns)
-    if not (pa.types.is_struct(image) and image.get_field_index('bytes') >= 0 and pa.types.is_integer(label)):
+    if not (holds_bytes(image) and pa.types.is_integer(label)):
         wanted = 'not images with bytes and integers: it is of another layout, fetch the original'
         raise MicronetError(f"{path}: {' and '.join(columns)} are {image} and {label}, {wanted}")
     return table, _class_names(path, table.schema, columns[1])
@@ -523,11 +617,8 @@ def _split_folders(root):
 # %% ../nbs/01_data.ipynb #6cd61367
 def _first_size(files):
     "The shorter side of the first image, in pixels."
-    from PIL import Image
-
     try:
-        with Image.open(files[0]) as im:
-            return min(im.size)
+        return min(open_rgb(files[0]).size)
     except Exception as e:
         raise MicronetError(f'{files[0]} is not a readable image ({e}): replace or remove it') from None
 
@@ -626,12 +717,27 @@ def dataset_stats(
 CIFAR100_STATS = (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)
 
 
+def check_stats(
+    stats,  # (mean, std), three numbers each
+) -> tuple:  # the same
+    "Refuses what pixels cannot be normalised by: a deviation of 0 makes NaN of them."
+    try:
+        mean, std = ([float(v) for v in part] for part in stats)
+        fine = len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
+    except (TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise MicronetError(f'{stats!r} is not (mean, std), three finite numbers each, those of std above 0')
+    return stats
+
+
 def normalise(
     images,  # (n,3,h,w) uint8
     mean,  # 3 numbers, of pixels in [0,1]
     std,  # 3 numbers
 ) -> torch.Tensor:
     "float32 (n,3,h,w): (images/255 - mean)/std."
+    check_stats((mean, std))
     mean, std = (torch.as_tensor(t, dtype=torch.float32, device=images.device).view(3, 1, 1) for t in (mean, std))
     return (images.float() / 255 - mean) / std
 

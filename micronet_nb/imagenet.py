@@ -13,7 +13,7 @@ if __name__ == '__main__' and '__file__' in globals():
     raise SystemExit(micronet_imagenet())  # before PyTorch is loaded
 
 # %% ../nbs/21_imagenet.ipynb #1d4605d3
-import copy, hashlib, io, os, random, time
+import copy, hashlib, os, random, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,12 +36,11 @@ from fastcore.basics import patch
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
 from .activations import quantise_activations
-from .data import list_images
+from .data import holds_bytes, list_images, open_rgb
 from .distillation import kd_loss
 from .models import create_model
 from .pruning import Pruner, at_least, large_layers, op_sparsity, param_sparsity, plan_rates, prune
@@ -97,6 +96,9 @@ class TarImages:
             return f.read(size)
 
 # %% ../nbs/21_imagenet.ipynb #f4099bb9
+MOST_CLASSES = 100_000  # ImageNet in full has 21,841
+
+
 class ParquetImages:
     "Parquet shards with a column of images (structs with `bytes`) and one of labels."
 
@@ -105,6 +107,8 @@ class ParquetImages:
 
         self.files, self.image, labels, self.places = [str(f) for f in files], image, [], []
         for k, path in enumerate(self.files):
+            if not Path(path).is_file():  # a FIFO would be waited for
+                raise MicronetError(f'{path} is not a regular file: fetch it again')
             try:
                 f = pq.ParquetFile(path)
                 y = f.read(columns=[label])[label].to_numpy()
@@ -114,6 +118,11 @@ class ParquetImages:
                 ) from None
             if image not in f.schema_arrow.names:
                 raise MicronetError(f"{path} has no column {image!r}; it has {', '.join(f.schema_arrow.names)}")
+            if not holds_bytes(f.schema_arrow.field(image).type):
+                kind = f.schema_arrow.field(image).type
+                raise MicronetError(f'{path}: {image!r} is {kind}, not images with bytes: it is of another layout')
+            if y.dtype.kind not in 'iu' or len(y) and not 0 <= y.min() <= y.max() < MOST_CLASSES:
+                raise MicronetError(f'{path}: {label!r} holds no whole numbers from 0 to {MOST_CLASSES - 1:,}')
             labels.append(y)
             for g in range(f.num_row_groups):
                 self.places += [(k, g, r) for r in range(f.metadata.row_group(g).num_rows)]
@@ -165,10 +174,9 @@ def rgb(
 ):
     "A PIL image of three channels. MicronetError that names a file which is broken or of more than 8 bits a channel."
     try:
-        with Image.open(io.BytesIO(data)) as im:
-            if im.mode[0] in 'IF':
-                raise ValueError(f'mode {im.mode}, which does not fit 8 bits a channel')
-            return im.convert('RGB')
+        if not isinstance(data, bytes):
+            raise ValueError(f'{type(data).__name__} in place of bytes')
+        return open_rgb(data)
     except Exception as e:
         raise MicronetError(f'{name} is not a readable image ({str(e).split(" <")[0]}): replace or remove it') from None
 
@@ -392,7 +400,7 @@ def pretrained(
         if file:
             from timm.models import load_checkpoint
 
-            load_checkpoint(model, str(file))
+            load_checkpoint(model, str(file), weights_only=True)  # no pickle runs code
         elif num_classes != config['num_classes']:
             raise MicronetError(f"its published weights have {config['num_classes']} classes, not {num_classes}")
         elif offline():

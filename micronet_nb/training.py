@@ -7,15 +7,18 @@ __all__ = ['SMALL_STUDIES', 'STUDIES', 'augment', 'FitConfig', 'normalised', 'ev
            'fit_stage', 'study_data', 'student', 'student_config']
 
 # %% ../nbs/04_training.ipynb #917ec6c7
-import contextlib, json, math, os, shutil, sys, time, warnings
+import contextlib, io, json, math, os, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 
 # before timm: it silences a warning of tqdm's
-from .core import MicronetError, atomic_path, config_key, get_profile, progress, runs_dir, stage
+from .core import MicronetError, atomic_path, check_files, config_key, files_of, get_profile, progress
+from .core import read_sealed, sealed, stage, stage_folder
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_choices
@@ -26,7 +29,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
-from .data import dataset_stats, load_dataset
+from .data import check_stats, dataset_stats, load_dataset
 from .layers import evaluation_mode, require_shapes
 from .models import create_model
 from .pruning import remove_pruning
@@ -267,7 +270,19 @@ class FitConfig:
     sync_bn: bool = field(default=False, metadata=dict(late=True))
 
     def __post_init__(self):
+        _check_kinds(self)
         _check_config(self)
+
+
+def _check_kinds(c):
+    "Refuses a text, a fraction or a truth value where a number, or a whole one, belongs."
+    kinds = {int: (Integral, 'a whole number'), float: (Real, 'a number'), str: (str, 'a text')}
+    for f in fields(c):
+        kind, words = kinds.get(f.type, ((bool, str), 'True or False'))
+        if not isinstance(v := getattr(c, f.name), kind) or isinstance(v, bool) and f.type in (int, float):
+            raise MicronetError(f'{f.name}={v!r}: {words} belongs there')
+    if not 0 <= c.seed < 2**32:
+        raise MicronetError(f'seed={c.seed}: a whole number from 0 to {2**32 - 1} belongs there')
 
 
 def _check_config(c):
@@ -406,6 +421,19 @@ def batches_of(
         yield data.images[batch], data.labels[batch]
 
 # %% ../nbs/04_training.ipynb #3ce9e13b
+def _check_labels(
+    labels,  # (n,) int64
+    classes: int,  # logits of an image
+):
+    "Refuses labels that are not those of so many classes."
+    if labels.dtype != torch.int64 or labels.ndim != 1:
+        given = f'{labels.dtype} of shape {tuple(labels.shape)}'
+        raise MicronetError(f'labels must be int64 of shape (n,), these are {given}: labels.long() makes them so')
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        span = f'from {int(labels.min())} to {int(labels.max())}'
+        raise MicronetError(f'labels run {span}, but the net has {classes} logits: it belongs to other data')
+
+
 @torch.inference_mode()
 def evaluate(
     model,  # a module, in any mode; or any function from a batch to logits: a `Runner`, an ONNX session wrapped
@@ -423,11 +451,14 @@ def evaluate(
     10.3
     """
     stats, device = known_stats(model, stats), _device(model)
+    if not callable(stats):
+        check_stats(stats)
     right, loss, seen = dict.fromkeys(top, 0), 0.0, 0
     with evaluation_mode(model):
         for images, labels in batches_of(data, batch_size, n):
             x, y = model_input(images.to(device), stats), labels.to(device)
             out = as_logits(model(x), x, model)
+            _check_labels(labels, out.shape[1])
             loss += float(F.cross_entropy(out, y, reduction='sum'))
             seen += len(y)
             for k in top:
@@ -435,6 +466,8 @@ def evaluate(
                 right[k] += int((best == y[:, None]).sum())
     if not seen:
         raise MicronetError('no image to evaluate: the data are empty, or an iterator that has been used up')
+    if math.isnan(loss):
+        raise MicronetError(f'the logits of {_class_of(model)} are not finite: its answers mean nothing')
     return {f'top{k}': 100 * hits / seen for k, hits in right.items()} | dict(loss=loss / seen, n=seen)
 
 # %% ../nbs/04_training.ipynb #379179d5
@@ -487,7 +520,7 @@ class Run:
         self.world, batch_size = _world(), config.batch_size
         _check_run(model, teacher, batch_size, self.world.num_processes)
         self.model, self.config, self.teacher = model, config, teacher
-        self.callbacks, self.loss, self.stats = list(callbacks), loss, stats
+        self.callbacks, self.loss, self.stats = list(callbacks), loss, check_stats(stats)
         model.input_stats = stats
         self.device = torch.device('cpu') if self.world.device.type == 'cpu' else self.world.device
         self._take_data(train)
@@ -507,6 +540,7 @@ class Run:
         self.images, self.labels = train, None
         if not self.stream:
             self.images, self.labels = (torch.as_tensor(v).to(self.device) for v in (train.images, train.labels))
+        self.classes = len(train.classes) if self.stream else int(self.labels.max()) + 1
 
     @property
     def epoch(self):
@@ -649,12 +683,25 @@ def _autocast(run):
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == 'bf16')
 
 # %% ../nbs/04_training.ipynb #5d7c1f0a
+def _logits(run, x):
+    "What the net in training makes of a batch, where it has a number for each class."
+    try:
+        out = as_logits(run.forward(x), x, run.model)
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e):
+            raise
+        raise MicronetError(f'a batch norm has one value a channel ({e}): choose a larger batch_size') from e
+    if out.shape[1] < run.classes:
+        raise MicronetError(f'the net has {out.shape[1]} logits, the training set {run.classes} classes')
+    return out
+
+
 def _gradients(run, x, y):
     "Forward and backward pass; returns the loss."
     with torch.no_grad(), _autocast(run):
         teacher_logits = as_logits(run.teach(x), x, run.teacher) if run.teach is not None else None
     with _autocast(run):
-        out = as_logits(run.forward(x), x, run.model)
+        out = _logits(run, x)
     loss = run.loss(out, y, teacher_logits, run.config)
     loss.backward()
     return loss.detach()
@@ -758,12 +805,22 @@ def _check_finite(run):
     raise MicronetError(f'the loss is not finite since step {bad} ({place}): {_LOWER_LR}')
 
 
+def _finite(
+    tensors: dict,  # name to tensor; what is no tensor, or of integers, is passed over
+) -> bool:
+    "Whether all of them are numbers."
+    floating = (v for v in tensors.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
+    return all(bool(torch.isfinite(v).all()) for v in floating)
+
+
 def _check_weights(run):
-    "Refuses to go on where a weight is not finite."
-    fine = all(bool(torch.isfinite(v).all()) for v in run.model.state_dict().values() if v.is_floating_point())
-    if not _least(run, int(fine)):
-        place = f'after step {run.step - 1} (learning rate {run.lr:.4g})'
-        raise MicronetError(f'weights are not finite {place}: {_LOWER_LR}')
+    "Refuses to go on where a weight, an average or a momentum is not finite."
+    held = dict(weights=run.model.state_dict(), averages=run.ema.module.state_dict() if run.ema else {})
+    held['momenta'] = {(i, k): v for i, s in enumerate(run.optimizer.state.values()) for k, v in s.items()}
+    for what, tensors in held.items():
+        if not _least(run, int(_finite(tensors))):
+            place = f'after step {run.step - 1} (learning rate {run.lr:.4g})'
+            raise MicronetError(f'{what} are not finite {place}: {_LOWER_LR}')
 
 # %% ../nbs/04_training.ipynb #a624489d
 def _now(device):
@@ -788,18 +845,42 @@ def _catch_up(run):
     run.waits.clear()
 
 # %% ../nbs/04_training.ipynb #c3d74921
-def _save_model(
-    model: nn.Module,  # its state dict is written
-    path: Path,  # safetensors file
+def _kept_state(
+    model: nn.Module,  # its state dict is kept
     half: bool = False,  # what has two dimensions or more in FP16
-):
-    "Writes the state dict."
+) -> dict:
+    "The state dict as it is stored: finite, which a weight above 65,504 is not in FP16."
 
     def kept(v):
         v = v.detach().clone(memory_format=torch.contiguous_format)
         return v.half() if half and v.is_floating_point() and v.ndim > 1 else v
 
-    save_file({k: kept(v) for k, v in model.state_dict().items()}, path)
+    state = {k: kept(v) for k, v in model.state_dict().items()}
+    if wrong := [k for k, v in state.items() if not _finite({k: v})]:
+        raise MicronetError(f"{wrong[0]} is not finite{' in FP16' if half else ''} and is not stored: {_LOWER_LR}")
+    return state
+
+
+def _load_model(
+    model: nn.Module,  # gets the weights
+    path: Path,  # safetensors file
+    device='cpu',  # that they are read to
+):
+    "The state dict, where it is one of this model and finite."
+    remedy = 'choose another folder, or remove it'
+    if not path.is_file():
+        raise MicronetError(f'{path} is missing or no regular file: remove {path.parent} and run again')
+    try:
+        state = load_file(path, device=str(device))
+        model.load_state_dict(state)
+    except (SafetensorError, OSError) as e:
+        reason = (str(e).splitlines() or ['?'])[0]
+        raise MicronetError(f'{path} is damaged ({reason}): remove {path.parent} and run again') from None
+    except (RuntimeError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise MicronetError(f'{path.parent} is the checkpoint of another model ({reason}): {remedy}') from None
+    if not _finite(state):
+        raise MicronetError(f'{path} holds NaN or infinity: remove {path.parent} and run again')
 
 # %% ../nbs/04_training.ipynb #8fd9e4de
 def checkpoints(
@@ -814,12 +895,14 @@ def checkpoints(
 def _write_state(run, folder):
     "All that a run needs to go on, flushed to the disk."
     folder.mkdir(parents=True)
-    _save_model(run.model, folder / 'model.safetensors')
+    save_file(_kept_state(run.model), folder / 'model.safetensors')
     if run.ema:
-        _save_model(run.ema.module, folder / 'ema.safetensors')
-    torch.save(run.optimizer.state_dict(), folder / 'optimizer.pt')
+        save_file(_kept_state(run.ema.module), folder / 'ema.safetensors')
+    torch.save(run.optimizer.state_dict(), buffer := io.BytesIO())  # to a file, it hides what the system says
+    (folder / 'optimizer.pt').write_bytes(buffer.getbuffer())
     names = ('step', 'history', 'seconds', 'data_seconds', 'began', 'settings')
-    (folder / 'run.json').write_text(json.dumps({name: getattr(run, name) for name in names}))
+    told = {name: getattr(run, name) for name in names} | dict(files=files_of(folder))
+    (folder / 'run.json').write_text(json.dumps(sealed(told)))
     for f in folder.iterdir():
         with open(f, 'rb') as written:
             os.fsync(written.fileno())
@@ -832,8 +915,11 @@ def _write(run, folder):
         return
     for p in (whole, *folder.glob('.step-*.part')):
         shutil.rmtree(p, ignore_errors=True)  # of runs that were killed
-    _write_state(run, part)
-    os.replace(part, whole)
+    try:
+        _write_state(run, part)
+        os.replace(part, whole)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     for o in old:
         shutil.rmtree(o, ignore_errors=True)
 
@@ -848,9 +934,10 @@ def save_checkpoint(
     if run.world.is_main_process:
         try:
             _write(run, Path(folder))
-        except OSError as e:
+        except (OSError, SafetensorError) as e:  # the second has wrapped the first
             remedy = 'choose a folder with room that you may write to'
-            raise MicronetError(f'cannot write a checkpoint in {folder}: {e.strerror}; {remedy}') from e
+            why = getattr(e, 'strerror', None) or e
+            raise MicronetError(f'cannot write a checkpoint in {folder}: {why}; {remedy}') from e
     run.mark = run.saved = time.perf_counter()
 
 # %% ../nbs/04_training.ipynb #600b04b0
@@ -860,12 +947,43 @@ def _differing(run, settings):
     return ', '.join(f'{k}={settings[k]!r}' for k in names)
 
 
-def _load_state(run, checkpoint):
-    "Weights, average and optimiser from a checkpoint's folder."
-    run.model.load_state_dict(load_file(checkpoint / 'model.safetensors', device=str(run.device)))
-    if run.ema:
-        run.ema.module.load_state_dict(load_file(checkpoint / 'ema.safetensors', device=str(run.device)))
-    run.optimizer.load_state_dict(torch.load(checkpoint / 'optimizer.pt', map_location=run.device, weights_only=True))
+# what a checkpoint tells of its run; those of before lack the digests of its files
+_PROGRESS = dict(step=int, history=list, seconds=(int, float), data_seconds=(int, float), began=list)
+_TOLD = _PROGRESS | dict(settings=dict, files=dict)
+
+
+def _read_progress(run, checkpoint):
+    "What a checkpoint tells of its run, which must be this one."
+    told = read_sealed(checkpoint / 'run.json', _TOLD)
+    check_files(checkpoint, told.get('files', {}))
+    if different := _differing(run, told.get('settings', run.settings)):
+        raise MicronetError(
+            f'{checkpoint} is the checkpoint of a run with {different}: choose another folder, or remove it'
+        )
+    whole = (
+        _PROGRESS.keys() <= told.keys()
+        and len(told['began']) == 2
+        and all(isinstance(r, dict) for r in told['history'])
+    )
+    if not whole or not 0 <= told['step'] <= run.total:
+        raise MicronetError(f'{checkpoint} does not tell how far its run came: remove it and run again')
+    return {name: told[name] for name in _PROGRESS}
+
+
+def _load_optimizer(run, path):
+    "The momenta; the settings beside them are this run's own."
+    try:
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        theirs, ours = state['param_groups'], run.optimizer.state_dict()['param_groups']
+        if [g['params'] for g in theirs] != [g['params'] for g in ours]:
+            raise ValueError('it has other parameters')
+        run.optimizer.load_state_dict(dict(state=state['state'], param_groups=ours))
+        for p, held in run.optimizer.state.items():
+            if any(isinstance(v, torch.Tensor) and v.ndim and v.shape != p.shape for v in held.values()):
+                raise ValueError('it has momenta of other shapes')
+    except Exception as e:  # pickle, zip and torch have errors of their own
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise MicronetError(f'{path} is not the state of this optimiser ({reason}): remove {path.parent}') from None
 
 
 def _resume(run, folder):
@@ -873,16 +991,12 @@ def _resume(run, folder):
     stored = checkpoints(folder)
     if not stored:
         return
-    newest, remedy = stored[-1], 'choose another folder, or remove it'
-    progress_made = json.loads((newest / 'run.json').read_text())
-    settings = progress_made.pop('settings', run.settings)
-    if different := _differing(run, settings):
-        raise MicronetError(f'{newest} is the checkpoint of a run with {different}: {remedy}')
-    try:
-        _load_state(run, newest)
-    except (RuntimeError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise MicronetError(f'{newest} is the checkpoint of another model ({reason}): {remedy}') from None
+    newest = stored[-1]
+    progress_made = _read_progress(run, newest)
+    _load_model(run.model, newest / 'model.safetensors', run.device)
+    if run.ema:
+        _load_model(run.ema.module, newest / 'ema.safetensors', run.device)
+    _load_optimizer(run, newest / 'optimizer.pt')
     for name, value in progress_made.items():
         setattr(run, name, value)
     _set_lr(run, run.step)
@@ -993,6 +1107,8 @@ def fit(
             pass
     if folder:
         save_checkpoint(run, folder)
+    else:
+        _check_weights(run)
     return run
 
 # %% ../nbs/04_training.ipynb #2a30a26c
@@ -1015,15 +1131,29 @@ def _work(folder, model, data, config, half, kwargs):
     if not run.done:
         done = f'{folder.name} has done {run.step} of {run.total} steps'
         raise Stopped(f'{done} and stopped, as asked for: the same call goes on from there')
+    state = _kept_state(run.ema.module if run.ema else run.model, half)
     if run.world.is_main_process:
         with atomic_path(folder / 'model.safetensors') as tmp:
-            _save_model(run.ema.module if run.ema else run.model, tmp, half)
+            save_file(state, tmp)
     run.world.wait_for_everyone()
     history = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in run.history]
     figures = dict(history=history, seconds=run.seconds, data_seconds=run.data_seconds, steps=run.step)
     return _from_main(figures | dict(folder=folder.name, valid=data[1] and data[1].describe()))
 
 # %% ../nbs/04_training.ipynb #0403f410
+def _check_result(result, folder):
+    "Refuses a stage's answer that is none of `fit_stage`'s."
+    rows = result.get('history') if isinstance(result, dict) else None
+    number = (int, float, type(None))
+    fine = isinstance(rows, list) and rows and all(isinstance(r, dict) for r in rows)
+    if (
+        not fine
+        or not all(isinstance(v, number) for r in rows for v in r.values())
+        or not isinstance(result.get('steps'), int)
+    ):
+        raise MicronetError(f'{folder} is not the stage of a trained net: remove it and run again')
+
+
 def _on_valid(
     result: dict,  # what the stage has kept
     model: nn.Module,  # with the stored weights
@@ -1058,14 +1188,15 @@ def fit_stage(
 
     result = stage(name, key_config, work, upstream, root, version=version, device=str(world.device))
     world.wait_for_everyone()
-    folder = Path(root or runs_dir() / 'stages') / result['folder']
+    folder = stage_folder(name, key_config, upstream, root, version)  # whatever a stored one calls its own
+    _check_result(result, folder)
     if world.is_main_process:
         shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
     _place(model, 'cpu' if world.device.type == 'cpu' else world.device, config)
-    model.load_state_dict(load_file(folder / 'model.safetensors'))
+    _load_model(model, folder / 'model.safetensors')
     model.input_stats = kwargs.get('stats') or dataset_stats(train)  # a stage that was stored trained nothing here
     key = config_key(key_config, upstream, version)
-    return result | dict(key=key) | _on_valid(result, model, valid, half)
+    return result | dict(key=key, folder=folder.name) | _on_valid(result, model, valid, half)
 
 # %% ../nbs/04_training.ipynb #f2267b21
 @dataclass(frozen=True)
