@@ -7,7 +7,8 @@ __all__ = ['MicronetError', 'get_profile', 'check_parameters', 'fetch', 'stage_f
            'published', 'released_schedule', 'released_figures', 'compare', 'finish']
 
 # %% ../nbs/00_core.ipynb #929a8d51
-import ast, contextlib, errno, hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, re, shutil, subprocess
+import ast, contextlib, errno, hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, re, shutil
+import subprocess
 import sys, threading, time, warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -306,7 +307,8 @@ def read_bytes(
         raise MicronetError(f'cannot read {path}: {e.strerror}') from e
     if digest is not None and (got := hashlib.sha256(data).hexdigest()) != digest:
         raise MicronetError(
-            f'{path} has SHA-256 {got[:12]}, not {digest[:12]}: damaged or another file; remove {path.parent} and run again'
+            f'{path} has SHA-256 {got[:12]}, not {digest[:12]}: damaged or another file; remove '
+            f'{path.parent} and run again'
         )
     return data
 

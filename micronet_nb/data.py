@@ -298,7 +298,7 @@ def decoded_path(
 
 # %% ../nbs/01_data.ipynb #d52f4b26
 def _sweep(path):
-    "Removes what earlier states of the same sources have left beside `path`, and killed decodings; called under the lock."
+    "Removes what earlier states of the sources have left beside `path`, and killed decodings; called under the lock."
     remove_parts(path.parent)
     for f in path.parent.iterdir():
         if f.stem != path.stem and f.name.startswith(path.stem.rpartition('-')[0] + '-'):

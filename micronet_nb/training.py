@@ -32,8 +32,6 @@ from torch.nn import functional as F
 from .data import check_stats, dataset_stats, load_dataset
 from .layers import evaluation_mode, require_shapes
 from .models import create_model
-from .pruning import remove_pruning
-from .released import load_published, published_nets
 
 # %% ../nbs/04_training.ipynb #1a828e8c
 RIAIR_AUGMENT = (
@@ -1245,13 +1243,23 @@ def study_data(
     return (train, valid), test, dataset_stats(train)
 
 # %% ../nbs/04_training.ipynb #d847c975
+def _published_digest(name):
+    "SHA-256 of a published net's file."
+    from micronet_nb.released import published_nets  # not above: training alone needs no fastcore
+
+    return published_nets()[name]['sha256']
+
+
 def _published_key(name):
     "What stands for a published net in the keys of stages: the beginning of its file's SHA-256."
-    return published_nets()[name]['sha256'][:16]
+    return _published_digest(name)[:16]
 
 
 def _published_student(name, valid, root):
     "A published net to be tuned: its zeros are ordinary weights."
+    from micronet_nb.pruning import remove_pruning
+    from micronet_nb.released import load_published
+
     model, key = load_published(name), _published_key(name)
     remove_pruning(model)
     settings = dict(model=name, data=valid.describe())
@@ -1285,7 +1293,7 @@ def student_config(
     study, train = studies[get_profile(profile).name], load_dataset(get_profile(profile).dataset, 'train')
     shared = dict(model=study.model, classes=len(train.classes), data=train.describe())
     if study.train is None:
-        return shared | dict(sha256=published_nets()[study.model]['sha256'], key=_published_key(study.model))
+        return shared | dict(sha256=_published_digest(study.model), key=_published_key(study.model))
     config = replace(study.train, seed=seed)
     key = config_key(_key_config(config, dict(model=study.model), train))
     return shared | dict(train=asdict(config), key=key)

@@ -186,7 +186,7 @@ MUTANTS = [
     ),
     Mutant(
         "dynamic pruning never renews its mask",
-        "if self.method == 'dynamic': renew(",
+        "if self.renews(run.step): renew(",
         "if False: renew(",
         "definitions::test_when_each_method_renews_its_mask "
         "recipe::test_what_training_does_to_masks_and_to_what_they_hide[dynamic]",
@@ -682,8 +682,8 @@ MUTANTS = [
     ),
     Mutant(
         "a resumed run has lost its average",
-        "if run.ema: run.ema.module.load_state_dict(",
-        "if False: run.ema.module.load_state_dict(",
+        "if run.ema: _load_model(run.ema.module,",
+        "if False: _load_model(run.ema.module,",
         "recipe::test_a_run_that_was_broken_off_ends_as_if_it_had_not_been",
     ),
     Mutant(
@@ -706,8 +706,8 @@ MUTANTS = [
     ),
     Mutant(
         "the last weights are kept, not the average",
-        "_save_model(run.ema.module if run.ema else run.model, tmp, half)",
-        "_save_model(run.model, tmp, half)",
+        "_kept_state(run.ema.module if run.ema else run.model, half)",
+        "_kept_state(run.model, half)",
         "recipe::test_the_average_is_what_is_measured_and_kept",
     ),
     Mutant(
