@@ -38,7 +38,7 @@ PROFILES = {
     'embedded': Profile(
         'embedded', 'digits', 'a first look, tests, CI; no data set to download', '6 minutes on 2 cores'
     ),
-    'laptop': Profile('laptop', 'cifar100', "the study's trends without a GPU", '2 hours on 2 cores'),
+    'laptop': Profile('laptop', 'cifar100', "the study's trends without a GPU", '5 hours on 2 cores'),
     'paper': Profile(
         'paper',
         'cifar100',

@@ -1227,7 +1227,7 @@ SMALL_STUDIES = {
 }
 
 # 10,240 images a run: 100 seconds on one core at 100 images/s, which is what a taught step does there.
-# 07_pruning takes 16 runs, 08_distillation 18, 10_activations 17, 11_weights 15, of which two are those of 10.
+# 07_pruning takes 16 runs, 08_distillation 18, 10_activations 15, 11_weights 15, of which two are those of 10.
 _PUBLISHED_TUNE = FitConfig(
     epochs=4, epoch_images=2560, lr=0.02, warmup_epochs=0.0, weight_decay=1e-5, augment='flip', channels_last=True
 )

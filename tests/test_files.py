@@ -13,6 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
 
+from micronet_nb import cli
 from micronet_nb import data as data_module
 from micronet_nb.core import MicronetError, atomic_path, stage, write_json
 from micronet_nb.data import Dataset, decode, decoded, open_rgb
@@ -234,3 +235,60 @@ def test_more_classes_than_logits():
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 1))
     with pytest.raises(MicronetError, match='1 logits, the training set 2 classes'):
         fit(model, toy_data(), CONFIG, quiet=True)
+
+
+class Evil:
+    "A pickle that makes a file when it is read by a reader that trusts it."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def test_a_checkpoint_with_a_pickle_that_runs_code(tmp_path):
+    stopped = FitConfig(epochs=2, batch_size=8, augment='none', lr=0.01)
+    fit(net(), toy_data(), stopped, folder=tmp_path / 'run', quiet=True)
+    (folder,) = (tmp_path / 'run').glob('step-*')
+    torch.save(dict(state=Evil(tmp_path / 'ran'), param_groups=[]), folder / 'optimizer.pt')
+    told = json.loads((folder / 'run.json').read_text())
+    told.pop('sha256')
+    told.pop('files')  # as one from before there were digests
+    (folder / 'run.json').write_text(json.dumps(told))
+    with pytest.raises(MicronetError, match='not the state of this optimiser') as e:
+        fit(net(), toy_data(), stopped, folder=tmp_path / 'run', quiet=True)
+    one_line(e)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_weights_with_a_pickle_that_runs_code(tmp_path):
+    from micronet_nb.imagenet import pretrained
+
+    torch.save(dict(state_dict=Evil(tmp_path / 'ran')), tmp_path / 'mixnet_s.pth')
+    with pytest.raises(MicronetError) as e:
+        pretrained('mixnet_s', tmp_path, 10)
+    one_line(e)
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('wrong', [-1, 10**6, 0.5])
+def test_imagenet_labels_out_of_range(tmp_path, wrong):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from micronet_nb.imagenet import ParquetImages
+
+    rows = [dict(bytes=b'', path='') for _ in range(2)]
+    pq.write_table(pa.table(dict(image=rows, label=[0 * wrong, wrong])), tmp_path / 'a.parquet')
+    with pytest.raises(MicronetError, match="'label' holds no whole numbers from 0 to") as e:
+        ParquetImages([tmp_path / 'a.parquet'])
+    one_line(e)
+
+
+@pytest.mark.parametrize('seed', ['-1', '1.5', str(2**32)])
+@pytest.mark.parametrize('command', ['score', 'cifar100', 'imagenet'])
+def test_a_seed_that_is_none(command, seed, capsys):
+    parser = getattr(cli, f'_{command}_parser')()
+    with pytest.raises(SystemExit):
+        parser.parse_args(['mixnet_s'] * (command == 'score') + [f'--seed={seed}'])
+    assert 'a whole number from 0' in capsys.readouterr().err
