@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+from conftest import ROOT
 
 from micronet_nb import core, reproduce
 from micronet_nb.core import MicronetError
@@ -209,3 +210,13 @@ def test_records_are_kept_only_from_the_cells_that_ran(tmp_path):
     core.write_json(nb.path, json.loads(json.dumps(whole).replace("x = 1", "x = 2")))
     with pytest.raises(MicronetError, match="has changed since it ran"):
         reproduce.keep_outputs(nb, out, "laptop")
+
+
+def test_the_results_page_shows_what_unseen_images_say():
+    "A published net has seen the validation images: its pruned versions are shown on the test split."
+    record = json.loads((ROOT / "data" / "results" / "laptop" / "07_pruning.table.json").read_text())
+    cells = json.loads((ROOT / "nbs" / "98_results.ipynb").read_text())["cells"]
+    page = "".join("".join(o.get("data", {}).get("text/markdown", [])) for c in cells for o in c.get("outputs", []))
+    (table,) = [t for t in page.split("\n\n") if "large layer" in t]
+    assert all(f"{row['test_top1']:.2f}" in table for row in record["rows"]), table
+    assert not any(f"{row['top1']:.2f}" in table for row in record["rows"]), table
