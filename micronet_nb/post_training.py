@@ -373,7 +373,7 @@ class _Meeting(TorchFunctionMode):
             hook.remove()
         return super().__exit__(*error)
 
-# %% ../nbs/23_post_training.ipynb #611eeb62
+# %% ../nbs/23_post_training.ipynb #4a66a524
 def _target(w, h, cross, follow, damp):
     "The weights that a layer should have for the inputs that it gets."
     if not follow:
@@ -395,7 +395,7 @@ def _shift(module, running_mean, by):
 
 @torch.no_grad()
 def _settle(name, model, solved, w, mean, running_mean):
-    "A layer gets its answer: weights, mask, quantiser and mean."
+    "A layer gets its answer: weights, mask, quantiser and mean; what was added to its outputs (out,)."
     module, shape = compressible(model)[name], dense_weight(compressible(model)[name]).shape
     dense_weight(module).copy_(solved.q.reshape(shape))
     if not solved.to.keep.all() or mask_of(module) is not None:
@@ -403,7 +403,9 @@ def _settle(name, model, solved, w, mean, running_mean):
     if solved.to.bits != 32:
         scale = solved.to.scale.reshape(-1, *[1] * (len(shape) - 1))
         parametrize.register_parametrization(module, 'weight', WeightQuantiser(solved.to.bits, scale), unsafe=True)
-    _shift(module, running_mean, ((w - solved.q) @ mean[:, :, None]).flatten())
+    by = ((w - solved.q) @ mean[:, :, None]).flatten()
+    _shift(module, running_mean, by)
+    return by
 
 # %% ../nbs/23_post_training.ipynb #e1d5026b
 def _survey(model, x):
@@ -470,7 +472,7 @@ class _Kept:
             with atomic_path(self.folder / f'{number:04d}.safetensors') as path:
                 save_file({k: v.contiguous() for k, v in t.items()}, path)
 
-# %% ../nbs/23_post_training.ipynb #7154b91d
+# %% ../nbs/23_post_training.ipynb #1f83e8d3
 def _grouped(module, w):
     "A weight (out, ...) as (groups, out a group, K)."
     groups = getattr(module, 'groups', 1)
@@ -501,7 +503,7 @@ def reconstruct(
     batch_size: int = 16,  # images a walk
     folder=None,  # where solved layers are kept, so that a killed call goes on; None: nowhere
     quiet: bool = False,  # no progress bar
-) -> pd.DataFrame:  # layer: bits, weights, zeros, error (share of the outputs' variance), nearest (of plain rounding)
+) -> pd.DataFrame:  # layer: bits, weights, zeros, error (share of the outputs' variance), nearest (of plain rounding); attrs['shifts']
     "Few bits and zeros without training, layer after layer, each solved for the inputs that it gets."
     remove_weight_quantisers(model, restore=True)
     if original is None:
@@ -523,7 +525,7 @@ def reconstruct(
 
 def _solved_in_turn(model, original, pairs, todo, norms, kept, how, quiet):
     "Each layer is solved where it first multiplies; the table."
-    rows, bar = {}, None if quiet else progress(None, 'reconstruct', len(todo), 'layer')
+    rows, shifts, bar = {}, {}, None if quiet else progress(None, 'reconstruct', len(todo), 'layer')
     layers, originals = compressible(model), compressible(original)
     while name := _meet(pairs):
         if name not in todo or name in rows:
@@ -536,7 +538,7 @@ def _solved_in_turn(model, original, pairs, todo, norms, kept, how, quiet):
             bits, rate = todo[name]
             solved = solve_layer(target, h, bits, rate, how['method'], mask, damp=how['damp'])
             kept.put(len(rows), solved)
-        _settle(name, model, solved, w, mean, norms.get(name))
+        shifts[name] = _settle(name, model, solved, w, mean, norms.get(name))
         errors = {k: getattr(solved, k) for k in ('error', 'nearest')}
         zeros = int((module.weight == 0).sum())
         rows[name] = dict(bits=todo[name][0], weights=w.numel(), zeros=zeros) | errors
@@ -544,4 +546,6 @@ def _solved_in_turn(model, original, pairs, todo, norms, kept, how, quiet):
             bar.update()
     if bar is not None:
         bar.close()
-    return pd.DataFrame(rows.values(), index=pd.Index(rows, name='layer'))
+    table = pd.DataFrame(rows.values(), index=pd.Index(rows, name='layer'))
+    table.attrs['shifts'] = shifts
+    return table
