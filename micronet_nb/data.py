@@ -725,12 +725,15 @@ def read_sample(
     split: str,  # of `HALVES`
     size: int,  # see `photo`
     resize: int,  # see `photo`
+    n: int = None,  # so many of them, evenly spread; None: all
 ) -> Dataset:
     "A half of a sample of ImageNet, or all of it, decoded; labels and class names are those of all 1,000."
     files = list_sample(folder)
     labels = torch.arange(len(files))[HALVES[split]]
+    if n not in (None, len(labels)):
+        labels, split = labels[_indices(n, len(labels))], f'{split}[{n}]'
     with ThreadPoolExecutor() as pool:
-        images = pool.map(lambda f: _photo_of(f, size, resize), files[HALVES[split]])
+        images = pool.map(lambda label: _photo_of(files[label], size, resize), labels.tolist())
         images = torch.from_numpy(np.stack([*progress(images, 'decoding', total=len(labels), unit='image')]))
     return Dataset(images, labels, [f.stem for f in files], 'imagenet-sample', split)
 
@@ -739,6 +742,7 @@ def imagenet_sample(
     split: str = 'all',  # calibrate (even class numbers, 500 images), judge (odd ones, 500) or all
     size: int = 224,  # pixels a side, as the net wants them
     resize: int = None,  # shorter side before the middle is cut out; None: size/0.875
+    n: int = None,  # so many of them, evenly spread; None: all
     root=None,  # folder that holds imagenet-sample/; None: see `find_file`
 ) -> Dataset:
     "A thousand ImageNet images, one a class, from its training set: for comparing a net with its compressed form."
@@ -754,7 +758,7 @@ def imagenet_sample(
         place = Path(root or cache_dir()) / 'imagenet-sample'
         remedy = f'put its 1,000 images at {place} or in imagenet-sample/ below MICRONET_DATA'
         raise MicronetError(f'imagenet-sample is not on this machine: get {SAMPLE} and {remedy}')
-    return read_sample(first.parent, split, size, resize)
+    return read_sample(first.parent, split, size, resize, n)
 
 # %% ../nbs/01_data.ipynb #8079b224
 def overlap(
