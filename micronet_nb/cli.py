@@ -509,8 +509,8 @@ def _imagenet_parser():
 
     p = argparse.ArgumentParser(
         'python -m micronet_nb.imagenet',
-        description="The slides' ImageNet tables: MixNet-S pruned, distilled and quantised. With --model: one trained net, "
-        'evaluated and compressed on a folder of images.',
+        description="The slides' ImageNet tables: MixNet-S pruned, distilled and quantised. With --model: one trained "
+        'net, evaluated and compressed on a folder of images.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='examples:\n  python -m micronet_nb.imagenet --data /data/imagenet\n'
         '  accelerate launch -m micronet_nb.imagenet --data /data/imagenet --stage prune --minutes 55\n'
@@ -534,7 +534,7 @@ def _imagenet_parser():
     p.add_argument(
         '--compress',
         metavar='BUDGET',
-        help='with --model: compress it without training, too; the budget as micronet_nb.post_training.compress takes it',
+        help='with --model: compress it without training, too; a budget of micronet_nb.post_training.compress',
     )
     p.add_argument('--stage', default='all', choices=[*STAGES, 'check'], help='which rows (default: all)')
     p.add_argument(

