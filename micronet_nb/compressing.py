@@ -397,7 +397,7 @@ def _answers_compared(before, after, labels):
     accuracies = dict(before=100 * float(right.float().mean()), after=100 * float(still.float().mean()))
     return agreement, accuracies | paired(right, still)
 
-# %% ../nbs/24_compressing.ipynb #02ad436f
+# %% ../nbs/24_compressing.ipynb #c65ed5e4
 def _totals(original, graph, file, input_size, scoring):
     "Score, bytes and operations, before and after."
     before, after = score(original, input_size, **scoring), score(graph, input_size, **scoring)
@@ -421,6 +421,7 @@ def _layer_table(original, new, solved, images, scoring):
     plain = copy.deepcopy(original)
     before, after = score(plain, size, **scoring), score(new, size, **scoring)
     table = solved[['weights']].assign(zeros=solved.zeros / solved.weights, weight_bits=solved.bits)
+    table.attrs = {}
     quantisers, layers = activation_quantisers(new), compressible(new)
     table['input_bits'] = [quantisers[n].bits if n in quantisers else 32 for n in table.index]
     for column in ('bytes', 'operations'):
@@ -432,7 +433,7 @@ def _layer_table(original, new, solved, images, scoring):
     table['kl'] = [alone.divergence(n, [change(n)])[0] for n in table.index]
     return table
 
-# %% ../nbs/24_compressing.ipynb #44caaffa
+# %% ../nbs/24_compressing.ipynb #e9c33492
 class _Budget:
     "Plans until what comes out keeps a budget."
 
@@ -440,40 +441,45 @@ class _Budget:
         self.make, self.measure, self.table, self.limit = make, measure, table, limit
 
     def price(self, turns=4):
-        "The best net whose measured price is within the limit."
-        best, rest = None, self.table.attrs['rest']
-        for _ in range(turns):
-            self.table.attrs['rest'] = rest
-            plan = allocate(self.table, self.limit)
+        "The dearest net, and what it measures, whose measured price is within the limit; the plan's prices are mended."
+        best, got = None, 0.0
+        for turn in range(turns):
+            try:
+                plan = allocate(self.table, self.limit)
+            except MicronetError:
+                if turn == 0 or best:
+                    break
+                raise
             made = self.make(plan)
             got = self.measure(made)
-            rest += got - plan.cost.sum() - rest
+            self.table.attrs['rest'] = got - float(plan.cost.sum())  # what the plan knows nothing of
             if got <= self.limit and (best is None or got > best[1]):
                 best = made, got
             if 0.98 * self.limit <= got <= self.limit:
                 break
         if best is None:
-            raise MicronetError(f'no plan kept to {self.limit:g} in {turns} turns: the last came out at {got:g}; ask for less')
+            allocate(self.table, self.limit)
+            raise MicronetError(f'no plan keeps to {self.limit:g} in {turns} turns, the last takes {got:g}: allow more')
         return best
 
     def damage(self, turns=5):
-        "The cheapest net that loses no more than the limit."
-        cost = self.table.groupby('layer').cost
-        low, high = cost.min().sum() + self.table.attrs['rest'], cost.max().sum() + self.table.attrs['rest']
-        best = None
+        "The cheapest net of a bisection, and what it loses, that loses no more than the limit."
+        cost, rest = self.table.groupby('layer').cost, self.table.attrs['rest']
+        low, high = cost.min().sum() + rest, cost.max().sum() + rest
+        best, budget = None, high
         for turn in range(turns):
-            budget = high if turn == 0 else (low * high) ** 0.5
             made = self.make(allocate(self.table, budget))
             got = self.measure(made)
             if got <= self.limit:
                 best, high = (made, got), budget
             elif turn == 0:
-                raise MicronetError(f'even the widest choices lose {got:g}, and {self.limit:g} were allowed: allow more bits')
+                raise MicronetError(f'the widest choices lose {got:g}, and {self.limit:g} are allowed: give wider ones')
             else:
                 low = budget
+            budget = (low * high) ** 0.5
         return best
 
-# %% ../nbs/24_compressing.ipynb #59ad1bd0
+# %% ../nbs/24_compressing.ipynb #167bb7c1
 def compress(
     net: nn.Module,  # a trained classifier; left as it is
     images,  # as the net sees them (n, c, h, w), or batches of such, with labels or without; some hundred
@@ -504,6 +510,7 @@ def compress(
         if fine_tune:
             _tune(new, original, fine_tune, data, quiet)
         graph = lower(new, images[:4])
+        solved.attrs['predicted'] = float(plan.kl.sum()) if 'kl' in plan else None
         return new, solved, graph, pack(graph, file)
 
     if preset:
@@ -522,7 +529,7 @@ def compress(
         agreement,
         accuracy,
         untouched(new, {n: 'did not run' for n in compressible(new) if n not in samples}),
-        dict(name=name, asked=limit, got=got) if name else {},
+        dict(name=name, asked=limit, got=got, predicted_kl=solved.attrs['predicted']) if name else {},
     )
     return Compressed(new, graph, file, report, home)
 
