@@ -433,7 +433,7 @@ def _layer_table(original, new, solved, images, scoring):
     table['kl'] = [alone.divergence(n, [change(n)])[0] for n in table.index]
     return table
 
-# %% ../nbs/24_compressing.ipynb #e9c33492
+# %% ../nbs/24_compressing.ipynb #eff915dd
 class _Budget:
     "Plans until what comes out keeps a budget."
 
@@ -465,7 +465,7 @@ class _Budget:
     def damage(self, turns=5):
         "The cheapest net of a bisection, and what it loses, that loses no more than the limit."
         cost, rest = self.table.groupby('layer').cost, self.table.attrs['rest']
-        low, high = cost.min().sum() + rest, cost.max().sum() + rest
+        low, high = cost.min().sum() + rest, 1.01 * (cost.max().sum() + rest)
         best, budget = None, high
         for turn in range(turns):
             made = self.make(allocate(self.table, budget))
@@ -479,7 +479,7 @@ class _Budget:
             budget = (low * high) ** 0.5
         return best
 
-# %% ../nbs/24_compressing.ipynb #167bb7c1
+# %% ../nbs/24_compressing.ipynb #23324248
 def compress(
     net: nn.Module,  # a trained classifier; left as it is
     images,  # as the net sees them (n, c, h, w), or batches of such, with labels or without; some hundred
@@ -495,6 +495,10 @@ def compress(
 ) -> Compressed:
     "Few bits and zeros for a trained net within a budget, from some hundred images."
     preset, name, limit = _asked(budget)
+    if name == 'accuracy_loss' and labels is None:
+        raise MicronetError('a budget of accuracy_loss needs labels=, the classes of the images')
+    if fine_tune and data is None:
+        raise MicronetError('fine_tune needs data=(train, valid), data sets as `fit` takes them')
     images = torch.cat([*_images(images)])
     images, judged, labels = _halves(images, labels, held_out)
     original = copy.deepcopy(net).eval()
@@ -533,7 +537,7 @@ def compress(
     )
     return Compressed(new, graph, file, report, home)
 
-# %% ../nbs/24_compressing.ipynb #764c6dd6
+# %% ../nbs/24_compressing.ipynb #7f23552e
 def _halves(images, labels, held_out):
     "Images to solve on, images to measure on, and the labels of these: every so manyth is held out."
     if not 0 < held_out < 1:
@@ -558,15 +562,11 @@ def _measured(name, made, judged, clean, labels, track):
     agreement, accuracy = _answers_compared(clean, _logits(graph, judged), labels)
     if name == 'disagreement':
         return 100 - agreement['same']
-    if accuracy is None:
-        raise MicronetError('a budget of accuracy_loss needs labels=, the classes of the images')
     return -accuracy['difference']
 
 
 def _tune(new, original, config, data, quiet):
     "Distilled tuning."
-    if data is None:
-        raise MicronetError('fine_tune needs data=(train, valid), data sets as `fit` takes them')
     stats = getattr(original, 'input_stats', None)
     fit(new, data, config, teacher=original, loss=kd_loss('teacher||student'), stats=stats, quiet=quiet)
     new.eval()
