@@ -397,7 +397,7 @@ def _answers_compared(before, after, labels):
     accuracies = dict(before=100 * float(right.float().mean()), after=100 * float(still.float().mean()))
     return agreement, accuracies | paired(right, still)
 
-# %% ../nbs/24_compressing.ipynb #c65ed5e4
+# %% ../nbs/24_compressing.ipynb #6dc350c4
 def _totals(original, graph, file, input_size, scoring):
     "Score, bytes and operations, before and after."
     before, after = score(original, input_size, **scoring), score(graph, input_size, **scoring)
@@ -428,7 +428,7 @@ def _layer_table(original, new, solved, images, scoring):
         table[f'{column}_before'] = _own(before, column).reindex(table.index)
         table[f'{column}_after'] = _own(after, column).reindex(table.index)
     table['decibels'] = -10 * solved.error.clip(lower=1e-12).map(math.log10)
-    alone, shifts = Alone(plain.eval(), images[:32]), solved.attrs['shifts']
+    alone, shifts = Alone(plain.eval(), images[:16]), solved.attrs['shifts']
     change = lambda n: dict(weight=layers[n].weight.detach(), quantiser=quantisers.get(n), shift=shifts[n])
     table['kl'] = [alone.divergence(n, [change(n)])[0] for n in table.index]
     return table
