@@ -11,6 +11,7 @@ _MODULE_OF = {
     'published_nets': 'released',
     'load_released': 'released',
     'load_dataset': 'data',
+    'imagenet_sample': 'data',
     # training
     'FitConfig': 'training',
     'fit': 'training',
