@@ -37,6 +37,9 @@ _MODULE_OF = {
     'quantise_weights': 'weights',
     'remove_weight_quantisers': 'weights',
     'choose_bits': 'weights',
+    # without training
+    'compress': 'compressing',
+    'reconstruct': 'post_training',
     # what it costs, and what runs
     'score': 'scoring',
     'lower': 'lowering',
