@@ -39,6 +39,7 @@ _MODULE_OF = {
     'choose_bits': 'weights',
     # without training
     'compress': 'compressing',
+    'photo_crops': 'compressing',
     'reconstruct': 'post_training',
     # what it costs, and what runs
     'score': 'scoring',

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'PRESETS', 'BUDGETS', 'Alone', 'option_table', 'allocate', 'interval', 'paired', 'Report', 'Compressed',
-           'compress']
+           'compress', 'photo_crops']
 
-# %% ../nbs/24_compressing.ipynb #be759413
+# %% ../nbs/24_compressing.ipynb #7192a076
 import contextlib, copy, html, math, tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binomtest
+from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,7 +32,7 @@ from .post_training import Walk, _grouped, _meet, _moments, reconstruct, solve_l
 from .pruning import magnitude_mask, put_masks
 from .scoring import LayerSpec, TRACKS, score, trace, weight_storage
 from .sensitivity import Replay
-from .training import fit
+from .training import fit, normalised
 from .weights import choose_bits, remove_weight_quantisers, size_bits
 
 # %% ../nbs/24_compressing.ipynb #cdfa92db
@@ -479,7 +481,7 @@ class _Budget:
             budget = (low * high) ** 0.5
         return best
 
-# %% ../nbs/24_compressing.ipynb #23324248
+# %% ../nbs/24_compressing.ipynb #db2a1c7e
 def compress(
     net: nn.Module,  # a trained classifier; left as it is
     images,  # as the net sees them (n, c, h, w), or batches of such, with labels or without; some hundred
@@ -488,7 +490,7 @@ def compress(
     fine_tune=None,  # FitConfig of a tuning after it, taught by the net as it was
     data=None,  # (train, valid) for `fine_tune`, as `fit` takes them
     path=None,  # of the packed file; None: one that goes with the answer
-    track: str = 'cifar100',  # of the score
+    track: str = None,  # of the score, see there; None: imagenet for a net of 1000 classes, else cifar100
     held_out: float = 0.25,  # share of the images that are not solved on, but measured on
     quiet: bool = False,  # no progress bars
     **options,  # for `option_table`: rates, weight_widths, input_widths, ...
@@ -505,7 +507,9 @@ def compress(
     remove_weight_quantisers(original, restore=True)
     remove_activation_quantisers(original)
     lower(original, images[:2])  # refused now rather than after the work
-    samples, clean, scoring = calibrate(original, images), _logits(original, judged), dict(track=track)
+    samples, clean = calibrate(original, images), _logits(original, judged)
+    track = track or ('imagenet' if clean.shape[1] == 1000 else 'cifar100')
+    scoring = dict(track=track)
     home = tempfile.TemporaryDirectory() if path is None else None
     file = Path(path or Path(home.name) / 'net.safetensors')
 
@@ -570,3 +574,25 @@ def _tune(new, original, config, data, quiet):
     stats = getattr(original, 'input_stats', None)
     fit(new, data, config, teacher=original, loss=kd_loss('teacher||student'), stats=stats, quiet=quiet)
     new.eval()
+
+# %% ../nbs/24_compressing.ipynb #314d45fb
+def photo_crops(
+    net: nn.Module,  # how it wants its pixels: `input_stats` and, of timm, `default_cfg`
+    n: int = 64,  # crops
+    size: int = None,  # pixels a side; None: as timm says, else 224
+    seed: int = 0,  # of their places
+) -> torch.Tensor:  # (n, 3, size, size) float32, normalised
+    "Random crops of scikit-learn's two photographs: images to try `compress` on, where there are no others."
+    config = getattr(net, 'default_cfg', None) or {}
+    mean, std = getattr(net, 'input_stats', None) or (config.get('mean', (0.5,) * 3), config.get('std', (0.5,) * 3))
+    size = size or config.get('input_size', (3, 224, 224))[-1]
+    photos = [torch.from_numpy(p).movedim(2, 0).float() / 255 for p in load_sample_images().images]
+    rng, crops = np.random.default_rng(seed), []
+    for i in range(n):
+        photo = photos[i % len(photos)]
+        side = int(min(photo.shape[1:]) * rng.uniform(0.2, 1.0))
+        top, left = (int(rng.integers(0, full - side + 1)) for full in photo.shape[1:])
+        crop = photo[:, top : top + side, left : left + side]
+        crops.append(crop.flip(2) if rng.integers(2) else crop)
+    resized = [F.interpolate(c[None], (size, size), mode='bilinear', antialias=True, align_corners=False) for c in crops]
+    return normalised(torch.cat(resized), (mean, std))
