@@ -34,6 +34,7 @@ from micronet_nb.integer import (
     module_of,
     tensors_in,
 )
+from .layers import first_inputs
 
 # %% ../nbs/13_lowering.ipynb #06e5b915
 class Recorder(TorchFunctionMode):
@@ -1075,7 +1076,7 @@ def _check_example(example):
 @torch.no_grad()
 def lower(
     model: nn.Module,  # masked, quantised, both in part or not at all; left as it was
-    example: torch.Tensor,  # (n, ...) input of the net, normalised
+    example,  # input of the net (n, ...), normalised; or a loader, or whatever `image_batches` takes: its first 8
     scales: torch.dtype = torch.float16,  # of scales and biases: torch.float16, float32 or float64
 ) -> fx.GraphModule:  # on the CPU; meta['input_size'] is the shape of one input
     """A graph of integer modules; its float64 answer is the model's on the example, else an error says what cannot be.
@@ -1087,6 +1088,7 @@ def lower(
     """
     if scales not in (torch.float16, torch.float32, torch.float64):
         raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
+    example = first_inputs(example)
     _check_example(example)
     x = example.detach().cpu().double()
     recorded, expected = capture(_copied(model), torch.cat([x, x]) if len(x) == 1 else x)
