@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ActivationQuantiser', 'attach_quantiser', 'activation_quantisers', 'remove_activation_quantisers', 'Sample',
-           'is_calibrated', 'calibrate', 'sample_scale', 'solve_window', 'quantise_activations', 'activation_table']
+           'is_calibrated', 'calibrate', 'sample_scale', 'solve_window', 'spare_scales', 'quantise_activations',
+           'activation_table']
 
 # %% ../nbs/10_activations.ipynb #829caa1e
 import warnings
@@ -366,7 +367,7 @@ def _spared(patterns):
     return set(patterns)
 
 
-def _spare_scales(model, pattern='*input_quantiser.scale'):
+def spare_scales(model, pattern='*input_quantiser.scale'):
     "Adds the learned scales to what timm's optimizers do not decay."
     if any(q.learn for q in activation_quantisers(model).values()):
         model.no_weight_decay = partial(_spared, {*getattr(model, 'no_weight_decay', set)(), pattern})
@@ -409,7 +410,7 @@ def quantise_activations(
     remove_activation_quantisers(model, [n for n in activation_quantisers(model) if n in plan])
     for n, q in quantisers.items():
         attach_quantiser(model.get_submodule(n), q)
-    _spare_scales(model)
+    spare_scales(model)
     if before is not None:
         return activation_quantisers(model)
     missing = tell_untouched(_unquantised_inputs(model, samples), 'quantise_activations', 3)
