@@ -334,7 +334,8 @@ def _opened(path):
         ) from None
     if version > 1:
         raise MicronetError(f'{path} has version {version}, newer than this micronet_nb: update it')
-    if hashlib.sha256(data.replace(digest.encode(), _BLANK.encode(), 1)).hexdigest() != digest:
+    checksum = hashlib.sha256(data.replace(digest.encode(), _BLANK.encode(), 1)).hexdigest()
+    if checksum != digest:
         raise MicronetError(
             f'{path} was altered, cut short or damaged: its SHA-256 is not its own; copy or save it again'
         )

@@ -979,8 +979,8 @@ MUTANTS = [
     ),
     Mutant(
         "NaN among images is passed on",
-        "if not bool(finite.all()): i =",
-        "if False: i =",
+        "if not bool(finite.all()):",
+        "if False:",
         "own_nets::test_what_is_no_image_is_refused_with_its_place own_nets::test_norms_stay_where_the_estimate_fails",
     ),
     Mutant(
@@ -1010,13 +1010,13 @@ MUTANTS = [
     Mutant(
         "a survey of what lower refuses forgets the rules",
         "except MicronetError as e: refused.append(str(e)) except Exception:",
-        "except MicronetError: pass\n        except Exception:",
+        "except Exception:",
         "own_nets::test_all_that_is_refused_is_told_at_once_and_the_net_stays",
     ),
     Mutant(
         "a net's file is not checked",
-        "_BLANK.encode(), 1)).hexdigest() != digest: raise MicronetError(f'{path} was altered, cut",
-        "_BLANK.encode(), 1)).hexdigest() == 0: raise MicronetError(f'{path} was altered, cut",
+        "if checksum != digest:",
+        "if checksum == 0:",
         "own_nets::test_a_damaged_file_is_refused",
     ),
     Mutant(
