@@ -258,7 +258,7 @@ def calibrate(
     "Samples the inputs of every Conv2d and Linear. Slide 'Activation Quantization'."
     require_shapes(model, 'calibration')
     samples, layers, quantisers = {}, _places(model, before), activation_quantisers(model)
-    hooks, device = [], next(model.parameters()).device
+    hooks, device = [], next(model.parameters(), torch.empty(0)).device
     with evaluation_mode(model):
         remove_activation_quantisers(model)
         try:

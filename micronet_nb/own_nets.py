@@ -55,8 +55,8 @@ def _attempt(rows, step, action, note=''):
     except MicronetError as e:
         _refuse(rows, step, str(e))
     except Exception as e:  # a net of one's own may raise anything
-        reason = (str(e).splitlines() or ['?'])[0]
-        _refuse(rows, step, f'{type(e).__name__}: {reason}; does the net run on the example?')
+        reason = ': '.join([type(e).__name__, *str(e).splitlines()[:1]])
+        _refuse(rows, step, f'{reason}; does the net run on the example?')
     else:
         rows.append(dict(step=step, ok=True, reason=note))
         return value
@@ -220,7 +220,7 @@ def _parts_of(net):
             continue
         if others := [k.__name__ for k in kinds if k not in _OURS]:
             raise MicronetError(
-                f'{others[0]} stands on the weight of {name!r} beside a mask or quantiser, and a file does not know it: '
+                f'{others[0]} stands on the weight of {name!r} beside a mask or quantiser, and no file knows it: '
                 "take it off with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
             )
         layers[name] = m
@@ -398,7 +398,7 @@ def load_net(
     net: nn.Module,  # of the architecture that was saved; changed in place, its modes stay
     path,  # file that `save_net` wrote
 ) -> nn.Module:  # the same net
-    "Gives a net all that a file holds: weights, masks, quantisers; it answers, trains, lowers and packs as the saved one."
+    "Gives a net all that a file holds, masks and quantisers included: it answers and trains on as the saved one."
     whole, net = net, getattr(net, '_orig_mod', net)
     require_shapes(net, 'a file')
     about, tensors = _opened(path)

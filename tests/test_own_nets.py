@@ -257,9 +257,9 @@ def compressed(seed=0):
     torch.manual_seed(seed)
     net = small()
     quantise_activations(net, IMAGES, {"0": 8, "3": 5}, affine=True, learn=True)
+    quantise_activations(net, IMAGES, 6, before=(nn.Hardswish,))
     prune(net, {"0": 0.5, "3": 0.7}, "dynamic")
     quantise_weights(net, {"0": 3, "3": 4, "7": 2}, learn=True)
-    quantise_activations(net, IMAGES, 6, before=(nn.Hardswish,))
     net.input_stats = ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     net[7].bias.requires_grad_(False)
     return net
