@@ -34,7 +34,7 @@ from micronet_nb.integer import (
     module_of,
     tensors_in,
 )
-from .layers import first_inputs
+from .layers import first_inputs, layer_class
 
 # %% ../nbs/13_lowering.ipynb #06e5b915
 class Recorder(TorchFunctionMode):
@@ -71,7 +71,7 @@ class Recorder(TorchFunctionMode):
 
 def _place(layer, module):
     "A module for an error: its name and its class."
-    return f'module {layer!r} ({type(module).__name__})' if layer else type(module).__name__
+    return f'module {layer!r} ({layer_class(module)})' if layer else layer_class(module)
 
 # %% ../nbs/13_lowering.ipynb #24686780
 def _slices_of_split(add, args, kwargs, outs):
