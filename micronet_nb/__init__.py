@@ -17,6 +17,7 @@ _MODULE_OF = {
     'fit': 'training',
     'evaluate': 'training',
     'normalised': 'training',
+    'estimate_norms': 'training',
     'kd_loss': 'distillation',
     'AsTeacher': 'distillation',
     'Ensemble': 'distillation',
@@ -49,6 +50,10 @@ _MODULE_OF = {
     'pack': 'packing',
     'unpack': 'packing',
     'to_onnx': 'onnx',
+    # nets of one's own
+    'check': 'own_nets',
+    'save_net': 'own_nets',
+    'load_net': 'own_nets',
 }
 
 __all__ = [*_MODULE_OF]

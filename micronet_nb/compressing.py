@@ -6,7 +6,7 @@
 __all__ = ['PRICES', 'PRESETS', 'BUDGETS', 'Alone', 'option_table', 'allocate', 'interval', 'paired', 'Report', 'Compressed',
            'compress', 'photo_crops']
 
-# %% ../nbs/24_compressing.ipynb #7192a076
+# %% ../nbs/24_compressing.ipynb #bff02713
 import contextlib, copy, html, math, tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +21,11 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
 
-from .activations import _images, _quantiser_for, activation_quantisers, calibrate
+from .activations import _quantiser_for, activation_quantisers, calibrate
 from .activations import quantise_activations, remove_activation_quantisers
 from .core import MicronetError, progress
 from .distillation import kd_loss, kl
-from .layers import compressible, evaluation_mode, per_layer, untouched
+from .layers import compressible, evaluation_mode, input_batches, pairs_of, per_layer, untouched
 from .lowering import lower
 from .packing import pack
 from .post_training import Walk, _grouped, _meet, _moments, reconstruct, solve_layer
@@ -481,10 +481,10 @@ class _Budget:
             budget = (low * high) ** 0.5
         return best
 
-# %% ../nbs/24_compressing.ipynb #db2a1c7e
+# %% ../nbs/24_compressing.ipynb #e1cd4f16
 def compress(
     net: nn.Module,  # a trained classifier; left as it is
-    images,  # as the net sees them (n, c, h, w), or batches of such, with labels or without; some hundred
+    images,  # as the net sees them (n, c, h, w), or a loader, tuples or dicts of such, labels or not; some hundred
     budget='8-bit',  # one of PRESETS; or a number for one of BUDGETS: dict(bytes=1e6), dict(score=0.01), dict(disagreement=2)
     labels: torch.Tensor = None,  # (n,) classes of the images: then accuracies are told, too
     fine_tune=None,  # FitConfig of a tuning after it, taught by the net as it was
@@ -497,12 +497,11 @@ def compress(
 ) -> Compressed:
     "Few bits and zeros for a trained net within a budget, from some hundred images."
     preset, name, limit = _asked(budget)
-    if name == 'accuracy_loss' and labels is None:
-        raise MicronetError('a budget of accuracy_loss needs labels=, the classes of the images')
     if fine_tune and data is None:
         raise MicronetError('fine_tune needs data=(train, valid), data sets as `fit` takes them')
-    images = torch.cat([*_images(images)])
-    images, judged, labels = _halves(images, labels, held_out)
+    images, judged, labels = _halves(*_collected(images, labels), held_out)
+    if name == 'accuracy_loss' and labels is None:
+        raise MicronetError('a budget of accuracy_loss needs labels=, the classes of the images')
     original = copy.deepcopy(net).eval()
     remove_weight_quantisers(original, restore=True)
     remove_activation_quantisers(original)
@@ -541,7 +540,16 @@ def compress(
     )
     return Compressed(new, graph, file, report, home)
 
-# %% ../nbs/24_compressing.ipynb #7f23552e
+# %% ../nbs/24_compressing.ipynb #6bd1c349
+def _collected(source, labels):
+    "Images as one tensor, and their labels where the caller or the source has them."
+    pairs = [(x, y) for _, x, y in pairs_of(source)]
+    images = torch.cat([*input_batches([x for x, _ in pairs])])
+    if labels is None and pairs and all(isinstance(y, torch.Tensor) for _, y in pairs):
+        labels = torch.cat([y for _, y in pairs])
+    return images, labels if labels is None else torch.as_tensor(labels)
+
+
 def _halves(images, labels, held_out):
     "Images to solve on, images to measure on, and the labels of these: every so manyth is held out."
     if not 0 < held_out < 1:

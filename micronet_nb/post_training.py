@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'columns', 'Moments', 'Grid', 'second_order', 'descend', 'learn_rounding', 'Solved', 'solve_layer', 'Walk',
            'reconstruct']
 
-# %% ../nbs/23_post_training.ipynb #a850fe18
+# %% ../nbs/23_post_training.ipynb #87c20845
 import copy, hashlib, threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from .activations import _images, remove_activation_quantisers
+from .activations import remove_activation_quantisers
 from .core import MicronetError, atomic_path, make_folder, progress
 from .layers import compressible, computes_otherwise, dense_weight, evaluation_mode
-from .layers import require_shapes, tell_untouched, untouched
+from .layers import input_batches, require_shapes, tell_untouched, untouched
 from .pruning import mask_of, plan_rates, put_masks
 from .quantisers import grid, solve_scales
 from .weights import WeightQuantiser, plan_bits, remove_weight_quantisers
@@ -475,7 +475,7 @@ class _Kept:
             with atomic_path(self.folder / f'{number:04d}.safetensors') as path:
                 save_file({k: v.contiguous() for k, v in t.items()}, path)
 
-# %% ../nbs/23_post_training.ipynb #cad0df9d
+# %% ../nbs/23_post_training.ipynb #7eab92ee
 def _grouped(module, w):
     "A weight (out, ...) as (groups, out a group, K)."
     groups = getattr(module, 'groups', 1)
@@ -529,7 +529,7 @@ def reconstruct(
     if original is None:
         original = copy.deepcopy(model)
         remove_activation_quantisers(original)
-    images = torch.cat([*_images(images)]).to(next(model.parameters()).device)
+    images = torch.cat([*input_batches(images)]).to(next(model.parameters()).device)
     with evaluation_mode(model), evaluation_mode(original):
         order, norms = _survey(model, images[:1])
         todo = _planned(model, bits, rates, order)

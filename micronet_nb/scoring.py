@@ -566,6 +566,20 @@ def _running(node):
     trains = node.bound.get('training', node.op == 'batch_norm_with_update')
     return node.bound.get('running_mean') is not None and not trains
 
+# %% ../nbs/05_scoring.ipynb #d8017f4e
+def unknown_operations(
+    model: nn.Module,  # any model
+    input_size: tuple,  # (channels, height, width)
+) -> list:  # of sentences
+    "All that `score` does not know of a net, each operation in each module once."
+    unknown = []
+    for node in trace(model, input_size).nodes:
+        try:
+            _kind_of(node)
+        except MicronetError as e:
+            unknown.append(str(e))
+    return list(dict.fromkeys(unknown))
+
 # %% ../nbs/05_scoring.ipynb #59b38ce2
 def as_layer(node):
     "Fills in the weight of a convolution or linear layer as (out, K); a product of two activations keeps none."

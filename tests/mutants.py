@@ -1073,6 +1073,66 @@ MUTANTS = [
         "difference = (gained - lost)/n",
         "difference = (gained + lost)/n",
         "compressing::test_labels_are_counted_and_intervals_known",
+    # nets and loaders from elsewhere
+    Mutant(
+        "a loader is read anew for every row of a table",
+        "net, images = copy.deepcopy(model).eval(), list(input_batches(images))",
+        "net = copy.deepcopy(model).eval()",
+        "own_nets::test_tables_read_a_loader_once",
+    ),
+    Mutant(
+        "NaN among images is passed on",
+        "if not bool(finite.all()):",
+        "if False:",
+        "own_nets::test_what_is_no_image_is_refused_with_its_place own_nets::test_norms_stay_where_the_estimate_fails",
+    ),
+    Mutant(
+        "batch norms average with their momentum",
+        "m.momentum, m.training = None, True",
+        "m.training = True",
+        "own_nets::test_norms_are_those_of_torch_and_modes_and_momenta_stay",
+    ),
+    Mutant(
+        "batch norms are estimated under dropout",
+        "m.momentum, m.training = None, True",
+        "m.momentum = None; net.train()",
+        "own_nets::test_norms_see_the_net_without_its_dice",
+    ),
+    Mutant(
+        "a check works on the net itself",
+        "copied = copy.deepcopy(getattr(net, '_orig_mod', net))",
+        "copied = getattr(net, '_orig_mod', net)",
+        "own_nets::test_all_that_is_refused_is_told_at_once_and_the_net_stays",
+    ),
+    Mutant(
+        "a check stops at the first operation that the scorer does not know",
+        "unknown = unknown_operations(net, size)",
+        "unknown = []",
+        "own_nets::test_all_that_is_refused_is_told_at_once_and_the_net_stays",
+    ),
+    Mutant(
+        "a survey of what lower refuses forgets the rules",
+        "except MicronetError as e: refused.append(str(e)) except Exception:",
+        "except Exception:",
+        "own_nets::test_all_that_is_refused_is_told_at_once_and_the_net_stays",
+    ),
+    Mutant(
+        "a net's file is not checked",
+        "if checksum != digest:",
+        "if checksum == 0:",
+        "own_nets::test_a_damaged_file_is_refused",
+    ),
+    Mutant(
+        "parameters of a loaded net have another order",
+        "held[child] = held.pop(child)",
+        "pass",
+        "own_nets::test_a_fresh_net_gets_all_and_goes_on_as_the_other",
+    ),
+    Mutant(
+        "a loaded net trains what was frozen",
+        "p.requires_grad_(n not in frozen)",
+        "p.requires_grad_(True)",
+        "own_nets::test_a_fresh_net_gets_all_and_goes_on_as_the_other",
     ),
 ]
 
