@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .data import normalise
@@ -999,22 +1000,43 @@ class _Sizes(fx.Interpreter):
         return value
 
 
+class _Origin(TorchDispatchMode):
+    "Notes which tensors an operation has made of an image."
+
+    def __init__(self, image):
+        super().__init__()
+        self.held, self.known, self.made = [image], {id(image)}, set()  # held: so that no id is given twice
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(id(v) in self.known for v in tree_leaves([args, kwargs])):
+            tensors = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
+            self.held += tensors
+            self.made |= {id(t) for t in tensors}
+            self.known |= self.made
+        return out
+
+
 @torch.no_grad()
 def check_size(
     graph: fx.GraphModule,  # of a file
     input_size,  # (channels, height, width)
 ):
-    "Refuses a graph that does not run on an input of this size, or that makes too much of it."
+    "Refuses a graph that does not run on an input of this size, makes too much of it, or nothing that depends on it."
     if math.prod(input_size) > NUMBERS:
         raise MicronetError(f'an input of {input_size} has more numbers than the {NUMBERS:,} that are tried')
     dtype = next((t.dtype for t in (*graph.parameters(), *graph.buffers()) if t.is_floating_point()), torch.float32)
+    origin = _Origin(image := torch.empty(1, *input_size, dtype=dtype, device='meta'))
     try:
-        _Sizes(graph).run(torch.empty(1, *input_size, dtype=dtype, device='meta'))
+        with origin:
+            out = _Sizes(graph).run(image)
     except Exception as e:  # a forged graph can fail anywhere
         reason = (str(e).splitlines() or ['?'])[0][:200]
         raise MicronetError(
             f"it does not run on an input of {'x'.join(map(str, input_size))}, which it is said to take ({reason})"
         ) from e
+    if origin.made.isdisjoint(map(id, tree_leaves(out))):
+        raise MicronetError('what it gives does not depend on its input, or is the input: there is nothing to run')
 
 # %% ../nbs/17_packing.ipynb #39eedf0f
 PARTS = 10_000  # nodes, constants and levels of modules' names, all together
@@ -1042,8 +1064,8 @@ def _check_names(s):
         raise MicronetError(f'{min({*names} & {*constants})} is a module and a constant')
 
 # %% ../nbs/17_packing.ipynb #95dcbdd6
-def _build(tensors):
-    "The graph in a file's tensors, and a row for each of its tensors."
+def _build(tensors, input_size=None):
+    "The graph in a file's tensors, and a row for each of its tensors; tried on the sizes that it or the caller names."
     structure, streams = _expand(tensors.pop('graph')), Streams(tensors)
     _check_length(structure)
     graph = _graph(structure)
@@ -1060,9 +1082,9 @@ def _build(tensors):
     check_flow(graph, parts)
     net = fx.GraphModule(parts, graph).eval()
     net.meta['about'] = about = check_about(structure['about'])
-    if 'input_size' in about:
-        check_size(net, about['input_size'])
-        net.meta['input_size'] = tuple(about['input_size'])
+    for size in filter(None, (about.get('input_size'), input_size)):
+        check_size(net, size)
+        net.meta['input_size'] = tuple(size)
     return net, rows
 
 
@@ -1078,11 +1100,12 @@ def _graph(structure):
     return graph
 
 # %% ../nbs/17_packing.ipynb #71d7c8fb
-def _open(path):
+def _open(path, input_size=None):
     "The net in a file, and a row a tensor."
+    check_about({} if input_size is None else dict(input_size=input_size))
     tensors = unseal(path)
     try:
-        return _build(tensors)
+        return _build(tensors, input_size)
     except MicronetError as e:
         raise MicronetError(f'{path} cannot be unpacked: {e}') from e
     except Exception as e:  # a forged structure can fail anywhere
@@ -1094,15 +1117,18 @@ def _open(path):
 # %% ../nbs/17_packing.ipynb #45c93748
 def unpack(
     path,  # made by `pack`
+    input_size: tuple = None,  # (channels, height, width) of what it will be given; None: as the file says
 ) -> fx.GraphModule:
     """The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told.
+
+    It runs on inputs of the size that the file or the call names; where neither does, nobody has tried.
 
     >>> from tempfile import mkdtemp
     >>> graph, x = lower(torch.nn.Sequential(torch.nn.Linear(8, 2)), torch.randn(4, 8)), torch.randn(4, 8)
     >>> unpack(pack(graph, mkdtemp() + '/net.safetensors'))(x).equal(graph(x))
     True
     """
-    return _open(path)[0]
+    return _open(path, input_size)[0]
 
 # %% ../nbs/17_packing.ipynb #4e00e670
 def _example(graph, about):
@@ -1238,7 +1264,7 @@ def bill(
     accounting: str = None,  # convention to charge by; None: as the file says, else official
 ) -> pd.DataFrame:  # a row per module with tensors: stored and charged bytes
     "Bytes in the file beside those of the corrected score (4 a number); `why` explains a difference of a byte or more."
-    net, rows = _open(path)
+    net, rows = _open(path, input_size)
     about = net.meta['about']
     input_size, accounting = input_size or about.get('input_size'), accounting or about.get('accounting', 'official')
     if input_size is None:

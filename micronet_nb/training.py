@@ -950,6 +950,17 @@ _PROGRESS = dict(step=int, history=list, seconds=(int, float), data_seconds=(int
 _TOLD = _PROGRESS | dict(settings=dict, files=dict)
 
 
+def _is_time(v):
+    "Seconds that a run may take: fewer than three centuries."
+    return type(v) in (int, float) and 0 <= v < 1e10
+
+
+def _is_history(rows):
+    "A list of rows, whose values are numbers; None stands for one that was not measured."
+    fine = isinstance(rows, list) and all(isinstance(r, dict) for r in rows)
+    return fine and all(type(v) in (int, float, type(None)) for r in rows for v in r.values())
+
+
 def _read_progress(run, checkpoint):
     "What a checkpoint tells of its run, which must be this one."
     told = read_sealed(checkpoint / 'run.json', _TOLD)
@@ -958,12 +969,10 @@ def _read_progress(run, checkpoint):
         raise MicronetError(
             f'{checkpoint} is the checkpoint of a run with {different}: choose another folder, or remove it'
         )
-    whole = (
-        _PROGRESS.keys() <= told.keys()
-        and len(told['began']) == 2
-        and all(isinstance(r, dict) for r in told['history'])
-    )
-    if not whole or not 0 <= told['step'] <= run.total:
+    whole = _PROGRESS.keys() <= told.keys() and len(told['began']) == 2 and _is_history(told['history'])
+    whole = whole and all(map(_is_time, (*told['began'], told['seconds'], told['data_seconds'])))
+    epochs = len(told['history']) if whole else 0
+    if not whole or not 0 <= told['step'] <= run.total or epochs != told['step'] // run.steps_an_epoch:
         raise MicronetError(f'{checkpoint} does not tell how far its run came: remove it and run again')
     return {name: told[name] for name in _PROGRESS}
 
@@ -1141,14 +1150,10 @@ def _work(folder, model, data, config, half, kwargs):
 # %% ../nbs/04_training.ipynb #0403f410
 def _check_result(result, folder):
     "Refuses a stage's answer that is none of `fit_stage`'s."
-    rows = result.get('history') if isinstance(result, dict) else None
-    number = (int, float, type(None))
-    fine = isinstance(rows, list) and rows and all(isinstance(r, dict) for r in rows)
-    if (
-        not fine
-        or not all(isinstance(v, number) for r in rows for v in r.values())
-        or not isinstance(result.get('steps'), int)
-    ):
+    told = result if isinstance(result, dict) else {}
+    times = told.get('seconds', 0.0), told.get('data_seconds', 0.0)
+    whole = told.get('history') and _is_history(told['history']) and all(map(_is_time, times))
+    if not whole or type(told.get('steps')) is not int:
         raise MicronetError(f'{folder} is not the stage of a trained net: remove it and run again')
 
 
