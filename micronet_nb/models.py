@@ -6,10 +6,12 @@
 __all__ = ['num_params', 'densenet_bc', 'wrn', 'create_model']
 
 # %% ../nbs/02_models.ipynb #f9917b2d
+import contextlib
+
 import torch
 from torch import nn
 
-from .core import MicronetError
+from .core import MOST_BYTES_OF_WEIGHTS, MicronetError, bounded
 
 # %% ../nbs/02_models.ipynb #ccbcd02f
 def num_params(
@@ -134,5 +136,6 @@ def create_model(
 
     if not timm.is_model(name):
         raise MicronetError(f'no model {name!r}; {_near(name)}')
-    model = timm.create_model(name, num_classes=num_classes, pretrained=pretrained)
+    with bounded(f'the published {name}', MOST_BYTES_OF_WEIGHTS) if pretrained else contextlib.nullcontext():
+        model = timm.create_model(name, num_classes=num_classes, pretrained=pretrained)
     return small_stem(model) if small else model
