@@ -443,6 +443,23 @@ def _download(
             problem = f'its SHA-256 is {got[:12]}, not {digest[:12]}'
             raise MicronetError(f'{url} is not what was expected: {problem}. {remedy}')
 
+# %% ../nbs/00_core.ipynb #bcd0507c
+@contextlib.contextmanager
+def locked(
+    path,  # the lock's file; its folder is made where missing
+):
+    "Waits until nobody else holds the lock, and holds it; the system lets it go where the holder is killed."
+    make_folder(Path(path).parent)
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except OSError as e:
+        raise MicronetError(f'cannot lock {path}: {e.strerror}; choose a folder that you may write to') from e
+    try:
+        yield
+    finally:
+        lock.release()
+
 # %% ../nbs/00_core.ipynb #6fd93472
 def fetch(
     relative: str,  # such as 'riair/densenet-100.pth.tar': its place below a data folder
@@ -635,23 +652,6 @@ def _stored_result(done):
     stored = _checked(done)
     _seen[done.parent.name] = {k: stored.get(k) for k in ('upstream', 'made')}
     return stored['result']
-
-# %% ../nbs/00_core.ipynb #bcd0507c
-@contextlib.contextmanager
-def locked(
-    path,  # the lock's file; its folder is made where missing
-):
-    "Waits until nobody else holds the lock, and holds it; the system lets it go where the holder is killed."
-    make_folder(Path(path).parent)
-    lock = FileLock(path)
-    try:
-        lock.acquire()
-    except OSError as e:
-        raise MicronetError(f'cannot lock {path}: {e.strerror}; choose a folder that you may write to') from e
-    try:
-        yield
-    finally:
-        lock.release()
 
 # %% ../nbs/00_core.ipynb #6c7d5a65
 def stage_folder(
