@@ -433,12 +433,19 @@ def decode_argument(
     raise MicronetError(f'{str(value)[:60]} cannot be an argument in a packed file')
 
 # %% ../nbs/17_packing.ipynb #c989260b
+LONGEST = 300  # letters of a name
+
+
 def check_name(
     name,  # of a module or a constant
     identifier: bool = False,  # of a node, an input or an argument: no dots
 ) -> str:
     "The name, MicronetError where it is not a plain one."
-    good = isinstance(name, str) and re.fullmatch(r'\w+' if identifier else r'\w+(\.\w+)*', name, re.ASCII)
+    good = (
+        isinstance(name, str)
+        and len(name) <= LONGEST
+        and re.fullmatch(r'\w+' if identifier else r'\w+(\.\w+)*', name, re.ASCII)
+    )
     if good and identifier:
         good = name.isidentifier() and not keyword.iskeyword(name)
     elif good:
@@ -969,7 +976,7 @@ def _module(name, kind, streams, tensors_read, rows):
 
 # %% ../nbs/17_packing.ipynb #ffe5edc7
 NUMBERS = 10**8  # that one value of a net may have, for one input
-PIECES = 2**16  # that a tensor may be split into
+PIECES = 2**14  # that tensors may be split into, all together
 
 
 class _Sizes(fx.Interpreter):
@@ -977,7 +984,7 @@ class _Sizes(fx.Interpreter):
 
     def __init__(self, graph):
         super().__init__(graph)
-        self.extra_traceback = False
+        self.extra_traceback, self.pieces = False, 0
 
     def call_module(self, target, args, kwargs):
         module = self.fetch_attr(target)
@@ -992,6 +999,9 @@ class _Sizes(fx.Interpreter):
         if getattr(n.target, '__name__', n.target) in ('chunk', 'split') and max(args[0].shape, default=0) > PIECES:
             raise MicronetError(f'{n.name} splits a tensor that is longer than {PIECES:,}')
         value = super().run_node(n)
+        self.pieces += len(value) if isinstance(value, (tuple, list)) and n.op != 'output' else 0
+        if self.pieces > PIECES:
+            raise MicronetError(f'{n.name} is one of those that split tensors into more than {PIECES:,} pieces')
         most = max((t.numel() for t in tree_leaves(value) if isinstance(t, torch.Tensor)), default=0)
         if most > NUMBERS:
             raise MicronetError(
@@ -1040,10 +1050,26 @@ def check_size(
 
 # %% ../nbs/17_packing.ipynb #39eedf0f
 PARTS = 10_000  # nodes, constants and levels of modules' names, all together
+VALUES = 20 * PARTS  # numbers, texts, lists and tables that its structure is made of
+DIMENSIONS = 8  # of a constant
+
+
+def _count(value):
+    "The values in nested lists and tables; it stops where there are too many."
+    todo, n = [value], 0
+    while todo and n <= VALUES:
+        n, value = n + 1, todo.pop()
+        if isinstance(value, (list, dict)):
+            todo += value.values() if isinstance(value, dict) else value
+    return n
 
 
 def _check_length(s):
     "Lists of a length that a net may have."
+    if _count(s) > VALUES:
+        raise MicronetError(f'its structure has more than {VALUES:,} values, which a packed file has not')
+    if any(len(shape) > DIMENSIONS for _, shape, _ in s['constants']):
+        raise MicronetError(f'a constant of more than {DIMENSIONS} dimensions')
     names = [name for name, _ in s['modules']]
     parts = len(s['nodes']) + len(s['constants']) + sum(1 + check_name(n).count('.') for n in names)
     if parts > PARTS:
