@@ -1,9 +1,11 @@
 "Stages, checkpoints, caches, images and writing: damage is one clear line, and nothing is lost."
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from micronet_nb import cli, core
 from micronet_nb import data as data_module
 from micronet_nb.core import MicronetError, atomic_path, check_store, stage, write_json
 from micronet_nb.data import decode, decoded, open_rgb
+from micronet_nb.onnx import to_onnx
+from micronet_nb.packing import pack
 from micronet_nb.training import FitConfig, fit, fit_stage
 
 
@@ -212,6 +216,76 @@ def test_an_error_of_the_block_itself_goes_through(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / 'a'):
         open(tmp_path / 'another')
     assert not [*tmp_path.iterdir()]
+
+
+# --- where nothing can be written
+
+
+COMMANDS = {
+    'pack': lambda path: pack(packed_toy(), path),
+    'onnx': lambda path: to_onnx(packed_toy(), path),
+    'record': lambda path: core.record('a', [dict(x=1)], 'embedded', {}, folder=path.parent),
+    'result': lambda path: core.finish('a', 'embedded'),
+    'stage': lambda path: stage('s', {}, lambda folder: 1, root=path.parent),
+    'fit_stage': lambda path: trained(path.parent),
+    'cache': lambda path: data_module.write_decoded(path.with_suffix('.npy'), toy_raw()),
+    'figure': lambda path: core.finish('a', 'embedded', picture=Figure()),
+    'csv': lambda path: cli.micronet_score(['densenet_bc_10_4', '--csv', str(path)]),
+}
+
+
+class Figure:
+    "A picture that writes a few bytes."
+
+    def savefig(self, path, **more):
+        Path(path).write_bytes(b'picture')
+
+
+def packed_toy():
+    "A lowered net of one layer."
+    from micronet_nb.lowering import lower
+
+    return lower(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval(), torch.randn(2, 3, 2, 2))
+
+
+def toy_raw():
+    "Four black images, to be decoded."
+    import io
+    from PIL import Image
+
+    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(png := io.BytesIO(), 'png')
+    items = [(str(i), png.getvalue()) for i in range(4)]
+    return data_module._Raw(items, [0, 1, 0, 1], ['a', 'b'], {'test': np.arange(4)}, (3, 2, 2))
+
+
+def refusing(number, where, monkeypatch):
+    "The system as it is where a file cannot be flushed, or not put in its place."
+
+    def fails(*args, **more):
+        raise OSError(number, os.strerror(number), None if where == 'fsync' else args[0])
+
+    monkeypatch.setattr(os, where, fails)
+
+
+@pytest.mark.parametrize(
+    'number, where', [(errno.EROFS, 'replace'), (errno.ENOSPC, 'fsync'), (errno.EACCES, 'replace')]
+)
+@pytest.mark.parametrize('command', COMMANDS)
+def test_what_cannot_be_written(tmp_path, monkeypatch, capsys, command, number, where):
+    monkeypatch.setenv('MICRONET_OUT', str(tmp_path / 'out'))
+    path = tmp_path / 'out' / 'a.json'
+    path.parent.mkdir()
+    path.write_text('before')
+    refusing(number, where, monkeypatch)
+    if command == 'csv':
+        assert COMMANDS[command](path) == 1
+        said = capsys.readouterr().err
+    else:
+        with pytest.raises(MicronetError) as e:
+            COMMANDS[command](path)
+        said = f'{e.value}\n'
+    assert said.count('\n') == 1 and str(tmp_path / 'out') in said and os.strerror(number) in said, said
+    assert path.read_text() == 'before' and not [*tmp_path.rglob('.*.part'), *tmp_path.rglob('done.json')]
 
 
 # --- images and caches
