@@ -80,22 +80,27 @@ def places(value):
             yield from places(value[k])
 
 
+def anew(value):
+    "A copy that shares nothing: what is put into a structure is changed there."
+    return json.loads(json.dumps(value))
+
+
 def mutated(tensors, structure, rng):
     "A copy of a file with one to three changes."
-    tensors, s = dict(tensors), json.loads(json.dumps(structure))
+    tensors, s = dict(tensors), anew(structure)
     for _ in range(rng.choice([1, 1, 2, 3])):
         kind, (at, k) = rng.randrange(8), rng.choice([*places(s)])
         if kind < 3:
-            at[k] = rng.choice(VALUES)
+            at[k] = anew(rng.choice(VALUES))
         elif kind == 3:
             other, j = rng.choice([*places(s)])
-            at[k] = json.loads(json.dumps(other[j]))
+            at[k] = anew(other[j])
         elif kind == 4 and s.get('kinds') and isinstance(s['kinds'], list):
             args = rng.choice(s['kinds'])
             if isinstance(args, list) and len(args) > 1 and isinstance(args[1], dict):
-                args[1][rng.choice(KEYS)] = rng.choice(VALUES)
+                args[1][rng.choice(KEYS)] = anew(rng.choice(VALUES))
         elif kind == 5 and isinstance(s.get('nodes'), list):
-            s['nodes'].insert(rng.randrange(len(s['nodes']) + 1), json.loads(json.dumps(rng.choice(NODES))))
+            s['nodes'].insert(rng.randrange(len(s['nodes']) + 1), anew(rng.choice(NODES)))
         elif kind == 6 and isinstance(at, list):
             del at[k]
         elif kind == 7:
@@ -205,7 +210,7 @@ def rewritten(content, rng):
     for _ in range(rng.choice([1, 1, 2])):
         at, k = rng.choice([*places(told)])
         other, j = rng.choice([*places(told)])
-        at[k] = rng.choice([*VALUES, json.loads(json.dumps(other[j]))])
+        at[k] = anew(rng.choice([*VALUES, other[j]]))
         if rng.random() < 0.2 and isinstance(at, dict):
             at[rng.choice(['folder', 'steps', '../x', 'more'])] = at.pop(k)
     return json.dumps(with_digest(told)).encode()
