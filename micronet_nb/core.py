@@ -7,11 +7,13 @@ __all__ = ['MicronetError', 'get_profile', 'check_parameters', 'fetch', 'stage_f
            'published', 'released_schedule', 'released_figures', 'compare', 'finish']
 
 # %% ../nbs/00_core.ipynb #929a8d51
-import ast, contextlib, errno, hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, re, shutil
+import ast, contextlib, errno, hashlib, importlib, importlib.metadata, importlib.util, json, math, os, platform, re
+import shutil
 import subprocess
 import sys, threading, time, warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from numbers import Integral, Real
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,6 +24,30 @@ warnings.filterwarnings('ignore', message='IProgress not found')
 # %% ../nbs/00_core.ipynb #72147ec7
 class MicronetError(ValueError):
     "A mistake that the user can mend: the message names the value and the remedy."
+
+# %% ../nbs/00_core.ipynb #5caf9824
+def whole(
+    name: str,  # of the parameter
+    value,  # that was given
+    low: int = 0,  # least that it may be
+    high: float = math.inf,  # most that it may be
+) -> int:
+    "A whole number of a range, numpy's among them, as Python's own."
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        most = f' to {high}' if high < math.inf else ' on'
+        raise MicronetError(f'{name}={value!r}: a whole number from {low}{most} belongs there')
+    return int(value)
+
+
+def number(
+    name: str,  # of the parameter
+    value,  # that was given
+    low: float = 0.0,  # least that it may be
+) -> float:
+    "A finite number, as Python's own."
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value < math.inf:
+        raise MicronetError(f'{name}={value!r}: a finite number from {low} on belongs there')
+    return float(value)
 
 # %% ../nbs/00_core.ipynb #196511e7
 @dataclass(frozen=True)

@@ -723,7 +723,7 @@ def check_stats(
 ) -> tuple:  # the same
     "Refuses what pixels cannot be normalised by: a deviation of 0 makes NaN of them."
     try:
-        mean, std = ([float(v) for v in part] for part in stats)
+        mean, std = ([float(v) for v in part if not isinstance(v, str)] for part in stats)
         fine = len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
     except (TypeError, ValueError):
         fine = False

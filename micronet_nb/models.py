@@ -11,7 +11,7 @@ import contextlib
 import torch
 from torch import nn
 
-from .core import MOST_BYTES_OF_WEIGHTS, MicronetError, bounded
+from .core import MOST_BYTES_OF_WEIGHTS, MicronetError, bounded, whole
 
 # %% ../nbs/02_models.ipynb #ccbcd02f
 def num_params(
@@ -129,6 +129,7 @@ def create_model(
     >>> create_model('densenet_bc_22_12', num_classes=10)(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 10])
     """
+    num_classes = whole('num_classes', num_classes)
     for make, prefix in ((densenet_bc, 'densenet_bc_'), (wrn, 'wrn_')):
         if name.startswith(prefix):
             return _sized(make, name[len(prefix) :], name, num_classes)

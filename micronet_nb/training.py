@@ -14,7 +14,7 @@ from pathlib import Path
 
 # before timm: it silences a warning of tqdm's
 from .core import MicronetError, atomic_path, check_files, config_key, files_of, get_profile, progress
-from .core import read_sealed, sealed, stage, stage_folder
+from .core import number, read_sealed, sealed, stage, stage_folder, whole
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
@@ -285,7 +285,7 @@ def _check_kinds(c):
 
 def _check_config(c):
     "Refuses a value which makes no sense."
-    if c.epochs < 1 or c.batch_size < 1 or not c.lr > 0:
+    if c.epochs < 1 or c.batch_size < 1 or not 0 < c.lr < math.inf:
         raise MicronetError(f'epochs, batch_size and lr must be positive, not {c.epochs}, {c.batch_size}, {c.lr}')
     if c.epoch_images and c.epoch_images < c.batch_size:
         raise MicronetError(f'epoch_images must be 0 or at least a batch ({c.batch_size}), not {c.epoch_images}')
@@ -297,8 +297,8 @@ def _check_config(c):
         if not 0 <= getattr(c, name) < 1:
             raise MicronetError(f'{name} must be at least 0 and below 1, not {getattr(c, name)}')
     for name in ('warmup_epochs', 'weight_decay', 'mixup', 'cutmix'):
-        if not getattr(c, name) >= 0:
-            raise MicronetError(f'{name} must not be negative, {getattr(c, name)} is')
+        if not 0 <= getattr(c, name) < math.inf:
+            raise MicronetError(f'{name} must be finite and not negative, {getattr(c, name)} is not')
     if (c.mixup or c.cutmix) and c.batch_size % 2:
         raise MicronetError(f'mixup and cutmix mix images in pairs: batch_size must be even, not {c.batch_size}')
 
@@ -451,6 +451,8 @@ def evaluate(
     stats, device = known_stats(model, stats), _device(model)
     if not callable(stats):
         check_stats(stats)
+    batch_size, top = whole('batch_size', batch_size, 1), [whole('top', k, 1) for k in top]
+    n = None if n is None else whole('n', n)
     right, loss, seen = dict.fromkeys(top, 0), 0.0, 0
     with evaluation_mode(model):
         for images, labels in batches_of(data, batch_size, n):
@@ -1104,6 +1106,7 @@ def fit(
     [1, 2]
     """
     train, valid = train_and_valid(data)
+    every, stop = number('every', every), None if stop is None else number('stop', stop)
     set_seed(config.seed)
     run = Run(model, train, config, teacher, callbacks, loss, stats or dataset_stats(train))
     _prepare(run)
