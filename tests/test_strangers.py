@@ -234,6 +234,15 @@ def test_calls_of_a_graph(toy, rows, words):
     refused(forged(toy, insert(*rows)), words)
 
 
+@pytest.mark.parametrize('model', [nn.Dropout(), nn.Identity()])
+def test_a_net_that_gives_its_input(tmp_path, model):
+    "It could be unpacked, and not be scored."
+    path = pack(nn.Sequential(model).eval(), tmp_path / 'a')
+    with pytest.raises(MicronetError, match='what it gives does not depend on its input'):
+        unpack(path, (3, 8, 8))
+    refused(forged(path, lambda s: s['about'].update(input_size=[3, 8, 8])), 'does not depend on its input')
+
+
 MEASURED = """
 import sys, time
 from micronet_nb.core import MicronetError
