@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass, field
 from functools import partial
 
-from .core import MicronetError
+from .core import MicronetError, whole
 from fastcore.basics import patch
 import numpy as np
 import pandas as pd
@@ -257,6 +257,7 @@ def calibrate(
 ) -> dict:  # layer name to Sample, in the order in which the layers first ran
     "Samples the inputs of every Conv2d and Linear. Slide 'Activation Quantization'."
     require_shapes(model, 'calibration')
+    limit, seed = whole('limit', limit, 1), whole('seed', seed)
     samples, layers, quantisers = {}, _places(model, before), activation_quantisers(model)
     hooks, device = [], next(model.parameters(), torch.empty(0)).device
     with evaluation_mode(model):
@@ -399,6 +400,7 @@ def quantise_activations(
     >>> {name: (q.bits, q.signed) for name, q in quantisers.items()}
     {'0': (8, True), '2': (4, False)}
     """
+    first_bits = None if first_bits is None else whole('first_bits', first_bits, 1, 32)
     samples = batches if is_calibrated(batches) else calibrate(model, batches, seed=seed, before=before)
     places = _places(model, before)
     chosen, widths = matching(places, layers), per_layer(places, bits, noun='widths')

@@ -58,14 +58,14 @@ def per_layer(
     noun: str = 'values',  # what a list holds, for the message: 'rates', ...
 ) -> dict:  # layer name to value, in the order of the layers
     "One value a layer."
-    names = list(layers)
+    names, own = list(layers), lambda v: v.item() if type(v).__module__ == 'numpy' and v.ndim == 0 else v
     if isinstance(value, (list, tuple)):
         if len(value) != len(names):
             raise MicronetError(f'{len(value)} {noun} for {len(names)} layers: they do not belong together')
-        return dict(zip(names, value))
+        return dict(zip(names, map(own, value)))
     if not isinstance(value, dict):
-        return dict.fromkeys(names, value)
-    named = {n: v for pattern, v in value.items() for n in matching(names, pattern)}
+        return dict.fromkeys(names, own(value))
+    named = {n: own(v) for pattern, v in value.items() for n in matching(names, pattern)}
     return {n: named.get(n, default) for n in names if n in named or default is not None}
 
 # %% ../nbs/03_layers.ipynb #2c446803

@@ -482,7 +482,7 @@ def _image(model, input_size):
         raise MicronetError(f'a net to count must be an nn.Module, not {type(model).__name__}: wrap it in one')
     try:
         size = tuple(int(v) for v in input_size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         size = ()
     if not size or min(size) < 1 or size != tuple(input_size):
         raise MicronetError(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 # before timm: it silences a warning of tqdm's
 from .core import MicronetError, atomic_path, check_files, config_key, files_of, get_profile, progress
-from .core import read_sealed, sealed, stage, stage_folder
+from .core import number, read_sealed, sealed, stage, stage_folder, whole
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
@@ -286,7 +286,7 @@ def _check_kinds(c):
 
 def _check_config(c):
     "Refuses a value which makes no sense."
-    if c.epochs < 1 or c.batch_size < 1 or not c.lr > 0:
+    if c.epochs < 1 or c.batch_size < 1 or not 0 < c.lr < math.inf:
         raise MicronetError(f'epochs, batch_size and lr must be positive, not {c.epochs}, {c.batch_size}, {c.lr}')
     if c.epoch_images and c.epoch_images < c.batch_size:
         raise MicronetError(f'epoch_images must be 0 or at least a batch ({c.batch_size}), not {c.epoch_images}')
@@ -298,8 +298,8 @@ def _check_config(c):
         if not 0 <= getattr(c, name) < 1:
             raise MicronetError(f'{name} must be at least 0 and below 1, not {getattr(c, name)}')
     for name in ('warmup_epochs', 'weight_decay', 'mixup', 'cutmix'):
-        if not getattr(c, name) >= 0:
-            raise MicronetError(f'{name} must not be negative, {getattr(c, name)} is')
+        if not 0 <= getattr(c, name) < math.inf:
+            raise MicronetError(f'{name} must be finite and not negative, {getattr(c, name)} is not')
     if (c.mixup or c.cutmix) and c.batch_size % 2:
         raise MicronetError(f'mixup and cutmix mix images in pairs: batch_size must be even, not {c.batch_size}')
 
@@ -453,6 +453,8 @@ def evaluate(
     stats, device = known_stats(model, stats), _device(model)
     if not callable(stats):
         check_stats(stats)
+    batch_size, top = whole('batch_size', batch_size, 1), [whole('top', k, 1) for k in top]
+    n = None if n is None else whole('n', n)
     right, loss, seen = dict.fromkeys(top, 0), 0.0, 0
     with evaluation_mode(model):
         for images, labels in batches_of(data, batch_size, n):
@@ -1005,6 +1007,17 @@ _PROGRESS = dict(step=int, history=list, seconds=(int, float), data_seconds=(int
 _TOLD = _PROGRESS | dict(settings=dict, files=dict)
 
 
+def _is_time(v):
+    "Seconds that a run may take: fewer than three centuries."
+    return type(v) in (int, float) and 0 <= v < 1e10
+
+
+def _is_history(rows):
+    "A list of rows, whose values are numbers; None stands for one that was not measured."
+    fine = isinstance(rows, list) and all(isinstance(r, dict) for r in rows)
+    return fine and all(type(v) in (int, float, type(None)) for r in rows for v in r.values())
+
+
 def _read_progress(run, checkpoint):
     "What a checkpoint tells of its run, which must be this one."
     told = read_sealed(checkpoint / 'run.json', _TOLD)
@@ -1013,12 +1026,10 @@ def _read_progress(run, checkpoint):
         raise MicronetError(
             f'{checkpoint} is the checkpoint of a run with {different}: choose another folder, or remove it'
         )
-    whole = (
-        _PROGRESS.keys() <= told.keys()
-        and len(told['began']) == 2
-        and all(isinstance(r, dict) for r in told['history'])
-    )
-    if not whole or not 0 <= told['step'] <= run.total:
+    whole = _PROGRESS.keys() <= told.keys() and len(told['began']) == 2 and _is_history(told['history'])
+    whole = whole and all(map(_is_time, (*told['began'], told['seconds'], told['data_seconds'])))
+    epochs = len(told['history']) if whole else 0
+    if not whole or not 0 <= told['step'] <= run.total or epochs != told['step'] // run.steps_an_epoch:
         raise MicronetError(f'{checkpoint} does not tell how far its run came: remove it and run again')
     return {name: told[name] for name in _PROGRESS}
 
@@ -1150,6 +1161,7 @@ def fit(
     [1, 2]
     """
     train, valid = train_and_valid(data)
+    every, stop = number('every', every), None if stop is None else number('stop', stop)
     set_seed(config.seed)
     run = Run(model, train, config, teacher, callbacks, loss, stats or dataset_stats(train))
     _prepare(run)
@@ -1196,14 +1208,10 @@ def _work(folder, model, data, config, half, kwargs):
 # %% ../nbs/04_training.ipynb #0403f410
 def _check_result(result, folder):
     "Refuses a stage's answer that is none of `fit_stage`'s."
-    rows = result.get('history') if isinstance(result, dict) else None
-    number = (int, float, type(None))
-    fine = isinstance(rows, list) and rows and all(isinstance(r, dict) for r in rows)
-    if (
-        not fine
-        or not all(isinstance(v, number) for r in rows for v in r.values())
-        or not isinstance(result.get('steps'), int)
-    ):
+    told = result if isinstance(result, dict) else {}
+    times = told.get('seconds', 0.0), told.get('data_seconds', 0.0)
+    whole = told.get('history') and _is_history(told['history']) and all(map(_is_time, times))
+    if not whole or type(told.get('steps')) is not int:
         raise MicronetError(f'{folder} is not the stage of a trained net: remove it and run again')
 
 

@@ -1133,6 +1133,30 @@ MUTANTS = [
         "p.requires_grad_(n not in frozen)",
         "p.requires_grad_(True)",
         "own_nets::test_a_fresh_net_gets_all_and_goes_on_as_the_other",
+    # Files from strangers: docs/FILES.md
+    Mutant(
+        "a packed net may give what does not depend on its input",
+        "if origin.made.isdisjoint(map(id, tree_leaves(out))):",
+        "if False:",
+        "strangers::test_a_net_that_gives_its_input",
+    ),
+    Mutant(
+        "a part is swept away under the one who writes it",
+        "with FileLock(lock, timeout=0): remove_parts(folder)",
+        "remove_parts(folder)",
+        "files::test_a_run_begins_by_sweeping_where_nobody_writes",
+    ),
+    Mutant(
+        "downloads of others grow without end",
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))",
+        "pass",
+        "files::test_downloads_of_others_have_an_upper_size",
+    ),
+    Mutant(
+        "a truth value is a whole number",
+        "if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:",
+        "if not isinstance(value, Integral) or not low <= value <= high:",
+        "numbers::test_a_number_that_makes_no_sense",
     ),
 ]
 
