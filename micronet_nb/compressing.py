@@ -131,7 +131,7 @@ def _half_empty(net):
 
 
 def _operations(net, samples, pairs, input_size, track, **scoring):
-    "(layer, weight bits, input bits) to its operations dense, and what a weight that is left adds; and those of the rest."
+    "(layer, weight bits, input bits) to slope and offset of its operations over weights; operations of all else."
     counts, rest = {}, 0.0
     nets = [trace(net, input_size), trace(_half_empty(net), input_size)]
     for w, a in pairs:
@@ -153,9 +153,7 @@ def _line(dense, half):
 # %% ../nbs/24_compressing.ipynb #ef6436d8
 def _priced(table, price, sizes, operations, track):
     "Adds the column `cost`."
-    storage = [
-        weight_storage(sizes[r.layer], r.nonzero, r.weight_bits, always=False) for r in table.itertuples()
-    ]
+    storage = [weight_storage(sizes[r.layer], r.nonzero, r.weight_bits, always=False) for r in table.itertuples()]
     if price == 'bytes':
         return table.assign(cost=[4 * s for s in storage])
     lines = [operations[r.layer, r.weight_bits, r.input_bits] for r in table.itertuples()]
@@ -190,7 +188,9 @@ def option_table(
     alone, layers = Alone(net, images[-n_measured:]), compressible(net)
     names, tables = [n for n in layers if n in moments], []
     for n in names if quiet else progress(names, 'choices', unit='layer'):
-        tables.append(_layer_options(n, layers[n], samples[n], *moments[n], alone, rates, weight_widths, input_widths, first_bits))
+        tables.append(
+            _layer_options(n, layers[n], samples[n], *moments[n], alone, rates, weight_widths, input_widths, first_bits)
+        )
     table, sizes = pd.concat(tables, ignore_index=True), {n: layers[n].weight.numel() for n in names}
     operations, rest = {}, 0.0
     if price != 'bytes':
@@ -347,7 +347,11 @@ def _preset_plan(net, preset):
     layers = compressible(net)
     widths = size_bits(net) if preset['weights'] == '7-5-4-3' else per_layer(layers, preset['weights'])
     return pd.DataFrame(
-        dict(weight_bits=widths, input_bits=per_layer(layers, preset['activations']), rate=per_layer(layers, preset['rates']))
+        dict(
+            weight_bits=widths,
+            input_bits=per_layer(layers, preset['activations']),
+            rate=per_layer(layers, preset['rates']),
+        )
     )
 
 
@@ -355,14 +359,18 @@ def _asked(budget):
     "(preset or None, name of the budget or None, its value)."
     if isinstance(budget, str):
         if budget not in PRESETS:
-            raise MicronetError(f"no preset is called {budget!r}: {', '.join(PRESETS)}; or give a budget, dict(bytes=1e6)")
+            raise MicronetError(
+                f"no preset is called {budget!r}: {', '.join(PRESETS)}; or give a budget, dict(bytes=1e6)"
+            )
         return PRESETS[budget], None, None
     if isinstance(budget, dict) and len(budget) == 1 and (name := next(iter(budget))) in BUDGETS:
         value = budget[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float('inf'):
             raise MicronetError(f'the budget of {name} must be a positive number, not {value!r}')
         return None, name, float(value)
-    raise MicronetError(f"a budget is one of {', '.join(PRESETS)}, or one of {', '.join(BUDGETS)} with a number: not {budget!r}")
+    raise MicronetError(
+        f"a budget is one of {', '.join(PRESETS)}, or one of {', '.join(BUDGETS)} with a number: not {budget!r}"
+    )
 
 # %% ../nbs/24_compressing.ipynb #3dd01a8b
 def _carry_out(original, images, samples, plan, first_bits, quiet):
@@ -392,7 +400,9 @@ def _answers_compared(before, after, labels):
     a, b = before.argmax(1), after.argmax(1)
     same, n = int((a == b).sum()), len(a)
     ends = (100 * end for end in interval(same, n))
-    agreement = dict(zip(('same', 'low', 'high'), (100 * same / n, *ends))) | dict(kl=float(kl(before, after).mean()), n=n)
+    agreement = dict(zip(('same', 'low', 'high'), (100 * same / n, *ends))) | dict(
+        kl=float(kl(before, after).mean()), n=n
+    )
     if labels is None:
         return agreement, None
     right, still = a == labels, b == labels
@@ -485,7 +495,7 @@ class _Budget:
 def compress(
     net: nn.Module,  # a trained classifier; left as it is
     images,  # as the net sees them (n, c, h, w), or a loader, tuples or dicts of such, labels or not; some hundred
-    budget='8-bit',  # one of PRESETS; or a number for one of BUDGETS: dict(bytes=1e6), dict(score=0.01), dict(disagreement=2)
+    budget='8-bit',  # one of PRESETS, or a limit for one of BUDGETS: dict(bytes=1e6), dict(disagreement=2), ...
     labels: torch.Tensor = None,  # (n,) classes of the images: then accuracies are told, too
     fine_tune=None,  # FitConfig of a tuning after it, taught by the net as it was
     data=None,  # (train, valid) for `fine_tune`, as `fit` takes them
@@ -495,7 +505,13 @@ def compress(
     quiet: bool = False,  # no progress bars
     **options,  # for `option_table`: rates, weight_widths, input_widths, ...
 ) -> Compressed:
-    "Few bits and zeros for a trained net within a budget, from some hundred images."
+    """Few bits and zeros for a trained net within a budget, from some hundred images.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    >>> small = compress(net.eval(), torch.randn(32, 3, 8, 8), '4-bit', quiet=True)
+    >>> small.report.totals.ratio['bytes'] > 3
+    True
+    """
     preset, name, limit = _asked(budget)
     if fine_tune and data is None:
         raise MicronetError('fine_tune needs data=(train, valid), data sets as `fit` takes them')
@@ -602,5 +618,7 @@ def photo_crops(
         top, left = (int(rng.integers(0, full - side + 1)) for full in photo.shape[1:])
         crop = photo[:, top : top + side, left : left + side]
         crops.append(crop.flip(2) if rng.integers(2) else crop)
-    resized = [F.interpolate(c[None], (size, size), mode='bilinear', antialias=True, align_corners=False) for c in crops]
+    resized = [
+        F.interpolate(c[None], (size, size), mode='bilinear', antialias=True, align_corners=False) for c in crops
+    ]
     return normalised(torch.cat(resized), (mean, std))

@@ -463,9 +463,13 @@ class _Kept:
             return None
         try:
             t = load_file(path)
-            return Solved(t['q'], Grid(t['keep'], int(t['bits']), t.get('scale')), float(t['error']), float(t['nearest']))
+            return Solved(
+                t['q'], Grid(t['keep'], int(t['bits']), t.get('scale')), float(t['error']), float(t['nearest'])
+            )
         except (SafetensorError, KeyError) as e:
-            raise MicronetError(f'{path} ({name}) cannot be read ({e}): delete it, and the layer is solved anew') from None
+            raise MicronetError(
+                f'{path} ({name}) cannot be read ({e}): delete it, and the layer is solved anew'
+            ) from None
 
     def put(self, number, solved):
         if self.folder:
@@ -489,7 +493,9 @@ def _check_how(how):
     for name, largest in (('follow', 1.0), ('damp', float('inf'))):
         v = how[name]
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= largest or name == 'damp' and not v:
-            raise MicronetError(f'{name}={v!r}: a number {"above 0" if name == "damp" else "from 0 to 1"} belongs there')
+            raise MicronetError(
+                f'{name}={v!r}: a number {"above 0" if name == "damp" else "from 0 to 1"} belongs there'
+            )
     for name in ('limit', 'batch_size'):
         v = how[name]
         if isinstance(v, bool) or not isinstance(v, int) or v < 1:
@@ -502,7 +508,9 @@ def _planned(model, bits, rates, order):
     todo = {n: (widths[n], shares.get(n, 0.0)) for n in order if widths[n] != 32 or shares.get(n, 0.0)}
     for n in todo:
         if computes_otherwise(compressible(model)[n], n):
-            raise MicronetError(f'layer {n!r} makes another weight of the one that it stores: give it 32 bits and rate 0')
+            raise MicronetError(
+                f'layer {n!r} makes another weight of the one that it stores: give it 32 bits and rate 0'
+            )
     return todo
 
 
@@ -520,8 +528,15 @@ def reconstruct(
     batch_size: int = 16,  # images a walk
     folder=None,  # where solved layers are kept, so that a killed call goes on; None: nowhere
     quiet: bool = False,  # no progress bar
-) -> pd.DataFrame:  # layer: bits, weights, zeros, error (share of the outputs' variance), nearest (of plain rounding); attrs: shifts, untouched
-    "Few bits and zeros without training, layer after layer, each solved for the inputs that it gets."
+) -> pd.DataFrame:  # a row a layer: bits, weights, zeros, error, nearest; attrs: shifts (of the outputs), untouched
+    """Few bits and zeros without training, layer after layer, each solved for the inputs that it gets.
+
+    `error` is that of the outputs, as a share of their variance, and `nearest` the same for plain rounding.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    >>> reconstruct(net.eval(), torch.randn(32, 3, 8, 8), bits=4, quiet=True).bits.to_dict()
+    {'0': 4, '3': 4}
+    """
     how = dict(method=method, follow=follow, damp=damp, limit=limit, batch_size=batch_size)
     _check_how(how)
     require_shapes(model, 'solving layers')

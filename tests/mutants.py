@@ -1133,6 +1133,7 @@ MUTANTS = [
         "p.requires_grad_(n not in frozen)",
         "p.requires_grad_(True)",
         "own_nets::test_a_fresh_net_gets_all_and_goes_on_as_the_other",
+    ),
     # Files from strangers: docs/FILES.md
     Mutant(
         "a packed net may give what does not depend on its input",

@@ -50,7 +50,10 @@ def test_one_pass_is_what_a_plain_loop_gives():
 
 def test_blocks_of_columns_change_nothing():
     w, h = problem(k=12)
-    for solve in (lambda block: second_order(w, h, whole(w), block), lambda block: descend(whole(w).nearest(w), w, h, whole(w), block)):
+    for solve in (
+        lambda block: second_order(w, h, whole(w), block),
+        lambda block: descend(whole(w).nearest(w), w, h, whole(w), block),
+    ):
         assert torch.allclose(solve(3), solve(12), atol=1e-4)
 
 
@@ -258,7 +261,11 @@ def table_of(rows, rest=0.0):
     return t
 
 
-CHOICES = [(n, 0.0, b, 8, 0.0, 1, k, c) for n, ks in dict(a=(9, 3, 1), b=(2, 1, 0.5)).items() for b, k, c in zip((2, 3, 4), ks, (2.0, 3.0, 4.0))]
+CHOICES = [
+    (n, 0.0, b, 8, 0.0, 1, k, c)
+    for n, ks in dict(a=(9, 3, 1), b=(2, 1, 0.5)).items()
+    for b, k, c in zip((2, 3, 4), ks, (2.0, 3.0, 4.0))
+]
 
 
 @pytest.mark.parametrize("budget", [4.01, 5.01, 6.01, 7.01, 8.01])
@@ -302,7 +309,9 @@ def test_alone_is_what_the_whole_net_gives():
 
 def test_prices_are_those_of_the_scorer():
     net, x = net_and_images()
-    t = option_table(net, x, "operations", rates=(0.0, 0.5), weight_widths=(4,), input_widths=(8,), n_measured=8, quiet=True)
+    t = option_table(
+        net, x, "operations", rates=(0.0, 0.5), weight_widths=(4,), input_widths=(8,), n_measured=8, quiet=True
+    )
     lean = copy.deepcopy(net)
     mn.quantise_activations(lean, x, 8)
     reconstruct(lean, x, 4, original=net, quiet=True)
