@@ -507,10 +507,10 @@ def compress(
 ) -> Compressed:
     """Few bits and zeros for a trained net within a budget, from some hundred images.
 
-    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 50))
     >>> small = compress(net.eval(), torch.randn(32, 3, 8, 8), '4-bit', quiet=True)
-    >>> small.report.totals.ratio['bytes'] > 3
-    True
+    >>> int(small.report.totals.ratio['bytes'])  # times as small, in a file
+    6
     """
     preset, name, limit = _asked(budget)
     if fine_tune and data is None:

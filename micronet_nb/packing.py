@@ -1147,8 +1147,6 @@ def unpack(
 ) -> fx.GraphModule:
     """The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told.
 
-    It runs on inputs of the size that the file or the call names; where neither does, nobody has tried.
-
     >>> from tempfile import mkdtemp
     >>> graph, x = lower(torch.nn.Sequential(torch.nn.Linear(8, 2)), torch.randn(4, 8)), torch.randn(4, 8)
     >>> unpack(pack(graph, mkdtemp() + '/net.safetensors'))(x).equal(graph(x))

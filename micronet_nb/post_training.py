@@ -528,14 +528,12 @@ def reconstruct(
     batch_size: int = 16,  # images a walk
     folder=None,  # where solved layers are kept, so that a killed call goes on; None: nowhere
     quiet: bool = False,  # no progress bar
-) -> pd.DataFrame:  # a row a layer: bits, weights, zeros, error, nearest; attrs: shifts (of the outputs), untouched
+) -> pd.DataFrame:  # a row a layer: bits, weights, zeros, error (of `Solved`), nearest (the same of rounding)
     """Few bits and zeros without training, layer after layer, each solved for the inputs that it gets.
 
-    `error` is that of the outputs, as a share of their variance, and `nearest` the same for plain rounding.
-
-    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 50))
     >>> reconstruct(net.eval(), torch.randn(32, 3, 8, 8), bits=4, quiet=True).bits.to_dict()
-    {'0': 4, '3': 4}
+    {'0': 4, '2': 4}
     """
     how = dict(method=method, follow=follow, damp=damp, limit=limit, batch_size=batch_size)
     _check_how(how)

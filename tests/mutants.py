@@ -1073,6 +1073,7 @@ MUTANTS = [
         "difference = (gained - lost)/n",
         "difference = (gained + lost)/n",
         "compressing::test_labels_are_counted_and_intervals_known",
+    ),
     # nets and loaders from elsewhere
     Mutant(
         "a loader is read anew for every row of a table",
