@@ -90,6 +90,14 @@ NEEDED = {  # what the numbers depend on, by record
     "22_champion.candidates": {"recipes"},
     "22_champion.reads": {"of", "lowered"},
     **dict.fromkeys(("22_champion.score", "22_champion.accuracy"), {"file", "bytes", "recipe"}),
+    **dict.fromkeys(
+        (f"23_post_training.{net}" for net in ("student", "efficientnet-lite0", "kaist-v1-60", "osi-ai")),
+        {"net", "rows", "solve", "method", "follow", "damp", "limit"},
+    ),
+    "23_post_training.widths": {"net", "weights", "inputs", "solve", "calibrate"},
+    **dict.fromkeys(
+        (f"24_compressing.{net}" for net in ("efficientnet-lite0", "kaist-v1-60")), {"net", "calls", "n_images"}
+    ),
     "90_benchmarks.speed": {"seconds", "bandwidth", "n_train", "batch_sizes", "images"},
     "21_imagenet.adders": {"model", "weights", "schedule", "input_size"},
     "21_imagenet.speed": {"size", "teacher", "batch"},
