@@ -47,10 +47,10 @@ def _padded(x, kernel, padding, dilation):
 def columns(
     input: torch.Tensor,  # of F.conv2d (n, c, h, w) or F.linear (..., c)
     weight: torch.Tensor,  # of the same call
-    stride=1,  # this and the rest as F.conv2d takes them
-    padding=0,
-    dilation=1,
-    groups: int = 1,
+    stride=1,  # as F.conv2d takes it: a number or a pair
+    padding=0,  # the same, or 'same' or 'valid'
+    dilation=1,  # a number or a pair
+    groups: int = 1,  # of channels
     limit: int = 128,  # positions of an image
     seed: int = 0,  # of their choice
 ) -> torch.Tensor:  # (groups, K, n positions): K inputs a kernel
@@ -79,6 +79,7 @@ class Moments:
         x: torch.Tensor,  # (groups, K, n) columns in the net that is solved
         original: torch.Tensor,  # the same columns in the original
     ):
+        "Counts columns in."
         x, original = x.float(), original.float()
         if not self.n:  # what is far from 0 is counted from where it lies: squares of large means drown a variance
             self.origin, self.origin_original = x.mean(2, keepdim=True), original.mean(2, keepdim=True)
@@ -136,7 +137,7 @@ def _factor(h):
 def second_order(
     w: torch.Tensor,  # (groups, out, K) float32
     h: torch.Tensor,  # (groups, K, K), with an inverse
-    to: Grid,
+    to: Grid,  # what they may become
     block: int = 128,  # columns after which the others are told
 ) -> torch.Tensor:  # (groups, out, K) on the grid
     "Weights on a grid with a small error of the outputs, in one pass. OBC / GPTQ, Frantar and Alistarh 2022."
@@ -162,7 +163,7 @@ def descend(
     q: torch.Tensor,  # (groups, out, K) on the grid: where to begin
     w: torch.Tensor,  # (groups, out, K) what they should do
     h: torch.Tensor,  # (groups, K, K)
-    to: Grid,
+    to: Grid,  # what they may become
     block: int = 128,  # columns after which the others are told
 ) -> torch.Tensor:  # (groups, out, K) on the grid
     "One turn over all columns: each weight moves to its best point, the others standing still."
@@ -325,6 +326,7 @@ class Walk:
         return self.at
 
     def wait(self, name, call):
+        "Called in the thread: stops it at a layer until the next `step`."
         self.at, self.call = name, call
         self.back.release()
         self.go.acquire()
