@@ -554,9 +554,11 @@ def _kind_of(
     for kind, operations in families.items():
         if node.op in operations:
             return kind
+    name = type(node.module).__name__
+    where = f'module {node.name!r} ({name})' if node.name else name
     entry = f'micronet_nb.scoring.ELEMENTWISE[{node.op!r}] = (multiplies, adds)'
     raise MicronetError(
-        f'operation {node.op!r} in module {node.name!r} ({type(node.module).__name__}) is not known to the scorer: '
+        f'operation {node.op!r} in {where} is not known to the scorer: '
         f'say what it costs with {entry}, or FREE.add({node.op!r})'
     )
 
