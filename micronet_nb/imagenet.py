@@ -13,7 +13,7 @@ if __name__ == '__main__' and '__file__' in globals():
     raise SystemExit(micronet_imagenet())  # before PyTorch is loaded
 
 # %% ../nbs/21_imagenet.ipynb #1d4605d3
-import copy, hashlib, os, random, time
+import copy, hashlib, importlib, os, random, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,10 +40,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .activations import quantise_activations
-from .data import holds_bytes, list_images, open_rgb
+from .data import HALVES, holds_bytes, list_images, list_sample, open_rgb
 from .distillation import kd_loss
+from .layers import evaluation_mode
 from .models import create_model
 from .pruning import Pruner, at_least, large_layers, op_sparsity, param_sparsity, plan_rates, prune
+from .released import load_published, published_nets
 from .scoring import score
 from .training import FitConfig, Stopped, _device, _world, evaluate, fit_stage, normalised
 from .weights import quantise_weights
@@ -215,13 +217,15 @@ def transforms(
     train: bool,  # random resized crop and flip; else resize and centre crop
     size: int = 224,  # pixels a side
     resize: int = 256,  # shorter side before the centre crop
+    interpolation: str = 'bicubic',  # timm's word for it
 ):
-    "timm's transforms for ImageNet, bicubic, to uint8 (3, size, size). Recipe of RIAIR."
+    "timm's transforms for ImageNet to uint8 (3, size, size). Recipe of RIAIR."
     from timm.data import create_transform
 
+    how = dict(interpolation=interpolation, normalize=False)
     if train:
-        return create_transform(size, is_training=True, interpolation='bicubic', normalize=False, **AS_RIAIR)
-    return create_transform(size, interpolation='bicubic', normalize=False, crop_pct=size / resize)
+        return create_transform(size, is_training=True, **how, **AS_RIAIR)
+    return create_transform(size, crop_pct=size / resize, **how)
 
 # %% ../nbs/21_imagenet.ipynb #fd9d2d57
 class Pictures(torch.utils.data.Dataset):
@@ -387,14 +391,15 @@ SLIDE_TEACHERS = ('mixnet_s', 'mixnet_m', 'mixnet_l', 'legacy_senet154')
 # %% ../nbs/21_imagenet.ipynb #cadecca6
 def pretrained(
     name: str,  # a timm name
-    weights=None,  # folder that may hold <name>.safetensors, .pth, .pt or .bin
+    weights=None,  # folder that may hold <name>.safetensors, .pth, .pt or .bin, or the file itself
     num_classes: int = 1000,
 ) -> nn.Module:
     "A timm net with its published weights. MicronetError where they are neither in the folder nor to be had."
     model = create_model(name, num_classes)
     config = model.pretrained_cfg
     endings = ('safetensors', 'pth', 'pt', 'bin') if weights else ()
-    files = [Path(weights).expanduser() / f'{name}.{end}' for end in endings]
+    place = Path(weights or '').expanduser()
+    files = [place, *(place / f'{name}.{end}' for end in endings)]
     file = next((f for f in files if f.is_file()), None)
     try:
         if file:
@@ -758,4 +763,203 @@ def run_track(
             _record(rows, track, args, val)
     if leads and rows and not args.untrained:
         print(tables().to_string(na_rep='', float_format='%.2f'))
+    return 0
+
+# %% ../nbs/21_imagenet.ipynb #2a1e0001
+class SampleImages(FolderImages):
+    "One image a class of ImageNet in a folder without class folders, see `list_sample`."
+
+    def __init__(self, root):
+        files = list_sample(root)
+        self.files, self.classes = [str(f) for f in files], [f.stem for f in files]
+        self.labels = np.arange(len(files))
+
+
+class Part:
+    "Some images of a source, as a source."
+
+    def __init__(
+        self,
+        source,  # see `open_images`
+        rows,  # (n,) numbers of its images
+    ):
+        self.source, self.rows = source, [int(i) for i in rows]
+        self.classes, self.labels = source.classes, source.labels[self.rows]
+
+    def name(self, i):
+        return self.source.name(self.rows[i])
+
+    def read(self, rows):
+        return self.source.read([self.rows[i] for i in rows])
+
+# %% ../nbs/21_imagenet.ipynb #2a1e0004
+def _spread(source, n):
+    "At most `n` images of a source, evenly spread; None: all."
+    count = len(source.labels)
+    return source if n is None or n >= count else Part(source, np.arange(n) * count // n)
+
+
+def _halves(source):
+    "Images that calibrate, and those that judge."
+    return tuple(Part(source, np.arange(len(source.labels))[HALVES[half]]) for half in ('calibrate', 'judge'))
+
+
+def real_images(
+    data,  # ImageNet folder, see `open_images`; or folder of the sample, see `list_sample`
+    split: bool,  # are images needed for calibration?
+) -> tuple:  # (what the judging images are, for people; images to calibrate, None where none are needed; to judge)
+    "The images of a folder for one trained net."
+    root = Path(data).expanduser()
+    if root.is_dir() and any(root.glob('n????????_*')):
+        calibrate, judge = _halves(SampleImages(root)) if split else (None, SampleImages(root))
+        return (
+            "a sample of ImageNet's training set, which the net has seen: this is no ImageNet accuracy",
+            calibrate,
+            judge,
+        )
+    judge, calibrate, which = open_images(root, 'val'), None, f'validation images of {data}'
+    if split:
+        try:
+            calibrate = open_images(root, 'train')
+        except MicronetError:
+            calibrate, judge = _halves(judge)
+            which = f'every second of the {which}, the others calibrate'
+    return which, calibrate, judge
+
+# %% ../nbs/21_imagenet.ipynb #2a1e0007
+def wilson(
+    right: int,  # right answers
+    n: int,  # images
+) -> tuple:  # in %, low and high
+    "The 95 % interval of a share."
+    from scipy.stats import binomtest
+
+    low, high = binomtest(right, n).proportion_ci(method='wilson')
+    return 100 * low, 100 * high
+
+
+def view_of(
+    model: nn.Module,  # a timm net
+    size: int = None,  # pixels a side; None: what it was evaluated with
+    resize: int = None,  # shorter side before the centre crop; None: as much larger as it was
+) -> dict:  # size, resize, interpolation, stats
+    "How a timm net is shown an image."
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    size = size or config['input_size'][-1]
+    resize = resize or int(size / config['crop_pct'])
+    return dict(size=size, resize=resize, interpolation=config['interpolation'], stats=(config['mean'], config['std']))
+
+# %% ../nbs/21_imagenet.ipynb #2a1e0009
+def shown(
+    source,  # see `open_images`
+    view: dict,  # see `view_of`
+    workers: int = 0,  # decoding processes
+    device='cpu',
+    batch_size: int = 25,  # images at a time
+):
+    "Yields batches of (normalised images, labels)."
+    pictures = Pictures(source, transforms(False, view['size'], view['resize'], view['interpolation']))
+    rows = np.array_split(np.arange(len(source.labels)), -(-len(source.labels) // batch_size))
+    for x, y in loaded(pictures, [r.tolist() for r in rows], workers, torch.device(device)):
+        yield normalised(x.float() / 255, view['stats']), y
+
+
+@torch.inference_mode()
+def answers(
+    model,  # a module, in any mode; or any function of a batch
+    source,  # see `open_images`
+    view: dict,  # see `view_of`
+    **how,  # of `shown`
+) -> torch.Tensor:  # (n,) int64
+    "The class of the largest logit, image by image."
+    batches, total = shown(source, view, **how), -(-len(source.labels) // how.get('batch_size', 25))
+    with evaluation_mode(model):
+        return torch.cat(
+            [model(x).argmax(1).cpu() for x, _ in progress(batches, 'evaluating', total=total, unit='batch')]
+        )
+
+# %% ../nbs/21_imagenet.ipynb #2a1e0012
+def trained(
+    name: str,  # a timm name
+    weights=None,  # 'package'; a safetensors or .pth file, or a folder with <name>.safetensors; None: the hub
+    num_classes: int = 1000,
+) -> nn.Module:
+    "A timm net with trained weights."
+    if weights == 'package':
+        packages = {entry['timm']: n for n, entry in published_nets('imagenet').items()}
+        if name not in packages:
+            raise MicronetError(f"no package has the weights of {name}: give a file, or one of {', '.join(packages)}")
+        model = load_published(packages[name])
+        if num_classes != model.num_classes:
+            raise MicronetError(f'{name} knows {model.num_classes} classes, the images have {num_classes}: give others')
+        return model
+    if weights == 'random':
+        raise MicronetError(
+            "--weights random: an untrained net's answers mean nothing; give 'package', a file or a folder"
+        )
+    if weights is not None and not Path(weights).expanduser().exists():
+        raise MicronetError(f"--weights {weights} does not exist: give 'package', a file or a folder")
+    return pretrained(name, weights, num_classes).eval()
+
+# %% ../nbs/21_imagenet.ipynb #2a1e0014
+def _front_door():
+    "`compress` of micronet_nb.post_training, loaded where it is asked for."
+    try:
+        return importlib.import_module('micronet_nb.post_training').compress
+    except ModuleNotFoundError as e:
+        if e.name != 'micronet_nb.post_training':
+            raise
+        raise MicronetError(
+            '--compress needs micronet_nb.post_training, which is not installed: leave it out'
+        ) from None
+
+
+def _budget(text):
+    "A number where it is one, else the text."
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _share(name, right, n):
+    "What share of the images is right, on a line."
+    low, high = wilson(right, n)
+    return f'{name}: top-1 {100 * right / n:.2f} % ({right:,} of {n:,}, 95 % interval {low:.1f} to {high:.1f})'
+
+# %% ../nbs/21_imagenet.ipynb #2a1e0016
+def _compressed(args, compress, model, source, view, workers):
+    "The net that `--compress` has made of a trained one."
+    images, labels = (torch.cat(part) for part in zip(*shown(source, view, workers)))
+    made = compress(model.cpu(), images, _budget(args.compress), labels=labels)
+    print(getattr(made, 'report', ''), flush=True)
+    return getattr(made, 'net', made)
+
+
+def run_net(
+    args,  # what the command was told, see `30_cli`
+) -> int:  # exit code
+    "How often one trained net is right on a folder of images, and what compression changes."
+    if args.stage != 'all' or args.untrained:
+        raise MicronetError('--stage and --untrained are of the slides\' rows: leave them out beside --model')
+    if args.limit is not None and args.limit < 1:
+        raise MicronetError(f'--limit {args.limit}: at least one image')
+    compress = None if args.compress is None else _front_door()
+    which, calibrate, judge = real_images(args.data, compress is not None)
+    judge, device = _spread(judge, args.limit), _world().device
+    model = trained(args.model, args.weights, len(judge.classes)).to(device)
+    view = view_of(model, args.size, args.resize)
+    how = dict(workers=default_workers() if args.workers is None else args.workers, device=device)
+    labels, before = torch.from_numpy(judge.labels), answers(model, judge, view, **how)
+    print(f'{_share(args.model, int((before == labels).sum()), len(labels))}; {which}', flush=True)
+    if compress:
+        calibrate = _spread(calibrate, args.calibration or 500)
+        net = _compressed(args, compress, model, calibrate, view, how['workers'])
+        after = answers(net, judge, view, **how | dict(device='cpu'))
+        print(_share(f'{args.model}, {args.compress}', int((after == labels).sum()), len(labels)))
+        lost, won = (int(((a == labels) & (b != labels)).sum()) for a, b in ((before, after), (after, before)))
+        agree = 100 * float((before == after).float().mean())
+        print(f'the two agree on {agree:.2f} % of the images; {lost:,} are right before alone, {won:,} after alone')
     return 0

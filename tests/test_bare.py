@@ -78,6 +78,8 @@ def test_only_checkpoint_and_data_sets_are_looked_for():
         "'no/such.file'",
         "'published.json'",
         "f'cifar100/{f}'",
+        "'imagenet-sample/n01440764_tench.JPEG'",
+        "'fastcore/basics.py'",  # an example of what a package brings
         "w",
         "relative",
         "'m/w.bin'",

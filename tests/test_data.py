@@ -1,6 +1,6 @@
 """Data sets when things go wrong: damaged, missing or changed files, decoding killed or twice at once; CIFAR-100."""
 
-import dataclasses, io, json, os, signal, subprocess, sys, time, types, warnings
+import dataclasses, io, json, os, shutil, signal, subprocess, sys, time, types, warnings
 
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
@@ -18,6 +18,7 @@ from micronet_nb.data import (
     fingerprint,
     has_cifar100,
     held_out,
+    imagenet_sample,
     load_dataset,
     make_splits,
     overlap,
@@ -616,3 +617,66 @@ def test_real_cifar100_with_one_row_changed_is_refused(elsewhere, tmp_path):
     )
     with refused('expected 95ad54b50ebe239b', 'fetch the files again'):
         load_dataset('cifar100', 'test', tmp_path / 'root')
+
+
+# --- the sample of ImageNet
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    "A thousand small pictures, one a class, that show the number of their class; returns the folder that holds them."
+    from timm.data import ImageNetInfo
+
+    root = tmp_path_factory.mktemp('sample')
+    (root / 'imagenet-sample').mkdir()
+    for label, number in enumerate(ImageNetInfo().label_names()):
+        colour = np.full((9, 8, 3), (label % 256, label // 256, 0), dtype=np.uint8)
+        name = f'{number}_{"tench" if label == 0 else "thing"}.JPEG'
+        (root / 'imagenet-sample' / name).write_bytes(png(colour))  # the format is that of the bytes
+    (root / 'imagenet-sample' / 'README.md').write_text('not an image')
+    return root
+
+
+def painted(dataset):
+    "The classes that the pictures show."
+    pixel = dataset.images[:, :, 0, 0].long()
+    return pixel[:, 0] + 256 * pixel[:, 1]
+
+
+def test_sample_has_two_halves_and_the_right_labels(photographs):
+    both, calibrate, judge = (imagenet_sample(s, 7, root=photographs) for s in ('all', 'calibrate', 'judge'))
+    assert [len(d) for d in (both, calibrate, judge)] == [1000, 500, 500]
+    for d in (both, calibrate, judge):
+        assert torch.equal(painted(d), d.labels) and len(d.classes) == 1000 and d.images.shape[1:] == (3, 7, 7)
+    assert not set(calibrate.labels.tolist()) & set(judge.labels.tolist())
+    assert torch.equal(both.labels, torch.arange(1000)) and not (calibrate.labels % 2).any()
+    few = imagenet_sample('judge', 7, n=10, root=photographs)
+    assert len(few) == 10 and torch.equal(painted(few), few.labels) and few.fingerprint != judge.fingerprint
+
+
+@pytest.mark.parametrize('change', ['missing', 'twice', 'strange', 'broken'])
+def test_sample_that_is_not_whole_is_named(photographs, tmp_path, change):
+    folder = shutil.copytree(photographs / 'imagenet-sample', tmp_path / 'imagenet-sample')
+    second = folder / 'n01443537_thing.JPEG'
+    words = dict(
+        missing='has 0 images of class n01443537',
+        twice='has 2 images of class n01443537',
+        strange='has 1 images of class n99999999',
+        broken='n01443537_thing.JPEG is not a readable image',
+    )
+    if change == 'missing':
+        second.unlink()
+    elif change == 'broken':
+        second.write_bytes(second.read_bytes()[:40])
+    else:
+        number = second.name[:9] if change == 'twice' else 'n99999999'
+        shutil.copy(second, folder / f'{number}_other.jpg')
+    with pytest.raises(MicronetError, match=words[change]):
+        imagenet_sample(size=7, root=tmp_path)
+
+
+def test_sample_that_is_not_here_is_never_fetched(monkeypatch):
+    monkeypatch.delenv('MICRONET_OFFLINE')
+    monkeypatch.setattr('urllib.request.urlopen', lambda *a, **k: pytest.fail('fetched'))
+    with pytest.raises(MicronetError, match='get https://github.com/EliSchwartz/imagenet-sample-images and put its'):
+        imagenet_sample()

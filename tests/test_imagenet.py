@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,7 @@ from micronet_nb.imagenet import (
     check_images,
     open_images,
     passes,
+    real_images,
     rgb,
     slide_rows,
     transforms,
@@ -312,3 +314,101 @@ def test_published_rows_are_the_slides():
     pruned, distilled = ("Sparse, large layer >= 50 %",), ("taught by labels", "taught by MixNet-L")
     names = ("Original", *pruned, *distilled, "Sparse_AQ6", "Sparse_AQ7_WQ")
     assert [top1[n] for n in names] == [75.98, 75.56, 74.4, 75.0, 75.51, 75.05]
+
+
+# --- one trained net
+
+LITE = "--model", "tf_efficientnet_lite0", "--size", 32, "--workers", 0
+
+
+@pytest.fixture
+def lite(tmp_path):
+    "Writes weights of lite0 that are always sure of one class; returns the file."
+
+    def write(classes, sure_of, name="lite0.safetensors"):
+        net = timm.create_model("tf_efficientnet_lite0", num_classes=classes)
+        net.classifier.bias.data[sure_of] = 1e6
+        save_file(net.state_dict(), tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def test_a_net_is_judged_on_validation_images(here, lite):
+    code, told, wrong = here(*LITE, "--weights", lite(3, 1))
+    assert code == 0, wrong
+    assert "top-1 33.33 % (4 of 12, 95 % interval 13.8 to 60.9)" in told and "validation images" in told
+    assert "(2 of 6," in here(*LITE, "--weights", lite(3, 1), "--limit", 6)[1]
+
+
+def test_the_sample_is_never_called_imagenet_accuracy(here, lite, tmp_path):
+    (folder := tmp_path / "sample").mkdir()
+    from timm.data import ImageNetInfo
+
+    for number in ImageNetInfo().label_names():
+        Image.new("RGB", (8, 8)).save(folder / f"{number}_thing.png")
+    code, told, wrong = here(*LITE, "--data", folder, "--weights", lite(1000, 250), "--limit", 4)
+    assert code == 0, wrong
+    assert "(1 of 4," in told and "training set, which the net has seen: this is no ImageNet accuracy" in told
+
+
+def test_images_that_calibrate_do_not_judge(folder, tmp_path):
+    import shutil
+
+    _, calibrate, judge = real_images(folder, True)
+    assert calibrate.files == open_images(folder).files and judge.files == open_images(folder, "val").files
+    shutil.copytree(folder / "val", tmp_path / "only" / "val")
+    which, calibrate, judge = real_images(tmp_path / "only", True)
+    names = [{part.name(i) for i in range(len(part.labels))} for part in (calibrate, judge)]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 12 and "every second" in which
+    assert set(judge.labels) == {0, 1, 2} and real_images(tmp_path / "only", False)[1] is None
+
+
+def test_compression_is_judged_beside_the_net(here, lite, monkeypatch):
+    given = {}
+
+    def compress(net, images, budget, labels):
+        given.update(shape=images.shape, budget=budget, labels=labels, low=float(images.min()))
+        other = timm.create_model("tf_efficientnet_lite0", num_classes=3)
+        other.classifier.bias.data[2] = 1e6
+        return types.SimpleNamespace(net=other, report="a report")
+
+    monkeypatch.setitem(sys.modules, "micronet_nb.post_training", types.SimpleNamespace(compress=compress))
+    args = *LITE, "--weights", lite(3, 1), "--calibration", 6
+    code, told, wrong = here(*args, "--compress", "1.5e6")
+    assert code == 0, wrong
+    assert given["shape"] == (6, 3, 32, 32) and given["budget"] == 1.5e6 and -1 <= given["low"] < 0
+    assert given["labels"].tolist() == [0, 0, 1, 1, 2, 2]  # of the training images
+    assert "a report" in told and "agree on 0.00 %" in told and "4 are right before alone, 4 after alone" in told
+    assert here(*args, "--compress", "8-bit")[0] == 0 and given["budget"] == "8-bit"
+    monkeypatch.setitem(sys.modules, "micronet_nb.post_training", None)
+    code, _, wrong = here(*args, "--compress", "8-bit")
+    assert code == 1 and "--compress needs micronet_nb.post_training" in wrong
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--weights", "random"], "an untrained net's answers mean nothing"),
+        (["--weights", "no/such.pth"], "no/such.pth does not exist"),
+        (["--model", "resnet18", "--weights", "package"], "no package has the weights of resnet18"),
+        (["--stage", "prune"], "leave them out beside --model"),
+        (["--limit", "0"], "at least one image"),
+        (["--data", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_mistakes_with_one_net_are_one_line(here, args, words):
+    code, _, wrong = here(*LITE, *args)
+    assert code == 1 and len(wrong.strip().splitlines()) == 1 and words in wrong
+
+
+def test_weights_run_no_code(here, tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"classifier.bias": Evil()}, tmp_path / "evil.pth", pickle_module=pickle)
+    code, _, wrong = here(*LITE, "--weights", tmp_path / "evil.pth")
+    assert code == 1 and "evil.pth does not fit" in wrong and not (tmp_path / "ran").exists()
