@@ -90,6 +90,7 @@ NEEDED = {  # what the numbers depend on, by record
     "22_champion.candidates": {"recipes"},
     "22_champion.reads": {"of", "lowered"},
     **dict.fromkeys(("22_champion.score", "22_champion.accuracy"), {"file", "bytes", "recipe"}),
+    "25_peers.table": {"net", "packages", "calibration", "image_bits", "float_right"},
     "90_benchmarks.speed": {"seconds", "bandwidth", "n_train", "batch_sizes", "images"},
     "21_imagenet.adders": {"model", "weights", "schedule", "input_size"},
     "21_imagenet.speed": {"size", "teacher", "batch"},
