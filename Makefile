@@ -6,6 +6,7 @@ ONLY    =
 SET     =
 FRESH   =
 SCRATCH =
+N       = 50000
 
 BIN  = .venv/bin
 DONE = .venv/.installed
@@ -13,13 +14,14 @@ DONE = .venv/.installed
 ARGS = --profile '$(PROFILE)' --out '$(OUT)' $(if $(strip $(ONLY)),--only '$(ONLY)') $(foreach s,$(SET),--set '$(s)') $(if $(filter-out 0 no,$(FRESH)),--fresh)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test mutants check docs docs-check lab readme export record clean .venv
+.PHONY: help reproduce test mutants fuzz check docs docs-check lab readme export record clean .venv
 
 help:
 	@echo 'make reproduce   run every notebook and make $(OUT)/$(PROFILE)/index.html; killed, the same command continues'
 	@echo '                 PROFILE=embedded|laptop|paper  ONLY=scoring,released  SET="seed=1 n_images=50"  FRESH=1  OUT=folder'
 	@echo 'make test        all checks: generated files in sync, every notebook at embedded, pytest; SCRATCH=folder keeps and reuses what ran'
 	@echo 'make mutants     break the library on purpose, some 150 times, in memory: the tests must notice each time  ONLY="tree dynamic"'
+	@echo 'make fuzz        N=50000 mutations of packed nets, and a tenth as many of stages: refused in one line, or nets like any other'
 	@echo 'make docs        a site of the notebooks as committed, with an API reference: _docs/index.html'
 	@echo 'make docs-check  that site in headless Chromium: no error, no foreign host, nothing wider than a phone'
 	@echo 'make lab         open JupyterLab on nbs/'
@@ -101,6 +103,10 @@ docs-check: docs
 # Not a part of `test`: it asks whether the tests would notice.
 mutants: $(DONE)
 	$(BIN)/python tests/mutants.py $(ONLY)
+
+# The tests try a few hundred of these.
+fuzz: $(DONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/fuzz.py $(N)
 
 clean:
 	rm -rf .venv reports build _docs *.egg-info .pytest_cache .hypothesis

@@ -11,11 +11,13 @@ _MODULE_OF = {
     'published_nets': 'released',
     'load_released': 'released',
     'load_dataset': 'data',
+    'imagenet_sample': 'data',
     # training
     'FitConfig': 'training',
     'fit': 'training',
     'evaluate': 'training',
     'normalised': 'training',
+    'estimate_norms': 'training',
     'kd_loss': 'distillation',
     'AsTeacher': 'distillation',
     'Ensemble': 'distillation',
@@ -36,6 +38,10 @@ _MODULE_OF = {
     'quantise_weights': 'weights',
     'remove_weight_quantisers': 'weights',
     'choose_bits': 'weights',
+    # without training
+    'compress': 'compressing',
+    'photo_crops': 'compressing',
+    'reconstruct': 'post_training',
     # what it costs, and what runs
     'score': 'scoring',
     'lower': 'lowering',
@@ -44,6 +50,10 @@ _MODULE_OF = {
     'pack': 'packing',
     'unpack': 'packing',
     'to_onnx': 'onnx',
+    # nets of one's own
+    'check': 'own_nets',
+    'save_net': 'own_nets',
+    'load_net': 'own_nets',
 }
 
 __all__ = [*_MODULE_OF]

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ActivationQuantiser', 'attach_quantiser', 'activation_quantisers', 'remove_activation_quantisers', 'Sample',
-           'calibrate', 'sample_scale', 'solve_window', 'quantise_activations', 'activation_table']
+           'is_calibrated', 'calibrate', 'sample_scale', 'solve_window', 'spare_scales', 'quantise_activations',
+           'activation_table']
 
 # %% ../nbs/10_activations.ipynb #829caa1e
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
 
-from .core import MicronetError
+from .core import MicronetError, whole
 from fastcore.basics import patch
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from micronet_nb.layers import (
     Reach,
     compressible,
     evaluation_mode,
+    input_batches,
     matching,
     per_layer,
     require_shapes,
@@ -223,15 +225,11 @@ def _observe(sample, x, limit, rng, name):
     sample.windows.clear()
 
 # %% ../nbs/10_activations.ipynb #6f4deb30
-def _images(batches):
-    "Image tensors from a tensor, or from batches with or without labels."
-    for b in [batches] if isinstance(batches, torch.Tensor) else batches:
-        x = b if isinstance(b, torch.Tensor) else b[0]
-        if not x.is_floating_point():
-            raise MicronetError(
-                f'calibration needs images as the model sees them, normalised and floating point, not {x.dtype}'
-            )
-        yield from x.split(250)
+def is_calibrated(
+    batches,  # what was given for images
+) -> bool:
+    "Is it what `calibrate` returns, and not a batch that is a dict?"
+    return isinstance(batches, dict) and all(isinstance(v, Sample) for v in batches.values())
 
 
 def _watch(samples, name, limit, rng):
@@ -252,22 +250,23 @@ def _places(model, before=None):
 @torch.no_grad()
 def calibrate(
     model: nn.Module,  # left as it was; runs in evaluation mode, in full precision
-    batches,  # images as the model sees them: a tensor (n, c, h, w), or an iterable of tensors or of (images, labels)
+    batches,  # images as the model sees them: a tensor (n, c, h, w), a loader, or whatever `image_batches` takes
     limit: int = 2**18,  # values kept a layer
     seed: int = 0,  # of the sample
     before=None,  # types of modules to watch; None: Conv2d and Linear
 ) -> dict:  # layer name to Sample, in the order in which the layers first ran
     "Samples the inputs of every Conv2d and Linear. Slide 'Activation Quantization'."
     require_shapes(model, 'calibration')
+    limit, seed = whole('limit', limit, 1), whole('seed', seed)
     samples, layers, quantisers = {}, _places(model, before), activation_quantisers(model)
-    hooks, device = [], next(model.parameters()).device
+    hooks, device = [], next(model.parameters(), torch.empty(0)).device
     with evaluation_mode(model):
         remove_activation_quantisers(model)
         try:
             for i, (n, m) in enumerate(layers.items()):
                 watch = _watch(samples, n, limit, np.random.default_rng([seed, i]))
                 hooks.append(m.register_forward_pre_hook(watch, with_kwargs=True))
-            for x in _images(batches):
+            for x in input_batches(batches, strict=False):  # NaN is told with the layer that meets it
                 model(x.to(device))
         finally:
             for h in hooks:
@@ -369,7 +368,7 @@ def _spared(patterns):
     return set(patterns)
 
 
-def _spare_scales(model, pattern='*input_quantiser.scale'):
+def spare_scales(model, pattern='*input_quantiser.scale'):
     "Adds the learned scales to what timm's optimizers do not decay."
     if any(q.learn for q in activation_quantisers(model).values()):
         model.no_weight_decay = partial(_spared, {*getattr(model, 'no_weight_decay', set)(), pattern})
@@ -401,7 +400,8 @@ def quantise_activations(
     >>> {name: (q.bits, q.signed) for name, q in quantisers.items()}
     {'0': (8, True), '2': (4, False)}
     """
-    samples = batches if isinstance(batches, dict) else calibrate(model, batches, seed=seed, before=before)
+    first_bits = None if first_bits is None else whole('first_bits', first_bits, 1, 32)
+    samples = batches if is_calibrated(batches) else calibrate(model, batches, seed=seed, before=before)
     places = _places(model, before)
     chosen, widths = matching(places, layers), per_layer(places, bits, noun='widths')
     names = _that_ran([n for n in chosen if n in widths], samples)
@@ -412,7 +412,7 @@ def quantise_activations(
     remove_activation_quantisers(model, [n for n in activation_quantisers(model) if n in plan])
     for n, q in quantisers.items():
         attach_quantiser(model.get_submodule(n), q)
-    _spare_scales(model)
+    spare_scales(model)
     if before is not None:
         return activation_quantisers(model)
     missing = tell_untouched(_unquantised_inputs(model, samples), 'quantise_activations', 3)

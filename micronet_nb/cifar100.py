@@ -33,7 +33,6 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 from .activations import activation_quantisers, quantise_activations, remove_activation_quantisers
 from .data import load_dataset
@@ -46,7 +45,8 @@ from .pruning import Pruner, global_rates, mask_of, op_sparsity, param_sparsity,
 from .released import load_published, published_nets
 from .scoring import ADDERS, LayerSpec, TRACKS, score, trace
 from .sensitivity import measure_sensitivity, plan_from_sensitivity
-from .training import FitConfig, SMALL_STUDIES, Stopped, evaluate, fit_stage, normalised, study_data
+from .training import FitConfig, SMALL_STUDIES, Stopped, estimate_norms, evaluate, fit_stage, normalised
+from .training import study_data
 from micronet_nb.weights import (
     bit_table,
     choose_bits,
@@ -452,7 +452,7 @@ def renew_norms(
     config, device = dict(norms=n), next(net.parameters()).device
 
     def estimate(folder):
-        update_bn([normalised(x.to(device).float() / 255, stats) for x in train.images[:n].split(250)], net)
+        estimate_norms(net, (normalised(x.to(device).float() / 255, stats) for x in train.images[:n].split(250)))
         state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}
         with atomic_path(folder / 'model.safetensors') as tmp:
             save_file(state, tmp)

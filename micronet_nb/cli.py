@@ -534,8 +534,10 @@ def _imagenet_parser():
     p.add_argument(
         '--compress',
         metavar='BUDGET',
-        help='with --model: compress it without training, too; a budget of micronet_nb.post_training.compress',
+        help='with --model: compress it without training, too: 8-bit, 4-bit or study, or bytes=1.3e6, score=0.2, '
+        'disagreement=2, as micronet_nb.compressing.compress takes them',
     )
+    p.add_argument('--file', metavar='FILE', help='with --compress: keep the packed net here')
     p.add_argument('--stage', default='all', choices=[*STAGES, 'check'], help='which rows (default: all)')
     p.add_argument(
         '--teacher',
@@ -572,8 +574,8 @@ def _imagenet_run(args):
 
     if args.model:
         return run_net(args)
-    if args.compress is not None or args.limit is not None:
-        raise MicronetError('--compress and --limit are of one net: name it with --model')
+    if any(given is not None for given in (args.compress, args.limit, args.file)):
+        raise MicronetError('--compress, --file and --limit are of one net: name it with --model')
     for name, default in dict(size=224, resize=256, calibration=250).items():
         if getattr(args, name) is None:
             setattr(args, name, default)

@@ -4,33 +4,35 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'PRESETS', 'BUDGETS', 'Alone', 'option_table', 'allocate', 'interval', 'paired', 'Report', 'Compressed',
-           'compress']
+           'compress', 'photo_crops']
 
-# %% ../nbs/24_compressing.ipynb #be759413
+# %% ../nbs/24_compressing.ipynb #bff02713
 import contextlib, copy, html, math, tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binomtest
+from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
 
-from .activations import _images, _quantiser_for, activation_quantisers, calibrate
+from .activations import _quantiser_for, activation_quantisers, calibrate
 from .activations import quantise_activations, remove_activation_quantisers
 from .core import MicronetError, progress
 from .distillation import kd_loss, kl
-from .layers import compressible, evaluation_mode, per_layer, untouched
+from .layers import compressible, evaluation_mode, input_batches, pairs_of, per_layer, untouched
 from .lowering import lower
 from .packing import pack
 from .post_training import Walk, _grouped, _meet, _moments, reconstruct, solve_layer
 from .pruning import magnitude_mask, put_masks
 from .scoring import LayerSpec, TRACKS, score, trace, weight_storage
 from .sensitivity import Replay
-from .training import fit
+from .training import fit, normalised
 from .weights import choose_bits, remove_weight_quantisers, size_bits
 
 # %% ../nbs/24_compressing.ipynb #cdfa92db
@@ -397,7 +399,7 @@ def _answers_compared(before, after, labels):
     accuracies = dict(before=100 * float(right.float().mean()), after=100 * float(still.float().mean()))
     return agreement, accuracies | paired(right, still)
 
-# %% ../nbs/24_compressing.ipynb #02ad436f
+# %% ../nbs/24_compressing.ipynb #6dc350c4
 def _totals(original, graph, file, input_size, scoring):
     "Score, bytes and operations, before and after."
     before, after = score(original, input_size, **scoring), score(graph, input_size, **scoring)
@@ -421,18 +423,19 @@ def _layer_table(original, new, solved, images, scoring):
     plain = copy.deepcopy(original)
     before, after = score(plain, size, **scoring), score(new, size, **scoring)
     table = solved[['weights']].assign(zeros=solved.zeros / solved.weights, weight_bits=solved.bits)
+    table.attrs = {}
     quantisers, layers = activation_quantisers(new), compressible(new)
     table['input_bits'] = [quantisers[n].bits if n in quantisers else 32 for n in table.index]
     for column in ('bytes', 'operations'):
         table[f'{column}_before'] = _own(before, column).reindex(table.index)
         table[f'{column}_after'] = _own(after, column).reindex(table.index)
     table['decibels'] = -10 * solved.error.clip(lower=1e-12).map(math.log10)
-    alone, shifts = Alone(plain.eval(), images[:32]), solved.attrs['shifts']
+    alone, shifts = Alone(plain.eval(), images[:16]), solved.attrs['shifts']
     change = lambda n: dict(weight=layers[n].weight.detach(), quantiser=quantisers.get(n), shift=shifts[n])
     table['kl'] = [alone.divergence(n, [change(n)])[0] for n in table.index]
     return table
 
-# %% ../nbs/24_compressing.ipynb #44caaffa
+# %% ../nbs/24_compressing.ipynb #eff915dd
 class _Budget:
     "Plans until what comes out keeps a budget."
 
@@ -440,62 +443,72 @@ class _Budget:
         self.make, self.measure, self.table, self.limit = make, measure, table, limit
 
     def price(self, turns=4):
-        "The best net whose measured price is within the limit."
-        best, rest = None, self.table.attrs['rest']
-        for _ in range(turns):
-            self.table.attrs['rest'] = rest
-            plan = allocate(self.table, self.limit)
+        "The dearest net, and what it measures, whose measured price is within the limit; the plan's prices are mended."
+        best, got = None, 0.0
+        for turn in range(turns):
+            try:
+                plan = allocate(self.table, self.limit)
+            except MicronetError:
+                if turn == 0 or best:
+                    break
+                raise
             made = self.make(plan)
             got = self.measure(made)
-            rest += got - plan.cost.sum() - rest
+            self.table.attrs['rest'] = got - float(plan.cost.sum())  # what the plan knows nothing of
             if got <= self.limit and (best is None or got > best[1]):
                 best = made, got
             if 0.98 * self.limit <= got <= self.limit:
                 break
         if best is None:
-            raise MicronetError(f'no plan kept to {self.limit:g} in {turns} turns: the last came out at {got:g}; ask for less')
+            allocate(self.table, self.limit)
+            raise MicronetError(f'no plan keeps to {self.limit:g} in {turns} turns, the last takes {got:g}: allow more')
         return best
 
     def damage(self, turns=5):
-        "The cheapest net that loses no more than the limit."
-        cost = self.table.groupby('layer').cost
-        low, high = cost.min().sum() + self.table.attrs['rest'], cost.max().sum() + self.table.attrs['rest']
-        best = None
+        "The cheapest net of a bisection, and what it loses, that loses no more than the limit."
+        cost, rest = self.table.groupby('layer').cost, self.table.attrs['rest']
+        low, high = cost.min().sum() + rest, 1.01 * (cost.max().sum() + rest)
+        best, budget = None, high
         for turn in range(turns):
-            budget = high if turn == 0 else (low * high) ** 0.5
             made = self.make(allocate(self.table, budget))
             got = self.measure(made)
             if got <= self.limit:
                 best, high = (made, got), budget
             elif turn == 0:
-                raise MicronetError(f'even the widest choices lose {got:g}, and {self.limit:g} were allowed: allow more bits')
+                raise MicronetError(f'the widest choices lose {got:g}, and {self.limit:g} are allowed: give wider ones')
             else:
                 low = budget
+            budget = (low * high) ** 0.5
         return best
 
-# %% ../nbs/24_compressing.ipynb #59ad1bd0
+# %% ../nbs/24_compressing.ipynb #e1cd4f16
 def compress(
     net: nn.Module,  # a trained classifier; left as it is
-    images,  # as the net sees them (n, c, h, w), or batches of such, with labels or without; some hundred
+    images,  # as the net sees them (n, c, h, w), or a loader, tuples or dicts of such, labels or not; some hundred
     budget='8-bit',  # one of PRESETS; or a number for one of BUDGETS: dict(bytes=1e6), dict(score=0.01), dict(disagreement=2)
     labels: torch.Tensor = None,  # (n,) classes of the images: then accuracies are told, too
     fine_tune=None,  # FitConfig of a tuning after it, taught by the net as it was
     data=None,  # (train, valid) for `fine_tune`, as `fit` takes them
     path=None,  # of the packed file; None: one that goes with the answer
-    track: str = 'cifar100',  # of the score
+    track: str = None,  # of the score, see there; None: imagenet for a net of 1000 classes, else cifar100
     held_out: float = 0.25,  # share of the images that are not solved on, but measured on
     quiet: bool = False,  # no progress bars
     **options,  # for `option_table`: rates, weight_widths, input_widths, ...
 ) -> Compressed:
     "Few bits and zeros for a trained net within a budget, from some hundred images."
     preset, name, limit = _asked(budget)
-    images = torch.cat([*_images(images)])
-    images, judged, labels = _halves(images, labels, held_out)
+    if fine_tune and data is None:
+        raise MicronetError('fine_tune needs data=(train, valid), data sets as `fit` takes them')
+    images, judged, labels = _halves(*_collected(images, labels), held_out)
+    if name == 'accuracy_loss' and labels is None:
+        raise MicronetError('a budget of accuracy_loss needs labels=, the classes of the images')
     original = copy.deepcopy(net).eval()
     remove_weight_quantisers(original, restore=True)
     remove_activation_quantisers(original)
     lower(original, images[:2])  # refused now rather than after the work
-    samples, clean, scoring = calibrate(original, images), _logits(original, judged), dict(track=track)
+    samples, clean = calibrate(original, images), _logits(original, judged)
+    track = track or ('imagenet' if clean.shape[1] == 1000 else 'cifar100')
+    scoring = dict(track=track)
     home = tempfile.TemporaryDirectory() if path is None else None
     file = Path(path or Path(home.name) / 'net.safetensors')
 
@@ -504,6 +517,7 @@ def compress(
         if fine_tune:
             _tune(new, original, fine_tune, data, quiet)
         graph = lower(new, images[:4])
+        solved.attrs['predicted'] = float(plan.kl.sum()) if 'kl' in plan else None
         return new, solved, graph, pack(graph, file)
 
     if preset:
@@ -522,11 +536,20 @@ def compress(
         agreement,
         accuracy,
         untouched(new, {n: 'did not run' for n in compressible(new) if n not in samples}),
-        dict(name=name, asked=limit, got=got) if name else {},
+        dict(name=name, asked=limit, got=got, predicted_kl=solved.attrs['predicted']) if name else {},
     )
     return Compressed(new, graph, file, report, home)
 
-# %% ../nbs/24_compressing.ipynb #764c6dd6
+# %% ../nbs/24_compressing.ipynb #6bd1c349
+def _collected(source, labels):
+    "Images as one tensor, and their labels where the caller or the source has them."
+    pairs = [(x, y) for _, x, y in pairs_of(source)]
+    images = torch.cat([*input_batches([x for x, _ in pairs])])
+    if labels is None and pairs and all(isinstance(y, torch.Tensor) for _, y in pairs):
+        labels = torch.cat([y for _, y in pairs])
+    return images, labels if labels is None else torch.as_tensor(labels)
+
+
 def _halves(images, labels, held_out):
     "Images to solve on, images to measure on, and the labels of these: every so manyth is held out."
     if not 0 < held_out < 1:
@@ -551,15 +574,33 @@ def _measured(name, made, judged, clean, labels, track):
     agreement, accuracy = _answers_compared(clean, _logits(graph, judged), labels)
     if name == 'disagreement':
         return 100 - agreement['same']
-    if accuracy is None:
-        raise MicronetError('a budget of accuracy_loss needs labels=, the classes of the images')
     return -accuracy['difference']
 
 
 def _tune(new, original, config, data, quiet):
     "Distilled tuning."
-    if data is None:
-        raise MicronetError('fine_tune needs data=(train, valid), data sets as `fit` takes them')
     stats = getattr(original, 'input_stats', None)
     fit(new, data, config, teacher=original, loss=kd_loss('teacher||student'), stats=stats, quiet=quiet)
     new.eval()
+
+# %% ../nbs/24_compressing.ipynb #314d45fb
+def photo_crops(
+    net: nn.Module,  # how it wants its pixels: `input_stats` and, of timm, `default_cfg`
+    n: int = 64,  # crops
+    size: int = None,  # pixels a side; None: as timm says, else 224
+    seed: int = 0,  # of their places
+) -> torch.Tensor:  # (n, 3, size, size) float32, normalised
+    "Random crops of scikit-learn's two photographs: images to try `compress` on, where there are no others."
+    config = getattr(net, 'default_cfg', None) or {}
+    mean, std = getattr(net, 'input_stats', None) or (config.get('mean', (0.5,) * 3), config.get('std', (0.5,) * 3))
+    size = size or config.get('input_size', (3, 224, 224))[-1]
+    photos = [torch.from_numpy(p).movedim(2, 0).float() / 255 for p in load_sample_images().images]
+    rng, crops = np.random.default_rng(seed), []
+    for i in range(n):
+        photo = photos[i % len(photos)]
+        side = int(min(photo.shape[1:]) * rng.uniform(0.2, 1.0))
+        top, left = (int(rng.integers(0, full - side + 1)) for full in photo.shape[1:])
+        crop = photo[:, top : top + side, left : left + side]
+        crops.append(crop.flip(2) if rng.integers(2) else crop)
+    resized = [F.interpolate(c[None], (size, size), mode='bilinear', antialias=True, align_corners=False) for c in crops]
+    return normalised(torch.cat(resized), (mean, std))

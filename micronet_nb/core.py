@@ -7,14 +7,16 @@ __all__ = ['MicronetError', 'get_profile', 'check_parameters', 'fetch', 'stage_f
            'published', 'released_schedule', 'released_figures', 'compare', 'finish']
 
 # %% ../nbs/00_core.ipynb #929a8d51
-import ast, contextlib, errno, hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, re, shutil
+import ast, contextlib, errno, hashlib, importlib, importlib.metadata, importlib.util, json, math, os, platform, re
+import shutil
 import subprocess
 import sys, threading, time, warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from numbers import Integral, Real
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 # tqdm's, in a kernel without widgets: `progress` needs none
 warnings.filterwarnings('ignore', message='IProgress not found')
@@ -22,6 +24,30 @@ warnings.filterwarnings('ignore', message='IProgress not found')
 # %% ../nbs/00_core.ipynb #72147ec7
 class MicronetError(ValueError):
     "A mistake that the user can mend: the message names the value and the remedy."
+
+# %% ../nbs/00_core.ipynb #5caf9824
+def whole(
+    name: str,  # of the parameter
+    value,  # that was given
+    low: int = 0,  # least that it may be
+    high: float = math.inf,  # most that it may be
+) -> int:
+    "A whole number of a range, numpy's among them, as Python's own."
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        most = f' to {high}' if high < math.inf else ' on'
+        raise MicronetError(f'{name}={value!r}: a whole number from {low}{most} belongs there')
+    return int(value)
+
+
+def number(
+    name: str,  # of the parameter
+    value,  # that was given
+    low: float = 0.0,  # least that it may be
+) -> float:
+    "A finite number, as Python's own."
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value < math.inf:
+        raise MicronetError(f'{name}={value!r}: a finite number from {low} on belongs there')
+    return float(value)
 
 # %% ../nbs/00_core.ipynb #196511e7
 @dataclass(frozen=True)
@@ -373,25 +399,33 @@ def sha256(
         return hashlib.sha256(f.read()).hexdigest()
 
 # %% ../nbs/00_core.ipynb #c79d386e
+_TOP = 'done.json', 'pieces.json', 'checkpoints', 'run.json'  # of a stage's or checkpoint's folder: not among its files
+
+
+def _names_in(folder):
+    "The relative path of every file in a folder; hidden ones, and what tells of the others, are left out."
+    names = (f.relative_to(folder) for f in sorted(Path(folder).rglob('*')) if f.is_file())
+    return [n for n in names if n.parts[0] not in _TOP and not any(part.startswith('.') for part in n.parts)]
+
+
 def files_of(
     folder,  # of a stage or a checkpoint
-    other=(),  # names at its top that are left out
 ) -> dict:  # relative path to SHA-256
     "Every file in a folder; hidden ones are left out."
-    names = (f.relative_to(folder) for f in sorted(Path(folder).rglob('*')) if f.is_file())
-    kept = [n for n in names if n.parts[0] not in other and not any(part.startswith('.') for part in n.parts)]
-    return {n.as_posix(): sha256(Path(folder) / n) for n in kept}
+    return {n.as_posix(): sha256(Path(folder) / n) for n in _names_in(folder)}
 
 
 def check_files(
     folder,  # of a stage or a checkpoint
     files: dict,  # as `files_of` has given them
 ):
-    "Refuses a folder in which one of these files is missing or has other bytes."
+    "Refuses a folder in which one of these files is missing or has other bytes; a file more is told of, and not read."
     for name, digest in files.items():
         if not isinstance(digest, str) or Path(name).is_absolute() or '..' in Path(name).parts:
             raise MicronetError(f'{folder} names {name!r} among its files: remove {folder} and run again')
         read_bytes(Path(folder) / name, digest)
+    if files and (more := [n.as_posix() for n in _names_in(folder) if n.as_posix() not in files]):
+        warnings.warn(f'{folder} holds {more[0]}, which was not stored with it: it is ignored', stacklevel=2)
 
 
 def remove_parts(
@@ -446,6 +480,23 @@ def _download(
             problem = f'its SHA-256 is {got[:12]}, not {digest[:12]}'
             raise MicronetError(f'{url} is not what was expected: {problem}. {remedy}')
 
+# %% ../nbs/00_core.ipynb #bcd0507c
+@contextlib.contextmanager
+def locked(
+    path,  # the lock's file; its folder is made where missing
+):
+    "Waits until nobody else holds the lock, and holds it; the system lets it go where the holder is killed."
+    make_folder(Path(path).parent)
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except OSError as e:
+        raise MicronetError(f'cannot lock {path}: {e.strerror}; choose a folder that you may write to') from e
+    try:
+        yield
+    finally:
+        lock.release()
+
 # %% ../nbs/00_core.ipynb #6fd93472
 def fetch(
     relative: str,  # such as 'riair/densenet-100.pth.tar': its place below a data folder
@@ -461,12 +512,51 @@ def fetch(
             raise MicronetError(
                 f'{relative} is missing and MICRONET_OFFLINE is set: put it at {path} or in MICRONET_DATA (from {url})'
             )
-        _download(url, path, digest)
+        with locked(path.with_name(f'.{path.name}.lock')):
+            for part in path.parent.glob(f'.{path.name}.*.part'):  # of downloads that were killed
+                part.unlink(missing_ok=True)
+            if not path.is_file():  # nobody was faster
+                _download(url, path, digest)
     if (got := sha256(path)) != digest:
         raise MicronetError(
             f'{path} has SHA-256 {got[:12]}, not {digest[:12]}: truncated or another file; remove it and run again'
         )
     return path
+
+# %% ../nbs/00_core.ipynb #2b8213b1
+MOST_BYTES_OF_WEIGHTS = 2**33  # of a published net
+
+
+@contextlib.contextmanager
+def bounded(
+    what: str,  # is downloaded by somebody else's code, for the error
+    most: int = None,  # bytes of a file; None: MOST_BYTES
+):
+    "The system lets no file grow beyond that in the block, whoever writes it; Windows has no such limit."
+    try:
+        import resource
+    except ImportError:
+        yield
+        return
+    most = most or MOST_BYTES
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = most if soft == resource.RLIM_INFINITY else min(most, soft)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    except Exception as e:
+        if not _too_large(e):
+            raise
+        raise MicronetError(f'{what} is not what was expected: it has more than {limit:,} bytes') from e
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _too_large(e):
+    "Whether the system's word for a file beyond its limit is among an error's causes."
+    while e is not None and getattr(e, 'errno', None) != errno.EFBIG:
+        e = e.__cause__ or e.__context__
+    return e is not None
 
 # %% ../nbs/00_core.ipynb #5dc57c2f
 _PACKAGES = ('torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'pandas', 'scikit-learn', 'onnxruntime')
@@ -585,31 +675,20 @@ _seen = {}  # folder's name to the stage's upstream keys and its making: all tha
 _DONE = dict(config=object, upstream=list, version=int, result=object, made=(dict, type(None)), files=dict)
 
 
-def _stored_result(done):
-    "A stored stage's result, its files checked; that it was read is noted, for `record`."
+def _checked(done):
+    "What a stage has kept of itself, its files checked."
     stored = read_sealed(done, _DONE)
     if 'result' not in stored:
         raise MicronetError(f'{done} has no result: remove {done.parent} and run again')
     check_files(done.parent, stored.get('files', {}))
+    return stored
+
+
+def _stored_result(done):
+    "A stored stage's result; that it was read is noted, for `record`."
+    stored = _checked(done)
     _seen[done.parent.name] = {k: stored.get(k) for k in ('upstream', 'made')}
     return stored['result']
-
-# %% ../nbs/00_core.ipynb #bcd0507c
-@contextlib.contextmanager
-def locked(
-    path,  # the lock's file; its folder is made where missing
-):
-    "Waits until nobody else holds the lock, and holds it; the system lets it go where the holder is killed."
-    make_folder(Path(path).parent)
-    lock = FileLock(path)
-    try:
-        lock.acquire()
-    except OSError as e:
-        raise MicronetError(f'cannot lock {path}: {e.strerror}; choose a folder that you may write to') from e
-    try:
-        yield
-    finally:
-        lock.release()
 
 # %% ../nbs/00_core.ipynb #6c7d5a65
 def stage_folder(
@@ -648,10 +727,34 @@ def stage(
             with _piece(folder, device) as pieces:
                 result = run(folder)
             kept = dict(config=config, upstream=list(upstream), version=version, result=result, made=_summary(pieces))
-            files = files_of(folder, ('done.json', 'pieces.json', 'checkpoints'))
+            files = files_of(folder)
             write_json(done, sealed(kept | dict(files=files)))
             (folder / 'pieces.json').unlink(missing_ok=True)
         return _stored_result(done)
+
+# %% ../nbs/00_core.ipynb #4baa9c9a
+def _sweep(lock, folder):
+    "Removes what killed runs have left in a folder, where nobody holds its lock."
+    if not any(Path(folder).rglob('.*.part')):
+        return
+    try:
+        with FileLock(lock, timeout=0):
+            remove_parts(folder)
+    except (Timeout, OSError):
+        pass  # whoever writes there sweeps by himself; where nobody may write, nobody reads a part either
+
+
+def check_store(
+    root=None,  # folder of all stages; default `runs_dir()/'stages'`
+    decoded=None,  # folder of the decoded data sets; default that of the cache
+):
+    "Before a long run: removes what killed ones have left, and refuses the first stage that is damaged."
+    decoded = Path(decoded or cache_dir() / 'decoded')
+    _sweep(decoded.with_name(f'{decoded.name}-lock'), decoded)
+    for folder in sorted(p for p in Path(root or runs_dir() / 'stages').glob('*') if p.is_dir()):
+        _sweep(folder / '.lock', folder)
+        if (folder / 'done.json').exists():
+            _checked(folder / 'done.json')
 
 # %% ../nbs/00_core.ipynb #4b5e43d3
 def _plain(v):

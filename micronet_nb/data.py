@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import MicronetError, atomic_path, cache_dir, config_key, find_file, offline, progress
+from .core import MicronetError, atomic_path, bounded, cache_dir, config_key, find_file, offline, progress
 from .core import locked, read_sealed, remove_parts, sealed, write_json
 
 # %% ../nbs/01_data.ipynb #7069c1e4
@@ -539,7 +539,8 @@ def _hub(source, relative):
         from huggingface_hub import hf_hub_download
 
         logger.setLevel(logging.ERROR)  # the first import has set it
-        return Path(hf_hub_download(source.repo, relative, repo_type='dataset', local_dir=cache_dir()))
+        with bounded(relative):
+            return Path(hf_hub_download(source.repo, relative, repo_type='dataset', local_dir=cache_dir()))
     except Exception as e:  # the hub's own classes, those of two HTTP libraries, and the disk's
         reason = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
         remedy = f'Check the network, or fetch it by hand and put it at {cache_dir() / relative} or below MICRONET_DATA'
@@ -807,7 +808,7 @@ def check_stats(
 ) -> tuple:  # the same
     "Refuses what pixels cannot be normalised by: a deviation of 0 makes NaN of them."
     try:
-        mean, std = ([float(v) for v in part] for part in stats)
+        mean, std = ([float(v) for v in part if not isinstance(v, str)] for part in stats)
         fine = len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
     except (TypeError, ValueError):
         fine = False

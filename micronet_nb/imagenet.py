@@ -905,23 +905,24 @@ def trained(
 
 # %% ../nbs/21_imagenet.ipynb #2a1e0014
 def _front_door():
-    "`compress` of micronet_nb.post_training, loaded where it is asked for."
+    "`compress` of micronet_nb.compressing, loaded where it is asked for."
     try:
-        return importlib.import_module('micronet_nb.post_training').compress
+        return importlib.import_module('micronet_nb.compressing').compress
     except ModuleNotFoundError as e:
-        if e.name != 'micronet_nb.post_training':
+        if e.name != 'micronet_nb.compressing':
             raise
-        raise MicronetError(
-            '--compress needs micronet_nb.post_training, which is not installed: leave it out'
-        ) from None
+        raise MicronetError('--compress needs micronet_nb.compressing, which is not installed: leave it out') from None
 
 
 def _budget(text):
-    "A number where it is one, else the text."
-    try:
-        return float(text)
-    except ValueError:
+    "'bytes=1.3e6' as `compress` takes it; the name of a preset as it is."
+    name, equals, number = text.partition('=')
+    if not equals:
         return text
+    try:
+        return {name: float(number)}
+    except ValueError:
+        raise MicronetError(f'--compress {text}: a number belongs behind the equals sign') from None
 
 
 def _share(name, right, n):
@@ -933,9 +934,9 @@ def _share(name, right, n):
 def _compressed(args, compress, model, source, view, workers):
     "The net that `--compress` has made of a trained one."
     images, labels = (torch.cat(part) for part in zip(*shown(source, view, workers)))
-    made = compress(model.cpu(), images, _budget(args.compress), labels=labels)
-    print(getattr(made, 'report', ''), flush=True)
-    return getattr(made, 'net', made)
+    made = compress(model.cpu(), images, _budget(args.compress), labels=labels, path=args.file, track='imagenet')
+    print(made.report, flush=True)
+    return made.net
 
 
 def run_net(
@@ -946,6 +947,8 @@ def run_net(
         raise MicronetError('--stage and --untrained are of the slides\' rows: leave them out beside --model')
     if args.limit is not None and args.limit < 1:
         raise MicronetError(f'--limit {args.limit}: at least one image')
+    if args.file is not None and args.compress is None:
+        raise MicronetError(f'--file {args.file} is for what --compress makes: give both, or neither')
     compress = None if args.compress is None else _front_door()
     which, calibrate, judge = real_images(args.data, compress is not None)
     judge, device = _spread(judge, args.limit), _world().device

@@ -34,6 +34,7 @@ from micronet_nb.integer import (
     module_of,
     tensors_in,
 )
+from .layers import first_inputs, layer_class
 
 # %% ../nbs/13_lowering.ipynb #06e5b915
 class Recorder(TorchFunctionMode):
@@ -70,7 +71,7 @@ class Recorder(TorchFunctionMode):
 
 def _place(layer, module):
     "A module for an error: its name and its class."
-    return f'module {layer!r} ({type(module).__name__})' if layer else type(module).__name__
+    return f'module {layer!r} ({layer_class(module)})' if layer else layer_class(module)
 
 # %% ../nbs/13_lowering.ipynb #24686780
 def _slices_of_split(add, args, kwargs, outs):
@@ -263,8 +264,14 @@ def capture(
 ) -> tuple:  # (fx.Graph, output of the model)
     "All that a net does with an example, as a graph; a net that is not one tensor to one tensor is refused."
     check_plain(model)
-    recorder, name = Recorder(model, example), type(model).__name__
+    recorder = Recorder(model, example)
     out = _recorded_run(model, example, recorder)
+    _set_output(recorder, out, type(model).__name__)
+    return recorder.graph, out
+
+
+def _set_output(recorder, out, name):
+    "Ends a recorded graph with what the model has returned."
     if not isinstance(out, torch.Tensor):
         raise MicronetError(
             f'{name} returns a {type(out).__name__}: only nets that return one tensor can be lowered; '
@@ -273,7 +280,6 @@ def capture(
     if id(out) not in recorder.nodes:
         raise MicronetError(f'what {name} returns was not seen to come from its input: of a scripted function, perhaps')
     recorder.graph.output(recorder.nodes[id(out)])
-    return recorder.graph, out
 
 # %% ../nbs/13_lowering.ipynb #4ebebd97
 @dataclass(eq=False)
@@ -371,6 +377,14 @@ def _refuse(node, why=''):
     raise MicronetError(f"{node.meta['op']!r} in {place} cannot be lowered{why and ': '}{why}")
 
 # %% ../nbs/13_lowering.ipynb #76ba8e69
+def _value_of(low, node):
+    "What the rule of a recorded node makes of it."
+    op = node.meta['op']
+    if op not in RULES:
+        _refuse(node, f'no rule is known for it; add one with @rule({op!r}) of micronet_nb.lowering')
+    return RULES[op](low, node)
+
+
 def _build(recorded):
     "A GraphModule from a recorded graph, node by node."
     low = Lowering()
@@ -380,10 +394,7 @@ def _build(recorded):
         elif node.op == 'output':
             low.graph.output(low.plain(low.values[node.args[0]]))
         else:
-            op = node.meta['op']
-            if op not in RULES:
-                _refuse(node, f'no rule is known for it; add one with @rule({op!r}) of micronet_nb.lowering')
-            low.values[node] = RULES[op](low, node)
+            low.values[node] = _value_of(low, node)
     graph = fx.GraphModule(low.modules, low.graph, 'Lowered').eval()
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
@@ -1075,7 +1086,7 @@ def _check_example(example):
 @torch.no_grad()
 def lower(
     model: nn.Module,  # masked, quantised, both in part or not at all; left as it was
-    example: torch.Tensor,  # (n, ...) input of the net, normalised
+    example,  # input of the net (n, ...), normalised; or a loader, or whatever `image_batches` takes: its first 8
     scales: torch.dtype = torch.float16,  # of scales and biases: torch.float16, float32 or float64
 ) -> fx.GraphModule:  # on the CPU; meta['input_size'] is the shape of one input
     """A graph of integer modules; its float64 answer is the model's on the example, else an error says what cannot be.
@@ -1087,6 +1098,7 @@ def lower(
     """
     if scales not in (torch.float16, torch.float32, torch.float64):
         raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
+    example = first_inputs(example)
     _check_example(example)
     x = example.detach().cpu().double()
     recorded, expected = capture(_copied(model), torch.cat([x, x]) if len(x) == 1 else x)
@@ -1097,3 +1109,61 @@ def lower(
     _verify(run.run(x), expected[: len(x)])
     graph.meta['input_size'] = tuple(x.shape[1:])
     return _round(graph, x, run.largest, scales)
+
+# %% ../nbs/13_lowering.ipynb #1e15684c
+class _Survey(Recorder):
+    "A recorder that writes down what it refuses, and goes on."
+
+    def __init__(self, model, x):
+        super().__init__(model, x)
+        self.refused = []
+
+    def on_call(self, func, args, kwargs, out):
+        try:
+            super().on_call(func, args, kwargs, out)
+        except MicronetError as e:
+            self.stand_in(e, out)
+
+    def stand_in(self, error, out):
+        self.refused.append(str(error))
+        for t in tensors_in(out):
+            node = self.graph.call_function(_refuse)
+            node.meta.update(op='refused')
+            self.set_node(t, node)
+
+
+def _surveyed(low, node, refused):
+    "The value of a recorded node, or one that stands in for it; what its rule refuses is written down."
+    if node.op != 'placeholder' and node.meta['op'] != 'refused':
+        try:
+            return _value_of(low, node)
+        except MicronetError as e:
+            refused.append(str(e))
+        except Exception:  # of what stands in for something: what it would refuse is not known
+            pass
+    return Value(low.graph.placeholder('x'))
+
+
+@torch.no_grad()
+def refusals(
+    model: nn.Module,  # any model; left as it was
+    example,  # see `lower`
+) -> list:  # of sentences
+    "All that `lower` refuses of a net while it reads it; what it finds by running the result comes after that."
+    x = first_inputs(example)
+    _check_example(x)
+    x, refused = x.detach().cpu().double(), []
+    try:
+        net = _copied(model)
+        recorder = _Survey(net, torch.cat([x, x]) if len(x) == 1 else x)
+        refused = recorder.refused
+        out = _recorded_run(net, x if len(x) > 1 else torch.cat([x, x]), recorder)
+        _set_output(recorder, out, type(net).__name__)
+    except MicronetError as e:
+        refused.append(str(e))
+        return list(dict.fromkeys(refused))
+    low = Lowering()
+    for node in recorder.graph.nodes:
+        if node.op != 'output':
+            low.values[node] = _surveyed(low, node, refused)
+    return list(dict.fromkeys(refused))

@@ -6,10 +6,12 @@
 __all__ = ['num_params', 'densenet_bc', 'wrn', 'create_model']
 
 # %% ../nbs/02_models.ipynb #f9917b2d
+import contextlib
+
 import torch
 from torch import nn
 
-from .core import MicronetError
+from .core import MOST_BYTES_OF_WEIGHTS, MicronetError, bounded, whole
 
 # %% ../nbs/02_models.ipynb #ccbcd02f
 def num_params(
@@ -127,6 +129,7 @@ def create_model(
     >>> create_model('densenet_bc_22_12', num_classes=10)(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 10])
     """
+    num_classes = whole('num_classes', num_classes)
     for make, prefix in ((densenet_bc, 'densenet_bc_'), (wrn, 'wrn_')):
         if name.startswith(prefix):
             return _sized(make, name[len(prefix) :], name, num_classes)
@@ -134,5 +137,6 @@ def create_model(
 
     if not timm.is_model(name):
         raise MicronetError(f'no model {name!r}; {_near(name)}')
-    model = timm.create_model(name, num_classes=num_classes, pretrained=pretrained)
+    with bounded(f'the published {name}', MOST_BYTES_OF_WEIGHTS) if pretrained else contextlib.nullcontext():
+        model = timm.create_model(name, num_classes=num_classes, pretrained=pretrained)
     return small_stem(model) if small else model

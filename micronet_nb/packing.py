@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .data import normalise
@@ -432,12 +433,19 @@ def decode_argument(
     raise MicronetError(f'{str(value)[:60]} cannot be an argument in a packed file')
 
 # %% ../nbs/17_packing.ipynb #c989260b
+LONGEST = 300  # letters of a name
+
+
 def check_name(
     name,  # of a module or a constant
     identifier: bool = False,  # of a node, an input or an argument: no dots
 ) -> str:
     "The name, MicronetError where it is not a plain one."
-    good = isinstance(name, str) and re.fullmatch(r'\w+' if identifier else r'\w+(\.\w+)*', name, re.ASCII)
+    good = (
+        isinstance(name, str)
+        and len(name) <= LONGEST
+        and re.fullmatch(r'\w+' if identifier else r'\w+(\.\w+)*', name, re.ASCII)
+    )
     if good and identifier:
         good = name.isidentifier() and not keyword.iskeyword(name)
     elif good:
@@ -968,7 +976,7 @@ def _module(name, kind, streams, tensors_read, rows):
 
 # %% ../nbs/17_packing.ipynb #ffe5edc7
 NUMBERS = 10**8  # that one value of a net may have, for one input
-PIECES = 2**16  # that a tensor may be split into
+PIECES = 2**14  # that tensors may be split into, all together
 
 
 class _Sizes(fx.Interpreter):
@@ -976,7 +984,7 @@ class _Sizes(fx.Interpreter):
 
     def __init__(self, graph):
         super().__init__(graph)
-        self.extra_traceback = False
+        self.extra_traceback, self.pieces = False, 0
 
     def call_module(self, target, args, kwargs):
         module = self.fetch_attr(target)
@@ -991,6 +999,9 @@ class _Sizes(fx.Interpreter):
         if getattr(n.target, '__name__', n.target) in ('chunk', 'split') and max(args[0].shape, default=0) > PIECES:
             raise MicronetError(f'{n.name} splits a tensor that is longer than {PIECES:,}')
         value = super().run_node(n)
+        self.pieces += len(value) if isinstance(value, (tuple, list)) and n.op != 'output' else 0
+        if self.pieces > PIECES:
+            raise MicronetError(f'{n.name} is one of those that split tensors into more than {PIECES:,} pieces')
         most = max((t.numel() for t in tree_leaves(value) if isinstance(t, torch.Tensor)), default=0)
         if most > NUMBERS:
             raise MicronetError(
@@ -999,29 +1010,66 @@ class _Sizes(fx.Interpreter):
         return value
 
 
+class _Origin(TorchDispatchMode):
+    "Notes which tensors an operation has made of an image."
+
+    def __init__(self, image):
+        super().__init__()
+        self.held, self.known, self.made = [image], {id(image)}, set()  # held: so that no id is given twice
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(id(v) in self.known for v in tree_leaves([args, kwargs])):
+            tensors = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
+            self.held += tensors
+            self.made |= {id(t) for t in tensors}
+            self.known |= self.made
+        return out
+
+
 @torch.no_grad()
 def check_size(
     graph: fx.GraphModule,  # of a file
     input_size,  # (channels, height, width)
 ):
-    "Refuses a graph that does not run on an input of this size, or that makes too much of it."
+    "Refuses a graph that does not run on an input of this size, makes too much of it, or nothing that depends on it."
     if math.prod(input_size) > NUMBERS:
         raise MicronetError(f'an input of {input_size} has more numbers than the {NUMBERS:,} that are tried')
     dtype = next((t.dtype for t in (*graph.parameters(), *graph.buffers()) if t.is_floating_point()), torch.float32)
+    origin = _Origin(image := torch.empty(1, *input_size, dtype=dtype, device='meta'))
     try:
-        _Sizes(graph).run(torch.empty(1, *input_size, dtype=dtype, device='meta'))
+        with origin:
+            out = _Sizes(graph).run(image)
     except Exception as e:  # a forged graph can fail anywhere
         reason = (str(e).splitlines() or ['?'])[0][:200]
         raise MicronetError(
             f"it does not run on an input of {'x'.join(map(str, input_size))}, which it is said to take ({reason})"
         ) from e
+    if origin.made.isdisjoint(map(id, tree_leaves(out))):
+        raise MicronetError('what it gives does not depend on its input, or is the input: there is nothing to run')
 
 # %% ../nbs/17_packing.ipynb #39eedf0f
 PARTS = 10_000  # nodes, constants and levels of modules' names, all together
+VALUES = 20 * PARTS  # numbers, texts, lists and tables that its structure is made of
+DIMENSIONS = 8  # of a constant
+
+
+def _count(value):
+    "The values in nested lists and tables; it stops where there are too many."
+    todo, n = [value], 0
+    while todo and n <= VALUES:
+        n, value = n + 1, todo.pop()
+        if isinstance(value, (list, dict)):
+            todo += value.values() if isinstance(value, dict) else value
+    return n
 
 
 def _check_length(s):
     "Lists of a length that a net may have."
+    if _count(s) > VALUES:
+        raise MicronetError(f'its structure has more than {VALUES:,} values, which a packed file has not')
+    if any(len(shape) > DIMENSIONS for _, shape, _ in s['constants']):
+        raise MicronetError(f'a constant of more than {DIMENSIONS} dimensions')
     names = [name for name, _ in s['modules']]
     parts = len(s['nodes']) + len(s['constants']) + sum(1 + check_name(n).count('.') for n in names)
     if parts > PARTS:
@@ -1042,8 +1090,8 @@ def _check_names(s):
         raise MicronetError(f'{min({*names} & {*constants})} is a module and a constant')
 
 # %% ../nbs/17_packing.ipynb #95dcbdd6
-def _build(tensors):
-    "The graph in a file's tensors, and a row for each of its tensors."
+def _build(tensors, input_size=None):
+    "The graph in a file's tensors, and a row for each of its tensors; tried on the sizes that it or the caller names."
     structure, streams = _expand(tensors.pop('graph')), Streams(tensors)
     _check_length(structure)
     graph = _graph(structure)
@@ -1060,9 +1108,9 @@ def _build(tensors):
     check_flow(graph, parts)
     net = fx.GraphModule(parts, graph).eval()
     net.meta['about'] = about = check_about(structure['about'])
-    if 'input_size' in about:
-        check_size(net, about['input_size'])
-        net.meta['input_size'] = tuple(about['input_size'])
+    for size in filter(None, (about.get('input_size'), input_size)):
+        check_size(net, size)
+        net.meta['input_size'] = tuple(size)
     return net, rows
 
 
@@ -1078,11 +1126,12 @@ def _graph(structure):
     return graph
 
 # %% ../nbs/17_packing.ipynb #71d7c8fb
-def _open(path):
+def _open(path, input_size=None):
     "The net in a file, and a row a tensor."
+    check_about({} if input_size is None else dict(input_size=input_size))
     tensors = unseal(path)
     try:
-        return _build(tensors)
+        return _build(tensors, input_size)
     except MicronetError as e:
         raise MicronetError(f'{path} cannot be unpacked: {e}') from e
     except Exception as e:  # a forged structure can fail anywhere
@@ -1094,15 +1143,18 @@ def _open(path):
 # %% ../nbs/17_packing.ipynb #45c93748
 def unpack(
     path,  # made by `pack`
+    input_size: tuple = None,  # (channels, height, width) of what it will be given; None: as the file says
 ) -> fx.GraphModule:
     """The net of a packed file, in evaluation mode; `meta['about']` is what `pack` was told.
+
+    It runs on inputs of the size that the file or the call names; where neither does, nobody has tried.
 
     >>> from tempfile import mkdtemp
     >>> graph, x = lower(torch.nn.Sequential(torch.nn.Linear(8, 2)), torch.randn(4, 8)), torch.randn(4, 8)
     >>> unpack(pack(graph, mkdtemp() + '/net.safetensors'))(x).equal(graph(x))
     True
     """
-    return _open(path)[0]
+    return _open(path, input_size)[0]
 
 # %% ../nbs/17_packing.ipynb #4e00e670
 def _example(graph, about):
@@ -1238,7 +1290,7 @@ def bill(
     accounting: str = None,  # convention to charge by; None: as the file says, else official
 ) -> pd.DataFrame:  # a row per module with tensors: stored and charged bytes
     "Bytes in the file beside those of the corrected score (4 a number); `why` explains a difference of a byte or more."
-    net, rows = _open(path)
+    net, rows = _open(path, input_size)
     about = net.meta['about']
     input_size, accounting = input_size or about.get('input_size'), accounting or about.get('accounting', 'official')
     if input_size is None:

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'columns', 'Moments', 'Grid', 'second_order', 'descend', 'learn_rounding', 'Solved', 'solve_layer', 'Walk',
            'reconstruct']
 
-# %% ../nbs/23_post_training.ipynb #5405afd6
+# %% ../nbs/23_post_training.ipynb #87c20845
 import copy, hashlib, threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,15 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from .activations import _images, remove_activation_quantisers
+from .activations import remove_activation_quantisers
 from .core import MicronetError, atomic_path, make_folder, progress
 from .layers import compressible, computes_otherwise, dense_weight, evaluation_mode
+from .layers import input_batches, require_shapes, tell_untouched, untouched
 from .pruning import mask_of, plan_rates, put_masks
 from .quantisers import grid, solve_scales
 from .weights import WeightQuantiser, plan_bits, remove_weight_quantisers
 
-# %% ../nbs/23_post_training.ipynb #d0313062
+# %% ../nbs/23_post_training.ipynb #fde804fa
 def _pair(v):
     return (v, v) if isinstance(v, int) else tuple(v)
 
@@ -62,11 +63,11 @@ def columns(
     h, w = ((s - d * (k - 1) - 1) // t + 1 for s, k, d, t in zip(size, kernel, (dh, dw), (sh, sw)))
     a, b, i, j = x.stride()
     view = x.as_strided((n, c, *kernel, h, w), (a, b, i * dh, j * dw, i * sh, j * sw))
-    at = torch.randperm(h * w, generator=torch.Generator().manual_seed(seed))[:limit]
+    at = torch.randperm(h * w, generator=torch.Generator().manual_seed(seed))[:limit].to(x.device)
     picked = view[..., at // w, at % w].reshape(n, groups, -1, len(at))
     return picked.permute(1, 2, 0, 3).flatten(2)
 
-# %% ../nbs/23_post_training.ipynb #9fa4cb38
+# %% ../nbs/23_post_training.ipynb #f5fa2a6d
 class Moments:
     "Means and second moments of columns, of a layer in the net that is solved and of the same layer in the original."
 
@@ -79,9 +80,11 @@ class Moments:
         original: torch.Tensor,  # the same columns in the original
     ):
         x, original = x.float(), original.float()
-        if not self.n:
+        if not self.n:  # what is far from 0 is counted from where it lies: squares of large means drown a variance
+            self.origin, self.origin_original = x.mean(2, keepdim=True), original.mean(2, keepdim=True)
             self.sum, self.sum_original = torch.zeros(2, *x.shape[:2])
             self.square, self.cross = torch.zeros(2, *x.shape[:2], x.shape[1])
+        x, original = x - self.origin, original - self.origin_original
         self.n += x.shape[2]
         self.sum += x.sum(2)
         self.sum_original += original.sum(2)
@@ -92,9 +95,10 @@ class Moments:
         "H, its like between original and solved net (groups, K, K), and the mean of the columns (groups, K)."
         mean, mean_original = self.sum / self.n, self.sum_original / self.n
         h = self.square / self.n - mean[:, :, None] * mean[:, None]
-        return h, self.cross / self.n - mean_original[:, :, None] * mean[:, None], mean
+        cross = self.cross / self.n - mean_original[:, :, None] * mean[:, None]
+        return h, cross, mean + self.origin[:, :, 0]
 
-# %% ../nbs/23_post_training.ipynb #a3ae5089
+# %% ../nbs/23_post_training.ipynb #26ad839a
 @dataclass
 class Grid:
     "What a weight may become: 0 where it is pruned, else scale times an integer, or anything at 32 bits."
@@ -118,7 +122,8 @@ class Grid:
 def _damped(h, damp):
     "H with a little added to its diagonal, so that it has an inverse."
     own = h.diagonal(dim1=1, dim2=2).mean(1)
-    return h + torch.diag_embed((damp * own + 1e-6 * own.mean() + 1e-20)[:, None].expand(h.shape[:2]))
+    more = damp * own + 1e-6 * own.mean()
+    return h + torch.diag_embed(torch.where(more > 1e-30, more, 1.0)[:, None].expand(h.shape[:2]))
 
 
 def _factor(h):
@@ -226,7 +231,7 @@ def _first_scale(w, h, keep, bits, tries=24):
         best = torch.minimum(error, best)
     return scale
 
-# %% ../nbs/23_post_training.ipynb #734e91ce
+# %% ../nbs/23_post_training.ipynb #4907910d
 @dataclass
 class Solved:
     "A layer's answer."
@@ -262,8 +267,6 @@ def solve_layer(
     damp: float = 0.01,  # added to the diagonal, as a share of its mean
 ) -> Solved:
     "A layer on a grid, with a small error of its outputs."
-    if method not in METHODS:
-        raise MicronetError(f'method must be one of {", ".join(METHODS)}, not {method!r}')
     h = _damped(h, damp)
     keep = torch.ones_like(w, dtype=torch.bool) if mask is None else mask
     keep = _least_needed(w, h, rate, mask) if rate else keep
@@ -373,7 +376,7 @@ class _Meeting(TorchFunctionMode):
             hook.remove()
         return super().__exit__(*error)
 
-# %% ../nbs/23_post_training.ipynb #4a66a524
+# %% ../nbs/23_post_training.ipynb #fbf68257
 def _target(w, h, cross, follow, damp):
     "The weights that a layer should have for the inputs that it gets."
     if not follow:
@@ -386,11 +389,11 @@ def _target(w, h, cross, follow, damp):
 def _shift(module, running_mean, by):
     "Adds `by` (out,) to a layer's outputs: in the batch norm behind it, else in its bias."
     if running_mean is not None:
-        running_mean.sub_(by.to(running_mean.dtype))
+        running_mean.sub_(by.to(running_mean))
     elif module.bias is not None:
-        module.bias.data.add_(by.to(module.bias.dtype))
+        module.bias.data.add_(by.to(module.bias))
     else:
-        module.bias = nn.Parameter(by.to(dense_weight(module).dtype))
+        module.bias = nn.Parameter(by.to(dense_weight(module)))
 
 
 @torch.no_grad()
@@ -401,13 +404,13 @@ def _settle(name, model, solved, w, mean, running_mean):
     if not solved.to.keep.all() or mask_of(module) is not None:
         put_masks(model, {name: solved.to.keep.reshape(shape)})
     if solved.to.bits != 32:
-        scale = solved.to.scale.reshape(-1, *[1] * (len(shape) - 1))
+        scale = solved.to.scale.reshape(-1, *[1] * (len(shape) - 1)).to(module.weight.device)
         parametrize.register_parametrization(module, 'weight', WeightQuantiser(solved.to.bits, scale), unsafe=True)
     by = ((w - solved.q) @ mean[:, :, None]).flatten()
     _shift(module, running_mean, by)
     return by
 
-# %% ../nbs/23_post_training.ipynb #e1d5026b
+# %% ../nbs/23_post_training.ipynb #793a4edd
 def _survey(model, x):
     "Names of the layers in the order in which they first multiply, and the running mean of the norm behind each."
     walk, order = Walk(model, x), []
@@ -436,7 +439,7 @@ def _moments(pairs, limit):
         calls = [dict(w.call, limit=limit, seed=i) for w in (walk, original)]
         for call in calls:
             call.pop('bias', None)
-        moments.add(*(columns(**call) for call in calls))
+        moments.add(*(columns(**call).cpu() for call in calls))
     return moments
 
 # %% ../nbs/23_post_training.ipynb #dc693959
@@ -472,11 +475,25 @@ class _Kept:
             with atomic_path(self.folder / f'{number:04d}.safetensors') as path:
                 save_file({k: v.contiguous() for k, v in t.items()}, path)
 
-# %% ../nbs/23_post_training.ipynb #1f83e8d3
+# %% ../nbs/23_post_training.ipynb #7eab92ee
 def _grouped(module, w):
     "A weight (out, ...) as (groups, out a group, K)."
     groups = getattr(module, 'groups', 1)
-    return w.detach().float().reshape(groups, len(w) // groups, -1)
+    return w.detach().float().cpu().reshape(groups, len(w) // groups, -1)
+
+
+def _check_how(how):
+    "Refuses settings that make no sense."
+    if how['method'] not in METHODS:
+        raise MicronetError(f"method must be one of {', '.join(METHODS)}, not {how['method']!r}")
+    for name, largest in (('follow', 1.0), ('damp', float('inf'))):
+        v = how[name]
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= largest or name == 'damp' and not v:
+            raise MicronetError(f'{name}={v!r}: a number {"above 0" if name == "damp" else "from 0 to 1"} belongs there')
+    for name in ('limit', 'batch_size'):
+        v = how[name]
+        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+            raise MicronetError(f'{name}={v!r}: a whole number from 1 on belongs there')
 
 
 def _planned(model, bits, rates, order):
@@ -503,24 +520,30 @@ def reconstruct(
     batch_size: int = 16,  # images a walk
     folder=None,  # where solved layers are kept, so that a killed call goes on; None: nowhere
     quiet: bool = False,  # no progress bar
-) -> pd.DataFrame:  # layer: bits, weights, zeros, error (share of the outputs' variance), nearest (of plain rounding); attrs['shifts']
+) -> pd.DataFrame:  # layer: bits, weights, zeros, error (share of the outputs' variance), nearest (of plain rounding); attrs: shifts, untouched
     "Few bits and zeros without training, layer after layer, each solved for the inputs that it gets."
+    how = dict(method=method, follow=follow, damp=damp, limit=limit, batch_size=batch_size)
+    _check_how(how)
+    require_shapes(model, 'solving layers')
     remove_weight_quantisers(model, restore=True)
     if original is None:
         original = copy.deepcopy(model)
         remove_activation_quantisers(original)
-    images = torch.cat([*_images(images)])
+    images = torch.cat([*input_batches(images)]).to(next(model.parameters()).device)
     with evaluation_mode(model), evaluation_mode(original):
         order, norms = _survey(model, images[:1])
         todo = _planned(model, bits, rates, order)
-        settings = dict(todo=todo, method=method, follow=follow, damp=damp, limit=limit, batch_size=batch_size)
-        kept = _Kept(folder, folder and _key(model, images, settings | dict(original=_key(original, images[:1], 0))))
+        settings = how | dict(todo=todo, original=folder and _key(original, images[:1], 0))
+        kept = _Kept(folder, folder and _key(model, images, settings))
         pairs = [(Walk(model, x), Walk(original, x)) for x in images.split(batch_size)]
         try:
-            return _solved_in_turn(model, original, pairs, todo, norms, kept, settings, quiet)
+            table = _solved_in_turn(model, original, pairs, todo, norms, kept, how, quiet)
         finally:
             for walk in (w for pair in pairs for w in pair):
                 walk.stop()
+    left = {n: '32 bits' if n in order else 'did not run' for n in compressible(model) if n not in todo}
+    table.attrs['untouched'] = tell_untouched(untouched(model, left), 'reconstruct', 3)
+    return table
 
 
 def _solved_in_turn(model, original, pairs, todo, norms, kept, how, quiet):

@@ -17,7 +17,7 @@ def grid(
     signed: bool = True,  # symmetric around 0, or from 0 up
 ) -> tuple:
     "(Qmin, Qmax) of a `bits`-bit grid. Slide 'Quantization'."
-    if not isinstance(bits, int) or not 1 <= bits <= 16:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
         raise MicronetError(f'bits must be a whole number from 1 to 16, not {bits!r}')
     if not signed:
         return 0, 2**bits - 1

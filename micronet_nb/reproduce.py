@@ -24,6 +24,7 @@ from micronet_nb.core import (
     _PACKAGES,
     _version,
     atomic_path,
+    check_store,
     commit,
     committed_dir,
     find_file,
@@ -32,6 +33,7 @@ from micronet_nb.core import (
     project_root,
     published_dir,
     read_json,
+    remove_parts,
     write_json,
 )
 
@@ -816,6 +818,8 @@ def reproduce(
     if record:
         _developers_tools()
     with _alone(folder):
+        remove_parts(folder)
+        check_store()
         return _Run(notebooks, chosen, given, folder, profile, fresh, record, show, jobs, threads).all()
 
 # %% ../nbs/95_reproduce.ipynb #48e377cc

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .core import MicronetError
+from .core import MicronetError, whole
 from micronet_nb.integer import (
     GATES,
     IntConv2d,
@@ -509,7 +509,7 @@ class Runner:
     ):
         graph = graph if isinstance(graph, fx.GraphModule) else as_graph(graph)
         _check_graph(graph)
-        self.graph, self.int8, self.batch = in_evaluation(graph), int8, batch
+        self.graph, self.int8, self.batch = in_evaluation(graph), int8, whole('batch', batch, 1)
         self.input_stats = getattr(graph, 'input_stats', None)  # of the pixels, where `fit` has left them
         self.options = dict(fma=fma, compiled=compiled)
         self.tasks = None  # planned at the first call

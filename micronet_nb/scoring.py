@@ -482,7 +482,7 @@ def _image(model, input_size):
         raise MicronetError(f'a net to count must be an nn.Module, not {type(model).__name__}: wrap it in one')
     try:
         size = tuple(int(v) for v in input_size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         size = ()
     if not size or min(size) < 1 or size != tuple(input_size):
         raise MicronetError(
@@ -565,6 +565,20 @@ def _running(node):
     "Does a batch norm use statistics that it has stored?"
     trains = node.bound.get('training', node.op == 'batch_norm_with_update')
     return node.bound.get('running_mean') is not None and not trains
+
+# %% ../nbs/05_scoring.ipynb #d8017f4e
+def unknown_operations(
+    model: nn.Module,  # any model
+    input_size: tuple,  # (channels, height, width)
+) -> list:  # of sentences
+    "All that `score` does not know of a net, each operation in each module once."
+    unknown = []
+    for node in trace(model, input_size).nodes:
+        try:
+            _kind_of(node)
+        except MicronetError as e:
+            unknown.append(str(e))
+    return list(dict.fromkeys(unknown))
 
 # %% ../nbs/05_scoring.ipynb #59b38ce2
 def as_layer(node):

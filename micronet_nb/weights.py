@@ -19,12 +19,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .activations import calibrate, quantise_activations, remove_activation_quantisers
+from .activations import calibrate, is_calibrated, quantise_activations, remove_activation_quantisers
 from micronet_nb.layers import (
     Reach,
     compressible,
     computes_otherwise,
     dense_weight,
+    input_batches,
     layer_class,
     on_weight,
     per_layer,
@@ -286,8 +287,8 @@ def specs_of(
 # %% ../nbs/11_weights.ipynb #06205d28
 def _answers(net, images):
     "Log-probabilities (n, classes), in batches."
-    device = next(net.parameters()).device
-    return torch.cat([F.log_softmax(as_logits(net(x.to(device)), x, net), 1) for x in images.split(250)])
+    device, batches = next(net.parameters()).device, input_batches(images, strict=False)
+    return torch.cat([F.log_softmax(as_logits(net(x.to(device)), x, net), 1) for x in batches])
 
 
 def _divergence(net, images, clean):
@@ -298,13 +299,13 @@ def _divergence(net, images, clean):
 @torch.no_grad()
 def bit_table(
     model: nn.Module,  # any, also masked or with quantised activations; left as it is; weight quantisers are ignored
-    images: torch.Tensor,  # (n, c, h, w) normalised
+    images,  # normalised: a tensor (n, c, h, w), a loader, or whatever `image_batches` takes
     widths=(2, 3, 4, 5, 6, 7, 8),  # bits
     per: str = 'channel',  # see `quantise_weights`
     quiet: bool = False,  # no progress bar
 ) -> pd.DataFrame:  # layer, kind, level (bits), kl (nats an image), error (`weight_table`), storage (32-bit numbers)
     "What quantising each layer alone, to each width, costs in answers and in storage."
-    net = copy.deepcopy(model).eval()
+    net, images = copy.deepcopy(model).eval(), list(input_batches(images))  # a loader may shuffle: one order for all
     remove_weight_quantisers(net, restore=True)
     layers, rows, clean = compressible(net), [], _answers(net, images)
     for b in widths if quiet else progress(widths, 'bit table', unit='width'):
@@ -379,8 +380,8 @@ def _layer_costs(net, samples, weight_width, input_width, first_bits, affine, in
 # %% ../nbs/11_weights.ipynb #9a1d53ef
 def width_table(
     model: nn.Module,  # any, also masked; left as it is; its quantisers are ignored
-    samples,  # images to find the scales on, normalised, or what `calibrate` returned
-    images: torch.Tensor,  # (n, c, h, w) normalised: answers are compared on them
+    samples,  # images to find the scales on, see `calibrate`, or what it returned
+    images,  # as for `bit_table`: answers are compared on them
     weight_widths=(4, 5, 6, 7, 8),  # bits
     input_widths=(5, 6, 7, 8),  # bits of a layer's input
     first_bits: int = 8,  # of the image
@@ -392,11 +393,12 @@ def width_table(
     net = copy.deepcopy(model).eval()
     remove_weight_quantisers(net, restore=True)
     remove_activation_quantisers(net)
-    samples = samples if isinstance(samples, dict) else calibrate(net, samples)
+    same, images = samples is images, list(input_batches(images))  # a loader may shuffle: one order for all
+    samples = samples if is_calibrated(samples) else calibrate(net, images if same else samples)
     of_weights = bit_table(net, images, weight_widths, quiet=quiet).set_index(['layer', 'level']).kl
     of_inputs = _input_table(net, samples, images, {*input_widths, first_bits}, affine)
     of_inputs = of_inputs.set_index(['layer', 'level']).kl
-    size, rows, rest = tuple(images.shape[1:]), [], 0.0
+    size, rows, rest = tuple(images[0].shape[1:]), [], 0.0
     for w in weight_widths:
         for a in input_widths:
             costs, other = _layer_costs(copy.deepcopy(net), samples, w, a, first_bits, affine, size, scoring)

@@ -1,12 +1,17 @@
-"""Files that somebody made: structure-aware mutations of packed nets, each with a right checksum.
+"""Files that somebody made: structure-aware mutations of packed nets and of stages' folders.
 
-`python tests/fuzz.py 50000` tries so many; the tests try a few hundred, or MICRONET_FUZZ of them. Each file is refused
-by `MicronetError`, or it is accepted, and then scored, packed again, unpacked and run with the same answers.
+`make fuzz`, or `python tests/fuzz.py 50000`, tries so many; the tests try a few hundred, or MICRONET_FUZZ of them.
+
+A packed net, with a right checksum, is refused by `MicronetError`, or it is accepted, and then scored, packed again,
+unpacked and run with the same answers. A file that does not say what its input is has that promise from
+`unpack(path, input_size)`. A stage or checkpoint that is damaged is refused, or gives what was stored; one that was
+written anew with right digests may give something else, but a whole result and finite weights, or it is refused.
 """
 
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -16,10 +21,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from micronet_nb.core import MicronetError
-from micronet_nb.packing import check_size, compress, pack, seal, unpack
+from micronet_nb.core import MicronetError, sealed as with_digest, sha256
+from micronet_nb.data import Dataset
+from micronet_nb.packing import compress, pack, seal, unpack
 from micronet_nb.scoring import score
+from micronet_nb.training import FitConfig, Stopped, fit_stage
 
 LIMIT = 5  # seconds for one file
 VALUES = [0, 1, -1, 2, 3, 16, 17, 33, 10**4, 10**9, 10**12, 2**53, 2**70, 0.5, 1.5, -1.0, 1e300, None, True, False]
@@ -72,22 +80,27 @@ def places(value):
             yield from places(value[k])
 
 
+def anew(value):
+    "A copy that shares nothing: what is put into a structure is changed there."
+    return json.loads(json.dumps(value))
+
+
 def mutated(tensors, structure, rng):
     "A copy of a file with one to three changes."
-    tensors, s = dict(tensors), json.loads(json.dumps(structure))
+    tensors, s = dict(tensors), anew(structure)
     for _ in range(rng.choice([1, 1, 2, 3])):
         kind, (at, k) = rng.randrange(8), rng.choice([*places(s)])
         if kind < 3:
-            at[k] = rng.choice(VALUES)
+            at[k] = anew(rng.choice(VALUES))
         elif kind == 3:
             other, j = rng.choice([*places(s)])
-            at[k] = json.loads(json.dumps(other[j]))
+            at[k] = anew(other[j])
         elif kind == 4 and s.get('kinds') and isinstance(s['kinds'], list):
             args = rng.choice(s['kinds'])
             if isinstance(args, list) and len(args) > 1 and isinstance(args[1], dict):
-                args[1][rng.choice(KEYS)] = rng.choice(VALUES)
+                args[1][rng.choice(KEYS)] = anew(rng.choice(VALUES))
         elif kind == 5 and isinstance(s.get('nodes'), list):
-            s['nodes'].insert(rng.randrange(len(s['nodes']) + 1), json.loads(json.dumps(rng.choice(NODES))))
+            s['nodes'].insert(rng.randrange(len(s['nodes']) + 1), anew(rng.choice(NODES)))
         elif kind == 6 and isinstance(at, list):
             del at[k]
         elif kind == 7:
@@ -112,21 +125,25 @@ def equal(a, b):
     return torch.equal(a.nan_to_num(7), b.nan_to_num(7)) if tensors else a == b
 
 
+def opened(path, size=None):
+    "The net of a file, None where it is refused: in one line."
+    try:
+        return unpack(path, size)
+    except MicronetError as e:
+        assert '\n' not in str(e), e
+        return None
+
+
 def verdict(path, size):
-    "'refused' or 'accepted'; an assertion where an accepted file is no net like any other."
-    try:
-        net = unpack(path)
-    except MicronetError as e:
-        assert '\n' not in str(e), e
+    "'refused' or 'accepted'; an error where an accepted file is no net like any other."
+    net = opened(path)
+    if net is not None and 'input_size' not in net.meta:
+        unpack(pack(net, path.with_name('again')))
+        net = opened(path, size)  # its size is for the reader to say
+    if net is None:
         return 'refused'
-    try:
-        if 'input_size' not in net.meta:
-            check_size(net, size)
-        size = net.meta.get('input_size', size)
-        scored, first = score(net, size, corrected=True).score, answers(net, size)
-    except MicronetError as e:
-        assert '\n' not in str(e), e
-        return 'refused by score'
+    size = net.meta['input_size']
+    scored, first = score(net, size, corrected=True).score, answers(net, size)
     back = unpack(pack(net, path.with_name('again')))
     assert score(back, size, corrected=True).score == scored
     assert all(equal(a, b) for a, b in zip(first, answers(back, size), strict=True))
@@ -144,16 +161,141 @@ def fuzz(nets, n, seed, folder):
         try:
             outcome[verdict(path, size)] += 1
         except Exception as e:
-            kept = Path(folder) / f'failed-{seed}-{i}'
-            kept.write_bytes(path.read_bytes())
-            raise AssertionError(f'mutation {i} of seed {seed}, kept as {kept.name}: {type(e).__name__}: {e}') from e
+            raise AssertionError(f'mutation {i} of seed {seed}, kept as {path}: {type(e).__name__}: {e}') from e
         assert time.process_time() - started < LIMIT, f'mutation {i} of seed {seed} takes too long'
     return outcome
 
 
-if __name__ == '__main__':
+# --- stages
+
+CONFIG = FitConfig(epochs=2, batch_size=8, augment='none', ema=0.5, lr=0.01)
+
+
+def toy_data():
+    "(16 images of two classes, no validation set)."
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (16, 3, 4, 4), generator=g, dtype=torch.uint8)
+    return Dataset(images, torch.arange(16) % 2, ['a', 'b'], 'toy', 'train'), None
+
+
+def net():
+    "A net of one layer."
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+
+
+def trained(root, model=None, **more):
+    "The stage of that net."
+    return fit_stage('toy', net() if model is None else model, toy_data(), CONFIG, root=root, quiet=True, **more)
+
+
+def damaged(content, others, rng):
+    "Bytes with one of them changed, cut short, or those of another file."
+    content, kind = bytearray(content), rng.randrange(4)
+    if kind == 0:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    elif kind == 2:
+        del content[rng.randrange(len(content)) :]
+    else:
+        content = rng.choice(others)
+    return bytes(content)
+
+
+def rewritten(content, rng):
+    "What a stage tells of itself with something else in one or two places, and its own SHA-256."
+    told = json.loads(content)
+    told.pop('sha256')
+    for _ in range(rng.choice([1, 1, 2])):
+        at, k = rng.choice([*places(told)])
+        other, j = rng.choice([*places(told)])
+        at[k] = anew(rng.choice([*VALUES, other[j]]))
+        if rng.random() < 0.2 and isinstance(at, dict):
+            at[rng.choice(['folder', 'steps', '../x', 'more'])] = at.pop(k)
+    return json.dumps(with_digest(told)).encode()
+
+
+def mutate_stage(folder, rng):
+    "Changes one file of a whole stage or checkpoint; whether its digests are right all the same."
+    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name[0] != '.')
+    (about,) = (f for f in files if f.name in ('done.json', 'run.json'))
+    kind, file = rng.randrange(3), rng.choice(files)
+    if kind == 0:
+        about.write_bytes(rewritten(about.read_bytes(), rng))
+        return True
+    file.write_bytes(damaged(file.read_bytes(), [f.read_bytes() for f in files], rng))
+    if kind == 1 or file == about:
+        return False
+    told = json.loads(about.read_bytes())
+    told.pop('sha256')
+    told['files'][file.name] = sha256(file)
+    about.write_text(json.dumps(with_digest(told)))
+    return True
+
+
+def stage_verdict(root, folder, right):
+    "'refused', 'the same' or 'another'; an assertion where it is anything else."
+    beside = {p for p in root.rglob('*') if folder not in p.parents}
+    try:
+        result = trained(root, model := net())
+    except MicronetError as e:
+        assert '\n' not in str(e) and folder.name in str(e), e
+        return 'refused'
+    finally:
+        assert beside <= {*root.rglob('*')}, 'something beside the stage was removed'
+    assert all(bool(torch.isfinite(v).all()) for v in model.state_dict().values())
+    assert result['folder'] == folder.name and isinstance(result['history'][-1], dict)
+    return 'the same' if all(torch.equal(v, right[k]) for k, v in model.state_dict().items()) else 'another'
+
+
+def fuzz_stages(n, seed, folder):
+    "Counter of the verdicts on n mutations of a stage that is done, and of one that was stopped on its way."
+    rng, outcome, kinds = random.Random(seed), Counter(), []
+    for stop in (None, 0.0):
+        root = Path(folder) / f'stages-{stop}'
+        try:
+            trained(root, stop=stop)
+        except Stopped:
+            pass
+        (stage,) = (p for p in root.iterdir() if p.is_dir())
+        (root / 'other' / 'checkpoints').mkdir(parents=True)
+        kinds.append((root, stage, root.with_name(f'{root.name}-whole')))
+        shutil.copytree(root, kinds[-1][2])
+    right = load_file(kinds[0][1] / 'model.safetensors')
+    for i in range(n):
+        root, stage, whole = rng.choice(kinds)
+        shutil.rmtree(root)
+        shutil.copytree(whole, root)
+        (at,) = [*stage.glob('checkpoints/step-*')] or [stage]
+        forged = mutate_stage(at, rng)
+        try:
+            verdict = stage_verdict(root, stage, right)
+            assert forged or verdict != 'another', 'damage was not noticed'
+        except Exception as e:
+            raise AssertionError(f'mutation {i} of seed {seed}, kept in {root}: {type(e).__name__}: {e}') from e
+        outcome[verdict] += 1
+    return outcome
+
+
+def main(n, seed, chunk=1000):
+    "Chunks of mutations, a line each; each has a seed of its own, so that it can be repeated alone."
     from test_strangers import toys
 
-    n, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else int(os.environ.get('MICRONET_SEED', 0))
-    folder = Path(tempfile.mkdtemp())
-    print(fuzz(toys(folder), n, seed, folder))
+    folder, started = Path(tempfile.mkdtemp()), time.perf_counter()
+    for what, n in (('packed nets', n), ('stages', n // 10)):
+        total = Counter()
+        for first in range(0, n, chunk):
+            place = folder / f'{what}-{seed + first // chunk}'
+            place.mkdir()
+            size, each = min(chunk, n - first), seed + first // chunk
+            total += (
+                outcome := fuzz(toys(place), size, each, place) if what != 'stages' else fuzz_stages(size, each, place)
+            )
+            print(f'{what}, seed {each}: {dict(outcome)}, {time.perf_counter() - started:.0f} s', flush=True)
+        print(f'{n:,} mutations of {what}: {dict(total)}', flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == '__main__':
+    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else int(os.environ.get('MICRONET_SEED', 0)))

@@ -1001,6 +1001,163 @@ MUTANTS = [
         "{1: 2, 2: 2, 3: 4, 4: 4}.get(bits,",
         "integers::test_integers_of_an_onnx_file",
     ),
+    # compression without training
+    Mutant(
+        "the columns that are left make nothing good",
+        "w[:, :, j + 1:stop] -= errors[:, :, j - start, None]*u[:, j, None, j + 1:stop]",
+        "pass",
+        "compressing::test_one_pass_is_what_a_plain_loop_gives",
+    ),
+    Mutant(
+        "later blocks of columns are told nothing",
+        "w[:, :, stop:] -= errors @ u[:, start:stop, stop:]",
+        "pass",
+        "compressing::test_blocks_of_columns_change_nothing",
+    ),
+    Mutant(
+        "a weight moves as if it stood alone",
+        "push[:, :, start:stop] += move*h[:, j, None, start:stop]",
+        "pass",
+        "compressing::test_no_turn_makes_it_worse_and_the_end_is_a_minimum",
+    ),
+    Mutant(
+        "second moments are not centred",
+        "self.square/self.n - mean[:, :, None]*mean[:, None]",
+        "self.square/self.n + 0*mean[:, :, None]*mean[:, None] + self.origin@self.origin.mT",
+        "compressing::test_moments_are_those_of_numpy_however_far_from_zero",
+    ),
+    Mutant(
+        "second moments are counted from zero",
+        "x, original = x - self.origin, original - self.origin_original",
+        "self.origin, self.origin_original = 0*self.origin, 0*self.origin_original",
+        "compressing::test_moments_are_those_of_numpy_however_far_from_zero",
+    ),
+    Mutant(
+        "the mean of a layer's outputs moves with its weights",
+        "_shift(module, running_mean, by); return by",
+        "return by",
+        "compressing::test_means_of_outputs_stay_and_nothing_is_left_behind",
+    ),
+    Mutant(
+        "a layer is solved for the inputs of the original",
+        "moments.add(*(columns(**call).cpu() for call in calls))",
+        "moments.add(*(columns(**calls[1]).cpu() for call in calls))",
+        "compressing::test_a_layer_sees_what_those_before_it_give",
+    ),
+    Mutant(
+        "a pruned weight may come back",
+        "return torch.where(self.keep[:, :, columns], q, 0.0)",
+        "return q",
+        "compressing::test_every_method_stays_on_the_grid_and_keeps_zeros",
+    ),
+    Mutant(
+        "threads of walks stay behind",
+        "if self.thread.is_alive()",
+        "if False",
+        "compressing::test_a_net_that_chooses_its_way_is_refused_and_its_threads_end",
+    ),
+    Mutant(
+        "a budget is not mended by what came out",
+        "self.table.attrs['rest'] = got - float(plan.cost.sum())",
+        "pass",
+        "compressing::test_budgets_mend_the_price_that_a_plan_knows_nothing_of",
+    ),
+    Mutant(
+        "a layer alone keeps the other weights afterwards",
+        "if weight is not None: module.weight.data = was; for hook in hooks",
+        "for hook in hooks",
+        "compressing::test_alone_is_what_the_whole_net_gives",
+    ),
+    Mutant(
+        "lost answers count as gained",
+        "difference = (gained - lost)/n",
+        "difference = (gained + lost)/n",
+        "compressing::test_labels_are_counted_and_intervals_known",
+    # nets and loaders from elsewhere
+    Mutant(
+        "a loader is read anew for every row of a table",
+        "net, images = copy.deepcopy(model).eval(), list(input_batches(images))",
+        "net = copy.deepcopy(model).eval()",
+        "own_nets::test_tables_read_a_loader_once",
+    ),
+    Mutant(
+        "NaN among images is passed on",
+        "if not bool(finite.all()):",
+        "if False:",
+        "own_nets::test_what_is_no_image_is_refused_with_its_place own_nets::test_norms_stay_where_the_estimate_fails",
+    ),
+    Mutant(
+        "batch norms average with their momentum",
+        "m.momentum, m.training = None, True",
+        "m.training = True",
+        "own_nets::test_norms_are_those_of_torch_and_modes_and_momenta_stay",
+    ),
+    Mutant(
+        "batch norms are estimated under dropout",
+        "m.momentum, m.training = None, True",
+        "m.momentum = None; net.train()",
+        "own_nets::test_norms_see_the_net_without_its_dice",
+    ),
+    Mutant(
+        "a check works on the net itself",
+        "copied = copy.deepcopy(getattr(net, '_orig_mod', net))",
+        "copied = getattr(net, '_orig_mod', net)",
+        "own_nets::test_all_that_is_refused_is_told_at_once_and_the_net_stays",
+    ),
+    Mutant(
+        "a check stops at the first operation that the scorer does not know",
+        "unknown = unknown_operations(net, size)",
+        "unknown = []",
+        "own_nets::test_all_that_is_refused_is_told_at_once_and_the_net_stays",
+    ),
+    Mutant(
+        "a survey of what lower refuses forgets the rules",
+        "except MicronetError as e: refused.append(str(e)) except Exception:",
+        "except Exception:",
+        "own_nets::test_all_that_is_refused_is_told_at_once_and_the_net_stays",
+    ),
+    Mutant(
+        "a net's file is not checked",
+        "if checksum != digest:",
+        "if checksum == 0:",
+        "own_nets::test_a_damaged_file_is_refused",
+    ),
+    Mutant(
+        "parameters of a loaded net have another order",
+        "held[child] = held.pop(child)",
+        "pass",
+        "own_nets::test_a_fresh_net_gets_all_and_goes_on_as_the_other",
+    ),
+    Mutant(
+        "a loaded net trains what was frozen",
+        "p.requires_grad_(n not in frozen)",
+        "p.requires_grad_(True)",
+        "own_nets::test_a_fresh_net_gets_all_and_goes_on_as_the_other",
+    # Files from strangers: docs/FILES.md
+    Mutant(
+        "a packed net may give what does not depend on its input",
+        "if origin.made.isdisjoint(map(id, tree_leaves(out))):",
+        "if False:",
+        "strangers::test_a_net_that_gives_its_input",
+    ),
+    Mutant(
+        "a part is swept away under the one who writes it",
+        "with FileLock(lock, timeout=0): remove_parts(folder)",
+        "remove_parts(folder)",
+        "files::test_a_run_begins_by_sweeping_where_nobody_writes",
+    ),
+    Mutant(
+        "downloads of others grow without end",
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))",
+        "pass",
+        "files::test_downloads_of_others_have_an_upper_size",
+    ),
+    Mutant(
+        "a truth value is a whole number",
+        "if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:",
+        "if not isinstance(value, Integral) or not low <= value <= high:",
+        "numbers::test_a_number_that_makes_no_sense",
+    ),
 ]
 
 

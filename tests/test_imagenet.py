@@ -367,23 +367,24 @@ def test_images_that_calibrate_do_not_judge(folder, tmp_path):
 def test_compression_is_judged_beside_the_net(here, lite, monkeypatch):
     given = {}
 
-    def compress(net, images, budget, labels):
-        given.update(shape=images.shape, budget=budget, labels=labels, low=float(images.min()))
+    def compress(net, images, budget, labels, path, track):
+        given.update(path=path, track=track, shape=images.shape, budget=budget, labels=labels, low=float(images.min()))
         other = timm.create_model("tf_efficientnet_lite0", num_classes=3)
         other.classifier.bias.data[2] = 1e6
         return types.SimpleNamespace(net=other, report="a report")
 
-    monkeypatch.setitem(sys.modules, "micronet_nb.post_training", types.SimpleNamespace(compress=compress))
+    monkeypatch.setitem(sys.modules, "micronet_nb.compressing", types.SimpleNamespace(compress=compress))
     args = *LITE, "--weights", lite(3, 1), "--calibration", 6
-    code, told, wrong = here(*args, "--compress", "1.5e6")
+    code, told, wrong = here(*args, "--compress", "bytes=1.5e6", "--file", "net.safetensors")
     assert code == 0, wrong
-    assert given["shape"] == (6, 3, 32, 32) and given["budget"] == 1.5e6 and -1 <= given["low"] < 0
+    assert given["shape"] == (6, 3, 32, 32) and given["budget"] == {"bytes": 1.5e6} and -1 <= given["low"] < 0
+    assert given["path"] == "net.safetensors" and given["track"] == "imagenet"
     assert given["labels"].tolist() == [0, 0, 1, 1, 2, 2]  # of the training images
     assert "a report" in told and "agree on 0.00 %" in told and "4 are right before alone, 4 after alone" in told
     assert here(*args, "--compress", "8-bit")[0] == 0 and given["budget"] == "8-bit"
-    monkeypatch.setitem(sys.modules, "micronet_nb.post_training", None)
+    monkeypatch.setitem(sys.modules, "micronet_nb.compressing", None)
     code, _, wrong = here(*args, "--compress", "8-bit")
-    assert code == 1 and "--compress needs micronet_nb.post_training" in wrong
+    assert code == 1 and "--compress needs micronet_nb.compressing" in wrong
 
 
 @pytest.mark.parametrize(
@@ -394,6 +395,7 @@ def test_compression_is_judged_beside_the_net(here, lite, monkeypatch):
         (["--model", "resnet18", "--weights", "package"], "no package has the weights of resnet18"),
         (["--stage", "prune"], "leave them out beside --model"),
         (["--limit", "0"], "at least one image"),
+        (["--file", "net.safetensors"], "give both, or neither"),
         (["--data", "nowhere"], "nowhere is not a folder"),
     ],
 )

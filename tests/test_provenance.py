@@ -96,7 +96,7 @@ NEEDED = {  # what the numbers depend on, by record
     "21_imagenet.speed": {"size", "teacher", "batch"},
     "21_imagenet.sample": {"nets", "resize", "images", "halves"},
     "21_imagenet.eight_bits": {"net", "sha256", "activation_bits", "weight_bits", "affine", "calibration", "score"},
-    "21_imagenet.throughput": {"net", "size", "threads", "rounds", "images", "timed", "weight_bits"},
+    "21_imagenet.throughput": {"net", "sha256", "size", "threads", "rounds", "images", "timed", "weight_bits"},
     **dict.fromkeys(
         ("21_imagenet.cifar100", "21_imagenet.deployed"),
         {"student", "teachers", "larger", "stage", "train", "tune", "calibration", "data"},

@@ -1,0 +1,332 @@
+"""Compression without training: layers solved in closed form, plans under a budget, and the call in front of both."""
+
+import copy
+import itertools
+import threading
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import micronet_nb as mn
+from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, interval, option_table, paired
+from micronet_nb.core import MicronetError
+from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, learn_rounding, reconstruct
+from micronet_nb.post_training import second_order, solve_layer
+
+
+def problem(out=6, k=10, groups=1, seed=0):
+    "Weights, and second moments of inputs that hang together."
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups, k, 4 * k, generator=g) + 2 * torch.randn(groups, 1, 4 * k, generator=g)
+    return torch.randn(groups, out, k, generator=g), x @ x.mT / (4 * k)
+
+
+def whole(w, bits=3, keep=None):
+    "A grid of scale 0.4."
+    return Grid(torch.ones_like(w, dtype=torch.bool) if keep is None else keep, bits, torch.full_like(w[:, :, :1], 0.4))
+
+
+def error(q, w, h):
+    return ((q - w) @ h * (q - w)).sum()
+
+
+def test_one_pass_is_what_a_plain_loop_gives():
+    w, h = problem()
+    order = h[0].diagonal().argsort(descending=True).tolist()
+    left, want = w[0].double().clone(), torch.zeros_like(w[0], dtype=torch.float64)
+    for n, j in enumerate(order):  # Frantar and Alistarh: the inverse of what is left, column after column
+        free = order[n:]
+        inverse = torch.linalg.inv(h[0].double()[free][:, free])
+        want[:, j] = ((left[:, j] / 0.4).round().clamp(-3, 3)) * 0.4
+        left[:, free] -= (left[:, j] - want[:, j])[:, None] * inverse[0] / inverse[0, 0]
+    assert torch.allclose(second_order(w, h, whole(w))[0].double(), want, atol=1e-5)
+
+
+def test_blocks_of_columns_change_nothing():
+    w, h = problem(k=12)
+    for solve in (lambda block: second_order(w, h, whole(w), block), lambda block: descend(whole(w).nearest(w), w, h, whole(w), block)):
+        assert torch.allclose(solve(3), solve(12), atol=1e-4)
+
+
+def test_no_turn_makes_it_worse_and_the_end_is_a_minimum():
+    w, h = problem()
+    q, to = whole(w).nearest(w), whole(w)
+    errors = [error(q, w, h)]
+    for _ in range(10):
+        q = descend(q, w, h, to)
+        errors.append(error(q, w, h))
+    assert all(b <= a + 1e-5 for a, b in zip(errors, errors[1:])) and errors[-1] < 0.9 * errors[0]
+    for i, j, step in itertools.product(range(w.shape[1]), range(w.shape[2]), (-0.4, 0.4)):
+        other = q.clone()
+        other[0, i, j] = (other[0, i, j] + step).clamp(-1.2, 1.2)
+        assert error(other, w, h) >= errors[-1] - 1e-4
+
+
+def test_small_layers_come_near_the_best_of_all_grids():
+    w, h = problem(out=1, k=4)
+    to = whole(w, bits=2)
+    best = min(error(torch.tensor(p)[None, None] * 0.4, w, h) for p in itertools.product((-1.0, 0.0, 1.0), repeat=4))
+    found = second_order(w, h, to)
+    for _ in range(5):
+        found = descend(found, w, h, to)
+    assert best - 1e-5 <= error(found, w, h) <= 1.3 * best
+    assert error(found, w, h) <= error(to.nearest(w), w, h)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 32])
+def test_every_method_stays_on_the_grid_and_keeps_zeros(method, bits):
+    w, h = problem(out=4, k=9, groups=3)
+    mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    s = solve_layer(w, h, bits, 0.5, method, mask)
+    assert bool((s.q[~mask] == 0).all())
+    assert int((~s.to.keep).sum()) == round(0.5 * w.numel()) and bool((s.q[~s.to.keep] == 0).all())
+    if bits != 32:
+        levels = (s.q / s.to.scale)[s.to.keep]
+        assert torch.allclose(levels, levels.round(), atol=1e-4)
+        assert levels.abs().max() <= max(2 ** (bits - 1) - 1, 1) + 1e-4
+
+
+def test_learned_rounding_goes_up_or_down_and_no_further():
+    w, h = problem()
+    to = whole(w, bits=8)
+    q = learn_rounding(w, h, to, steps=200)
+    assert ((q - w).abs() < 0.4 + 1e-5).all() and error(q, w, h) < error(to.nearest(w), w, h)
+
+
+@pytest.mark.parametrize("shift", [0.0, 300.0])
+def test_moments_are_those_of_numpy_however_far_from_zero(shift):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 5, 400, generator=g) + shift, torch.randn(2, 5, 400, generator=g) - shift
+    moments = Moments()
+    for a, b in zip(x.split(130, 2), y.split(130, 2)):
+        moments.add(a, b)
+    h, cross, mean = moments.centred()
+    for i in range(2):
+        both = np.cov(np.concatenate([x[i].double(), y[i].double()]), bias=True)
+        assert np.allclose(h[i], both[:5, :5], atol=1e-3) and np.allclose(cross[i], both[5:, :5], atol=1e-3)
+    assert torch.allclose(mean, x.mean(2), atol=1e-2)
+
+
+class Net(nn.Module):
+    "Two convolutions, one of them used twice, a norm, and a linear layer; one layer never runs."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.twice, self.head, self.never = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.Linear(8, 5), nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.first(x)))
+        for _ in range(2):
+            y = F.relu(self.twice(y))
+        return self.head(y.mean((2, 3)) * 10)
+
+
+def net_and_images(n=24, seed=0):
+    torch.manual_seed(seed)
+    net = Net()
+    for _ in range(5):
+        net(torch.randn(32, 3, 12, 12))
+    return net.eval(), torch.randn(n, 3, 12, 12)
+
+
+def test_means_of_outputs_stay_and_nothing_is_left_behind():
+    net, x = net_and_images()
+    new = copy.deepcopy(net)
+    threads, keys = threading.active_count(), net.state_dict().keys()
+    table = reconstruct(new, x, 2, limit=10**6, follow=0.0, quiet=True)
+    assert list(table.index) == ["first", "twice", "head"] and "never.weight" in table.attrs["untouched"].index
+    with torch.no_grad():
+        before, after = (m.norm(m.first(x)).mean((0, 2, 3)) for m in (net, new))
+    assert torch.allclose(before, after, atol=1e-4)  # in the norm: the convolution has no bias, and gets none
+    assert new.first.bias is None
+    assert {k for k in new.state_dict() if "parametrizations" not in k} >= {k for k in keys if "weight" not in k}
+    assert threading.active_count() == threads and not any(m._forward_pre_hooks for m in new.modules())
+    assert len(new.first.weight[0].unique()) <= 3
+
+
+def test_a_layer_sees_what_those_before_it_give():
+    net, x = net_and_images()
+    new, seen = copy.deepcopy(net), {}
+    reconstruct(new, x, {"first": 2, "head": 8}, limit=10**6, follow=0.0, quiet=True)
+    h = {}
+    for name, model in dict(old=net, new=new).items():
+        hook = model.head.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+        with torch.no_grad():
+            model(x)
+        hook.remove()
+        c = columns(seen["x"], model.head.weight)
+        moments = Moments()
+        moments.add(c, c)
+        h[name] = moments.centred()[0]
+    w = net.head.weight.detach()[None]
+    got = new.head.parametrizations.weight.original.detach()[None]
+    by_new, by_old = (solve_layer(w, h[k], 8, damp=0.05).q for k in ("new", "old"))
+    assert torch.allclose(got, by_new, atol=1e-5) and not torch.allclose(got, by_old, atol=1e-5)
+
+
+def test_what_went_wrong_before_is_made_good():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 5)).eval(), torch.randn(400, 10) @ torch.randn(10, 10)
+    errors = []
+    for follow in (0.0, 0.5, 1.0):
+        new = copy.deepcopy(net)
+        reconstruct(new, x, {"0": 2, "1": 12}, follow=follow, damp=1e-4, quiet=True)
+        with torch.no_grad():
+            errors.append(float((new(x) - net(x)).square().mean()))
+    assert errors[2] < 0.9 * errors[1] < 0.8 * errors[0]
+
+
+def test_masks_stay_and_a_rate_adds_to_them():
+    net, x = net_and_images()
+    mn.prune(net, {"first": 0.5})
+    old = net.first.weight != 0
+    reconstruct(net, x, 4, {"first": 0.75}, quiet=True)
+    now = net.first.weight != 0
+    assert int((~now).sum()) >= round(0.75 * now.numel()) and not bool((now & ~old).any())
+
+
+def test_the_same_twice_and_in_any_mode():
+    nets = []
+    for training in (True, False):
+        net, x = net_and_images()
+        net.train(training)
+        reconstruct(net, x, 3, 0.3, quiet=True)
+        assert net.training is training
+        nets.append(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(n.values() for n in nets)))
+
+
+@pytest.mark.parametrize("name", ["ghostnet_050", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "convnext_atto"])
+def test_nets_of_timm(name):
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=10, **(dict(img_size=32) if "vit" in name else {})).eval()
+    x = torch.randn(8, 3, 32, 32)
+    few = [n for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))][:4]
+    table = reconstruct(net, x, dict.fromkeys(few, 3), quiet=True, limit=16)
+    assert set(table.index) <= set(few) and len(table) >= 3 and bool((table.error <= table.nearest + 1e-6).all())
+    assert torch.isfinite(net(x)).all()
+
+
+def test_a_net_that_chooses_its_way_is_refused_and_its_threads_end():
+    class Chooses(Net):
+        def forward(self, x):
+            return super().forward(x) if x.mean() > 0 else self.head(self.twice(self.norm(self.first(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net, threads = Chooses().eval(), threading.active_count()
+    x = torch.cat([torch.ones(4, 3, 8, 8), -torch.ones(4, 3, 8, 8)])
+    with pytest.raises(MicronetError, match="may not choose its way by what it sees"):
+        reconstruct(net, x, 4, batch_size=4, quiet=True)
+    assert threading.active_count() == threads
+
+
+def test_an_error_of_the_net_comes_through():
+    class Breaks(Net):
+        def forward(self, x):
+            self.first(x)
+            raise ZeroDivisionError("in the middle")
+
+    walk = Walk(Breaks().eval(), torch.randn(2, 3, 8, 8))
+    assert walk.step() == "first"
+    with pytest.raises(ZeroDivisionError, match="in the middle"):
+        walk.step()
+
+
+def test_a_damaged_layer_is_named_and_a_foreign_one_is_not_read(tmp_path):
+    net, x = net_and_images()
+    start = copy.deepcopy(net)
+    reconstruct(net, x, 3, folder=tmp_path, quiet=True)
+    (other,) = tmp_path.iterdir()
+    (other / "0000.safetensors").write_bytes(b"not that")
+    with pytest.raises(MicronetError, match="0000.safetensors .first. cannot be read"):
+        reconstruct(copy.deepcopy(start), x, 3, folder=tmp_path, quiet=True)
+    reconstruct(copy.deepcopy(start), x, 4, folder=tmp_path, quiet=True)  # other settings: another folder
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def table_of(rows, rest=0.0):
+    t = pd.DataFrame(rows, columns=["layer", "rate", "weight_bits", "input_bits", "error", "nonzero", "kl", "cost"])
+    t.attrs["rest"] = rest
+    return t
+
+
+CHOICES = [(n, 0.0, b, 8, 0.0, 1, k, c) for n, ks in dict(a=(9, 3, 1), b=(2, 1, 0.5)).items() for b, k, c in zip((2, 3, 4), ks, (2.0, 3.0, 4.0))]
+
+
+@pytest.mark.parametrize("budget", [4.01, 5.01, 6.01, 7.01, 8.01])
+def test_plans_are_the_best_of_all(budget):
+    t = table_of(CHOICES, rest=0.0)
+    plan = allocate(t, budget)
+    pairs = itertools.product(*(t[t.layer == n].itertuples() for n in "ab"))
+    best = min(x.kl + y.kl for x, y in pairs if x.cost + y.cost <= budget)
+    assert plan.kl.sum() == best and plan.cost.sum() <= budget and list(plan.index) == ["a", "b"]
+
+
+def test_budgets_mend_the_price_that_a_plan_knows_nothing_of():
+    made = []
+
+    def make(plan):
+        made.append(plan)
+        return plan
+
+    work = _Budget(make, lambda plan: plan.cost.sum() + 2.0, table_of(CHOICES), 8.01)
+    plan, got = work.price()
+    assert got <= 8.01 and plan.cost.sum() == 6.0 and len(made) == 2
+    with pytest.raises(MicronetError, match="out of reach"):
+        _Budget(make, lambda plan: plan.cost.sum() + 5.0, table_of(CHOICES), 8.01).price()
+    plan, lost = _Budget(make, lambda plan: plan.kl.sum(), table_of(CHOICES), 4.0).damage(turns=12)
+    assert lost <= 4.0 and plan.cost.sum() == min(x for x, k in ((6.0, 4.0), (7.0, 2.0)) if k <= 4.0)
+    with pytest.raises(MicronetError, match="the widest choices lose 1.5, and 1 are allowed"):
+        _Budget(make, lambda plan: plan.kl.sum(), table_of(CHOICES), 1.0).damage()
+
+
+def test_alone_is_what_the_whole_net_gives():
+    net, x = net_and_images()
+    other = copy.deepcopy(net)
+    other.twice.weight.data = other.twice.weight.data * 0.7
+    (got,) = Alone(net, x, 7).divergence("twice", [dict(weight=other.twice.weight.detach())])
+    with torch.no_grad():
+        p, q = net(x).double().log_softmax(1), other(x).double().log_softmax(1)
+    assert got == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
+    shifted = Alone(net, x, 7).divergence("head", [dict(shift=torch.ones(5))])
+    assert shifted[0] == pytest.approx(0, abs=1e-5)  # all logits by the same
+
+
+def test_prices_are_those_of_the_scorer():
+    net, x = net_and_images()
+    t = option_table(net, x, "operations", rates=(0.0, 0.5), weight_widths=(4,), input_widths=(8,), n_measured=8, quiet=True)
+    lean = copy.deepcopy(net)
+    mn.quantise_activations(lean, x, 8)
+    reconstruct(lean, x, 4, original=net, quiet=True)
+    s = mn.score(lean, (3, 12, 12)).layers
+    want = s[s.name == "first"].eval("multiplies + adds").sum()
+    got = t[(t.layer == "first") & (t.rate == 0)].cost.iloc[0]
+    assert got == pytest.approx(want, rel=0.02)
+
+
+def test_labels_are_counted_and_intervals_known():
+    assert interval(0, 10)[0] == 0 and interval(10, 10)[1] == 1
+    b = paired(torch.tensor([True] * 20), torch.tensor([True] * 12 + [False] * 8))
+    assert (b["lost"], b["gained"], b["difference"]) == (8, 0, -40.0) and b["p"] == pytest.approx(2 / 2**8)
+
+
+def test_compress_takes_batches_and_leaves_the_net_alone(tmp_path):
+    net, x = net_and_images(40)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        c = compress(net, [(b, None) for b in x.split(10)], "8-bit", path=tmp_path / "net.safetensors", quiet=True)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    assert c.file == tmp_path / "net.safetensors" and c.report.agreement["n"] == 10
+    assert torch.equal(mn.unpack(c.file)(x), c.graph(x)) and isinstance(c.report, Report)
+    assert "never.weight" in c.report.untouched.index and "not reached" in str(c)
+    assert set(c.report.layers.columns) >= {"zeros", "weight_bits", "input_bits", "bytes_after", "decibels", "kl"}
+    assert c.report.layers.bytes_after.sum() < c.report.layers.bytes_before.sum() / 3
