@@ -227,7 +227,7 @@ def declared(key):
     return {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in settings()[key].split()}
 
 
-@pytest.mark.parametrize("where, extra", [("micronet_nb", ["nbdev"]), ("tests", ["dev"]), ("nbs", ["dev"])])
+@pytest.mark.parametrize("where, extra", [("micronet_nb", ["nbdev"]), ("tests", ["dev"]), ("nbs", ["dev", "bench"])])
 def test_what_is_imported_is_declared(where, extra):
     sources = (
         [c for p in NOTEBOOKS for c in reproduce.Notebook(p, json.loads(p.read_text(encoding="utf-8"))["cells"]).code]
@@ -236,9 +236,8 @@ def test_what_is_imported_is_declared(where, extra):
     )
     own = {"micronet_nb", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
     names = {n for s in sources for n in imported(s)} - set(sys.stdlib_module_names) - own
-    known = declared("requirements") | (
-        declared("dev_requirements") if extra == ["dev"] else set(extra)
-    )  # nbdev: only for maintainers, who are told
+    extras = [declared(f"{e}_requirements") if f"{e}_requirements" in settings() else {e} for e in extra]
+    known = declared("requirements").union(*extras)  # nbdev: only for maintainers, who are told
     distributions = packages_distributions()
     assert not [n for n in names if not {d.lower().replace("_", "-") for d in distributions.get(n, [n])} & known]
 
