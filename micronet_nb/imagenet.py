@@ -13,7 +13,7 @@ if __name__ == '__main__' and '__file__' in globals():
     raise SystemExit(micronet_imagenet())  # before PyTorch is loaded
 
 # %% ../nbs/21_imagenet.ipynb #1d4605d3
-import copy, hashlib, importlib, os, random, time
+import copy, hashlib, os, random, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ from .models import create_model
 from .pruning import Pruner, at_least, large_layers, op_sparsity, param_sparsity, plan_rates, prune
 from .released import load_published, published_nets
 from .scoring import score
-from .training import FitConfig, Stopped, _device, _world, evaluate, fit_stage, normalised
+from .training import FitConfig, Stopped, _device, _world, evaluate, fit_stage, normalised, wilson
 from .weights import quantise_weights
 
 # %% ../nbs/21_imagenet.ipynb #653fe8d2
@@ -827,17 +827,6 @@ def real_images(
     return which, calibrate, judge
 
 # %% ../nbs/21_imagenet.ipynb #2a1e0007
-def wilson(
-    right: int,  # right answers
-    n: int,  # images
-) -> tuple:  # in %, low and high
-    "The 95 % interval of a share."
-    from scipy.stats import binomtest
-
-    low, high = binomtest(right, n).proportion_ci(method='wilson')
-    return 100 * low, 100 * high
-
-
 def view_of(
     model: nn.Module,  # a timm net
     size: int = None,  # pixels a side; None: what it was evaluated with
@@ -904,16 +893,6 @@ def trained(
     return pretrained(name, weights, num_classes).eval()
 
 # %% ../nbs/21_imagenet.ipynb #2a1e0014
-def _front_door():
-    "`compress` of micronet_nb.compressing, loaded where it is asked for."
-    try:
-        return importlib.import_module('micronet_nb.compressing').compress
-    except ModuleNotFoundError as e:
-        if e.name != 'micronet_nb.compressing':
-            raise
-        raise MicronetError('--compress needs micronet_nb.compressing, which is not installed: leave it out') from None
-
-
 def _budget(text):
     "'bytes=1.3e6' as `compress` takes it; the name of a preset as it is."
     name, equals, number = text.partition('=')
@@ -931,8 +910,10 @@ def _share(name, right, n):
     return f'{name}: top-1 {100 * right / n:.2f} % ({right:,} of {n:,}, 95 % interval {low:.1f} to {high:.1f})'
 
 # %% ../nbs/21_imagenet.ipynb #2a1e0016
-def _compressed(args, compress, model, source, view, workers):
+def _compressed(args, model, source, view, workers):
     "The net that `--compress` has made of a trained one."
+    from micronet_nb.compressing import compress  # which takes a second to load
+
     images, labels = (torch.cat(part) for part in zip(*shown(source, view, workers)))
     made = compress(model.cpu(), images, _budget(args.compress), labels=labels, path=args.file, track='imagenet')
     print(made.report, flush=True)
@@ -949,17 +930,16 @@ def run_net(
         raise MicronetError(f'--limit {args.limit}: at least one image')
     if args.file is not None and args.compress is None:
         raise MicronetError(f'--file {args.file} is for what --compress makes: give both, or neither')
-    compress = None if args.compress is None else _front_door()
-    which, calibrate, judge = real_images(args.data, compress is not None)
+    which, calibrate, judge = real_images(args.data, args.compress is not None)
     judge, device = _spread(judge, args.limit), _world().device
     model = trained(args.model, args.weights, len(judge.classes)).to(device)
     view = view_of(model, args.size, args.resize)
     how = dict(workers=default_workers() if args.workers is None else args.workers, device=device)
     labels, before = torch.from_numpy(judge.labels), answers(model, judge, view, **how)
     print(f'{_share(args.model, int((before == labels).sum()), len(labels))}; {which}', flush=True)
-    if compress:
+    if args.compress is not None:
         calibrate = _spread(calibrate, args.calibration or 500)
-        net = _compressed(args, compress, model, calibrate, view, how['workers'])
+        net = _compressed(args, model, calibrate, view, how['workers'])
         after = answers(net, judge, view, **how | dict(device='cpu'))
         print(_share(f'{args.model}, {args.compress}', int((after == labels).sum()), len(labels)))
         lost, won = (int(((a == labels) & (b != labels)).sum()) for a, b in ((before, after), (after, before)))

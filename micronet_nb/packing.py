@@ -184,9 +184,14 @@ def _whole(low, high):
     return lambda v: type(v) is int and low <= v <= high
 
 
+def fits_single(value):
+    "Can a number be one of float32, infinities among them?"
+    return math.isinf(value) or abs(value) <= torch.finfo(torch.float32).max
+
+
 def _real(low=-math.inf, high=math.inf):
-    "A test for numbers of a range, NaN excluded."
-    return lambda v: type(v) in (int, float) and low <= v <= high
+    "A test for numbers of a range that float32 holds, NaN excluded."
+    return lambda v: type(v) in (int, float) and low <= v <= high and fits_single(v)
 
 
 def _each(test, lengths=(1, 2)):
@@ -428,7 +433,9 @@ def decode_argument(
         return [again(v) for v in value]
     if isinstance(value, dict) and len(value) == 1:
         return _decode_wrapped(value, again)
-    if value is None or type(value) in (bool, float) or type(value) is int and abs(value) < 2**63:
+    if value is None or type(value) is bool or type(value) is int and abs(value) < 2**63:
+        return value
+    if type(value) is float and fits_single(value):
         return value
     raise MicronetError(f'{str(value)[:60]} cannot be an argument in a packed file')
 
@@ -1049,6 +1056,7 @@ def check_size(
         raise MicronetError('what it gives does not depend on its input, or is the input: there is nothing to run')
 
 # %% ../nbs/17_packing.ipynb #39eedf0f
+MOST_MODULES = 2_500  # each of which is tried without values, a millisecond or two
 PARTS = 10_000  # nodes, constants and levels of modules' names, all together
 VALUES = 20 * PARTS  # numbers, texts, lists and tables that its structure is made of
 DIMENSIONS = 8  # of a constant
@@ -1071,6 +1079,8 @@ def _check_length(s):
     if any(len(shape) > DIMENSIONS for _, shape, _ in s['constants']):
         raise MicronetError(f'a constant of more than {DIMENSIONS} dimensions')
     names = [name for name, _ in s['modules']]
+    if len(names) > MOST_MODULES:
+        raise MicronetError(f'it has {len(names):,} modules, and a packed file holds {MOST_MODULES:,}')
     parts = len(s['nodes']) + len(s['constants']) + sum(1 + check_name(n).count('.') for n in names)
     if parts > PARTS:
         raise MicronetError(

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_choices
 from timm.layers import convert_sync_batchnorm
@@ -471,6 +472,27 @@ def evaluate(
     if math.isnan(loss):
         raise MicronetError(f'the logits of {_class_of(model)} are not finite: its answers mean nothing')
     return {f'top{k}': 100 * hits / seen for k, hits in right.items()} | dict(loss=loss / seen, n=seen)
+
+# %% ../nbs/04_training.ipynb #04e1a002
+def wilson(
+    right: int,  # right answers
+    n: int,  # images
+) -> tuple:  # in %, low and high
+    "The 95 % interval of a share. Wilson 1927."
+    low, high = binomtest(right, n).proportion_ci(method='wilson')
+    return 100 * low, 100 * high
+
+
+def paired(
+    before: torch.Tensor,  # (n,) bool: is the first net right?
+    after: torch.Tensor,  # (n,) bool: is the second?
+) -> dict:  # difference of accuracies in points, its 95 % half width, McNemar's p, lost, gained, n
+    "Two accuracies on the same images. McNemar 1947."
+    lost, gained, n = int((before & ~after).sum()), int((~before & after).sum()), len(before)
+    difference = (gained - lost) / n
+    variance = ((gained + lost) / n - difference**2) / n
+    p = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    return dict(difference=100 * difference, half_width=196 * variance**0.5, p=p, lost=lost, gained=gained, n=n)
 
 # %% ../nbs/04_training.ipynb #ad2c68d4
 @torch.no_grad()

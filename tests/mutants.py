@@ -1069,6 +1069,30 @@ MUTANTS = [
         "compressing::test_alone_is_what_the_whole_net_gives",
     ),
     Mutant(
+        "a budget is measured with another adder",
+        "s = score(made.graph, tuple(self.judged.shape[1:]), **self.scoring)",
+        "s = score(made.graph, tuple(self.judged.shape[1:]), self.scoring['track'])",
+        "compressing::test_options_count_in_what_is_measured",
+    ),
+    Mutant(
+        "the image has 8 bits whatever is asked",
+        "plan.input_bits.astype(int).to_dict(), first_bits=None, affine=True",
+        "plan.input_bits.astype(int).to_dict(), first_bits=8, affine=True",
+        "compressing::test_options_count_in_what_is_measured",
+    ),
+    Mutant(
+        "a packed file holds any number of modules",
+        "if len(names) > MOST_MODULES:",
+        "if False:",
+        "strangers::test_a_crowd_of_modules",
+    ),
+    Mutant(
+        "a packed file holds any float",
+        "return math.isinf(value) or abs(value) <= torch.finfo(torch.float32).max",
+        "return True",
+        "strangers::test_numbers_that_float32_does_not_hold",
+    ),
+    Mutant(
         "lost answers count as gained",
         "difference = (gained - lost)/n",
         "difference = (gained + lost)/n",

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import micronet_nb as mn
-from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, interval, option_table, paired
+from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, option_table
 from micronet_nb.core import MicronetError
 from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, learn_rounding, reconstruct
 from micronet_nb.post_training import second_order, solve_layer
+from micronet_nb.training import paired, wilson
 
 
 def problem(out=6, k=10, groups=1, seed=0):
@@ -322,7 +323,7 @@ def test_prices_are_those_of_the_scorer():
 
 
 def test_labels_are_counted_and_intervals_known():
-    assert interval(0, 10)[0] == 0 and interval(10, 10)[1] == 1
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 100
     b = paired(torch.tensor([True] * 20), torch.tensor([True] * 12 + [False] * 8))
     assert (b["lost"], b["gained"], b["difference"]) == (8, 0, -40.0) and b["p"] == pytest.approx(2 / 2**8)
 
@@ -339,3 +340,28 @@ def test_compress_takes_batches_and_leaves_the_net_alone(tmp_path):
     assert "never.weight" in c.report.untouched.index and "not reached" in str(c)
     assert set(c.report.layers.columns) >= {"zeros", "weight_bits", "input_bits", "bytes_after", "decibels", "kl"}
     assert c.report.layers.bytes_after.sum() < c.report.layers.bytes_before.sum() / 3
+
+
+def test_options_count_in_what_is_measured():
+    net, x = net_and_images(40)
+    few = dict(rates=(0.0,), weight_widths=(4,), input_widths=(6,), quiet=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        c = compress(net, x, dict(score=1.0), adder="fp32", first_bits=4, **few)
+    assert c.report.budget["got"] == mn.score(c.graph, (3, 12, 12), adder="fp32").score
+    assert c.report.totals.after["score"] == c.report.budget["got"] > mn.score(c.graph, (3, 12, 12)).score
+    assert c.report.layers.input_bits.tolist() == [4, 6, 6]
+
+
+def test_a_tuned_net_is_not_told_layer_by_layer():
+    net, x = net_and_images(40)
+
+    def tune(new, original, **how):
+        new.head.bias.data += 1
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        patch.setattr("micronet_nb.compressing._tune", tune)
+        c = compress(net, x, "8-bit", fine_tune=mn.FitConfig(), data=(None, None), quiet=True)
+    assert c.report.layers.kl.isna().all() and c.report.layers.bytes_after.notna().all()
+    c.report.plot()

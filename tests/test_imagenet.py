@@ -382,9 +382,6 @@ def test_compression_is_judged_beside_the_net(here, lite, monkeypatch):
     assert given["labels"].tolist() == [0, 0, 1, 1, 2, 2]  # of the training images
     assert "a report" in told and "agree on 0.00 %" in told and "4 are right before alone, 4 after alone" in told
     assert here(*args, "--compress", "8-bit")[0] == 0 and given["budget"] == "8-bit"
-    monkeypatch.setitem(sys.modules, "micronet_nb.compressing", None)
-    code, _, wrong = here(*args, "--compress", "8-bit")
-    assert code == 1 and "--compress needs micronet_nb.compressing" in wrong
 
 
 @pytest.mark.parametrize(

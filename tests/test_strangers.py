@@ -322,6 +322,28 @@ def test_memory_and_time_are_bounded_by_the_size(toy, tmp_path):
         assert verdict == ('accepted' if good else 'refused'), (path.name, line)
 
 
+@pytest.mark.parametrize('value', [1e39, -1e300])
+def test_numbers_that_float32_does_not_hold(toy, tmp_path, value):
+    "Of modules and of calls; infinities are numbers of float32."
+    with pytest.raises(MicronetError, match='max_val|argument'):
+        unpack(forged(toy, set_argument('Hardtanh', 'max_val', value)), (3, 8, 8))
+
+    class Adds(nn.Module):
+        def forward(self, x):
+            return x + value
+
+    with pytest.raises(MicronetError, match='cannot be an argument in a packed file'):
+        pack(Adds().eval(), tmp_path / 'a', dict(input_size=[3, 4, 4]))
+
+
+def test_a_crowd_of_modules(tmp_path):
+    "Each is tried without values, which takes a millisecond or two."
+    crowd = nn.Sequential(*(nn.ReLU() for _ in range(2501))).eval()
+    with pytest.raises(MicronetError, match='it has 2,501 modules, and a packed file holds 2,500'):
+        pack(crowd, tmp_path / 'a', dict(input_size=[3, 4, 4]))
+    assert not [*tmp_path.iterdir()]
+
+
 # --- and any other
 
 
