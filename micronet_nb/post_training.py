@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'columns', 'Moments', 'Grid', 'second_order', 'descend', 'learn_rounding', 'Solved', 'solve_layer', 'Walk',
-           'reconstruct']
+           'reconstruct', 'solved_start', 'study_start']
 
 # %% ../nbs/23_post_training.ipynb #87c20845
 import copy, hashlib, threading
@@ -21,11 +21,12 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from .activations import remove_activation_quantisers
-from .core import MicronetError, atomic_path, make_folder, progress
+from .core import MicronetError, atomic_path, get_profile, make_folder, progress, runs_dir
 from .layers import compressible, computes_otherwise, dense_weight, evaluation_mode
 from .layers import input_batches, require_shapes, tell_untouched, untouched
-from .pruning import mask_of, plan_rates, put_masks
+from .pruning import mask_of, plan_rates, put_masks, remove_pruning
 from .quantisers import grid, solve_scales
+from .training import STUDIES, normalised, study_data
 from .weights import WeightQuantiser, plan_bits, remove_weight_quantisers
 
 # %% ../nbs/23_post_training.ipynb #fde804fa
@@ -587,3 +588,34 @@ def _solved_in_turn(model, original, pairs, todo, norms, kept, how, quiet):
     table = pd.DataFrame(rows.values(), index=pd.Index(rows, name='layer'))
     table.attrs['shifts'] = shifts
     return table
+
+# %% ../nbs/23_post_training.ipynb #5ec3eed6
+def solved_start(
+    model: nn.Module,  # stays as it is
+    rates,  # see `plan_rates`: fractions in [0,1] of each layer that go
+    images,  # (n, c, h, w) as the model sees them
+    folder=None,  # where solved layers are kept; None: nowhere
+) -> nn.Module:  # a copy without masks: its zeros are ordinary weights, the smallest, for `prune` to find
+    """A net with zeros, the other weights solved in full precision, to be pruned by `prune` and tuned.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 50))
+    >>> int((solved_start(net.eval(), 0.5, torch.randn(32, 3, 8, 8))[2].weight == 0).sum())
+    7200
+    """
+    new = copy.deepcopy(model)
+    reconstruct(new, images, 32, rates, original=model, folder=folder, quiet=True)
+    remove_pruning(new)
+    return new
+
+
+def study_start(
+    profile: str,  # embedded, laptop or paper
+    model: nn.Module,  # the profile's student, with its `input_stats`
+    rates,  # see `plan_rates`
+) -> tuple:  # (net to be pruned and tuned, what of it stands in the keys of stages)
+    "How the tables of the technique notebooks begin: with solved layers where the study asks for it."
+    n = STUDIES[get_profile(profile).name].solve
+    if not n:
+        return copy.deepcopy(model), {}
+    few = normalised(study_data(profile)[0][0].images[:n].float() / 255, model.input_stats)
+    return solved_start(model, rates, few, runs_dir() / 'solved'), dict(solved=n)
