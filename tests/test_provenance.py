@@ -61,8 +61,8 @@ NEEDED = {  # what the numbers depend on, by record
     "09_quantisers.speed": {"model", "bits", "sampled_kernels_a_layer"},
     "10_activations.sampling": {"layer", "inputs", "samples", "images"} | DENSE,
     "10_activations.untuned": CALIBRATED,
-    "10_activations.accuracy": {"plan", "rate", "method", "tune"} | CALIBRATED,
-    "10_activations.test": {"plan", "rate", "method", "tune"} | CALIBRATED,
+    "10_activations.accuracy": {"sparse", "tune"} | CALIBRATED,
+    "10_activations.test": {"sparse", "tune"} | CALIBRATED,
     **dict.fromkeys(
         ("11_weights.tuned", "11_weights.mixed", "11_weights.accuracy", "11_weights.test"),
         {"sparse", "activations", "first_bits", "calibration", "tune", "images"} | DENSE,
