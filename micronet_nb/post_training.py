@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'columns', 'Moments', 'Grid', 'second_order', 'descend', 'learn_rounding', 'Solved', 'solve_layer', 'Walk',
-           'reconstruct', 'solved_start', 'study_start']
+           'reconstruct', 'solved_start']
 
 # %% ../nbs/23_post_training.ipynb #87c20845
 import copy, hashlib, threading
@@ -21,12 +21,11 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from .activations import remove_activation_quantisers
-from .core import MicronetError, atomic_path, get_profile, make_folder, progress, runs_dir
+from .core import MicronetError, atomic_path, make_folder, progress
 from .layers import compressible, computes_otherwise, dense_weight, evaluation_mode
 from .layers import input_batches, require_shapes, tell_untouched, untouched
 from .pruning import mask_of, plan_rates, put_masks, remove_pruning
 from .quantisers import grid, solve_scales
-from .training import STUDIES, normalised, study_data
 from .weights import WeightQuantiser, plan_bits, remove_weight_quantisers
 
 # %% ../nbs/23_post_training.ipynb #fde804fa
@@ -606,16 +605,3 @@ def solved_start(
     reconstruct(new, images, 32, rates, original=model, folder=folder, quiet=True)
     remove_pruning(new)
     return new
-
-
-def study_start(
-    profile: str,  # embedded, laptop or paper
-    model: nn.Module,  # the profile's student, with its `input_stats`
-    rates,  # see `plan_rates`
-) -> tuple:  # (net to be pruned and tuned, what of it stands in the keys of stages)
-    "How the tables of the technique notebooks begin: with solved layers where the study asks for it."
-    n = STUDIES[get_profile(profile).name].solve
-    if not n:
-        return copy.deepcopy(model), {}
-    few = normalised(study_data(profile)[0][0].images[:n].float() / 255, model.input_stats)
-    return solved_start(model, rates, few, runs_dir() / 'solved'), dict(solved=n)

@@ -1291,8 +1291,6 @@ class _Study:
     tune: FitConfig  # after pruning or quantising: short, and without warm-up
     n_test: int = 0  # test images read by a table; 0: all
     teacher: str = ''  # of every tuning: published nets, joined by ' + '; '': labels
-    tune_sparse: FitConfig = None  # after pruning; None: as `tune`
-    solve: int = 0  # training images on which a pruned net's other weights are solved before it is tuned; 0: they stay
     sparse: str = (
         ''  # a published net that was pruned by its authors, to be quantised; '': the student, pruned and tuned
     )
@@ -1316,21 +1314,12 @@ SMALL_STUDIES = {
     ),
 }
 
-# 10,240 images a run: 100 seconds on one core at 100 images/s, which is what a taught step does there; after pruning
-# four times as many. 07_pruning takes 4 long runs and 12, 08_distillation 18, 10_activations 14, 11_weights 14, of
-# which one is that of 10.
+# 10,240 images a run: 100 seconds on one core at 100 images/s, which is what a taught step does there.
+# 07_pruning takes 16 runs, 08_distillation 18, 10_activations 14, 11_weights 14, of which one is that of 10.
 _PUBLISHED_TUNE = FitConfig(
     epochs=4, epoch_images=2560, lr=0.005, warmup_epochs=0.0, weight_decay=1e-5, augment='flip', channels_last=True
 )
-_PUBLISHED = _Study(
-    'kaist-v2-15',
-    None,
-    _PUBLISHED_TUNE,
-    teacher='kaist-v2-30',
-    tune_sparse=replace(_PUBLISHED_TUNE, epoch_images=10240, lr=0.01),
-    solve=256,
-    sparse='kaist-v2-60',
-)
+_PUBLISHED = _Study('kaist-v2-15', None, _PUBLISHED_TUNE, teacher='kaist-v2-30', sparse='kaist-v2-60')
 STUDIES = SMALL_STUDIES | dict(laptop=_PUBLISHED)
 
 # %% ../nbs/04_training.ipynb #e07cefbc
