@@ -30,11 +30,11 @@ def whole(
     name: str,  # of the parameter
     value,  # that was given
     low: int = 0,  # least that it may be
-    high: float = math.inf,  # most that it may be
+    high: int = 2**63 - 1,  # most that it may be; tensors hold no larger ones
 ) -> int:
     "A whole number of a range, numpy's among them, as Python's own."
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
-        most = f' to {high}' if high < math.inf else ' on'
+        most = f' to {high}' if high < 2**63 - 1 else ' on'
         raise MicronetError(f'{name}={value!r}: a whole number from {low}{most} belongs there')
     return int(value)
 
@@ -43,10 +43,12 @@ def number(
     name: str,  # of the parameter
     value,  # that was given
     low: float = 0.0,  # least that it may be
+    high: float = sys.float_info.max,  # most that it may be
 ) -> float:
-    "A finite number, as Python's own."
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value < math.inf:
-        raise MicronetError(f'{name}={value!r}: a finite number from {low} on belongs there')
+    "A finite number of a range, as Python's own."
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        most = f' to {high}' if high < sys.float_info.max else ' on'
+        raise MicronetError(f'{name}={value!r}: a finite number from {low}{most} belongs there')
     return float(value)
 
 # %% ../nbs/00_core.ipynb #196511e7

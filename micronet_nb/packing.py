@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .data import normalise
+from .data import check_stats, normalise
 from .integer import MODULES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias, as_graph, check_integers
 from .layers import evaluation_mode
 from .scoring import ACCOUNTINGS, score
@@ -843,12 +843,12 @@ def check_about(
     about,  # dict, or whatever a file has in its place
 ) -> dict:
     "What a file tells about its net, checked."
-    three = lambda v: _numbers(v, (3,), float)
+    three, fine = lambda v: _numbers(v, (3,), float), lambda v: bool(check_stats(v))
     checks = dict(
         input_size=lambda v: _numbers(v, (1, 2, 3, 4), int) and min(v) > 0,
         accounting=lambda v: v in ACCOUNTINGS,
         dataset=lambda v: isinstance(v, str),
-        pixels=lambda v: v == 'released' or _numbers(v, (2,), (list, tuple)) and all(map(three, v)),
+        pixels=lambda v: v == 'released' or _numbers(v, (2,), (list, tuple)) and all(map(three, v)) and fine(v),
     )
     if not isinstance(about, dict):
         raise MicronetError(f'about is a dict, not {about!r}')
