@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .activations import _quantiser_for, activation_quantisers, calibrate
 from .activations import quantise_activations, remove_activation_quantisers
-from .core import MicronetError, progress, whole
+from .core import MicronetError, progress, require_writable, whole
 from .distillation import kd_loss, kl
 from .layers import compressible, evaluation_mode, input_batches, pairs_of, per_layer, untouched
 from .lowering import lower
@@ -586,6 +586,8 @@ def _check_call(net, preset, options, fine_tune, data, path):
         raise MicronetError('fine_tune needs data=(train, valid), data sets as `fit` takes them')
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise MicronetError(f'{path} is a folder, or lies in none that there is: give the path of a file')
+    if path is not None:
+        require_writable(path)
 
 
 def _check_judges(name, limit, task):

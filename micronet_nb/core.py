@@ -316,6 +316,19 @@ def atomic_path(
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #91bdd24d
+class _Tried(Exception):
+    "A file could be written here."
+
+
+def require_writable(
+    path,  # a file that is to be made later
+):
+    "Refuses a path at which no file can be written now; what is there stays."
+    with contextlib.suppress(_Tried), atomic_path(path) as tmp:
+        tmp.touch()
+        raise _Tried
+
 # %% ../nbs/00_core.ipynb #cc20787f
 def write_json(
     path,  # file to make or replace

@@ -128,8 +128,14 @@ CALLS = {  # of a value: where it goes
     'choose_bits worth': (lambda v: widths(worth=v), [NAN, INF]),
     'compress budget': (lambda v: mn.compress(net(), images(16), v, quiet=True), [*NO_NUMBER, None, 0]),
     'compress bytes': (lambda v: mn.compress(net(), images(16), dict(bytes=v), quiet=True), [*NO_NUMBER, None, 0]),
-    'compress held_out': (lambda v: mn.compress(net(), images(16), held_out=v, quiet=True), [*NO_NUMBER, None, 0, 1, 1.5]),
-    'compress labels': (lambda v: mn.compress(net(), images(16), labels=v, quiet=True), [*NO_NUMBER, 1.5, torch.ones(4)]),
+    'compress held_out': (
+        lambda v: mn.compress(net(), images(16), held_out=v, quiet=True),
+        [*NO_NUMBER, None, 0, 1, 1.5],
+    ),
+    'compress labels': (
+        lambda v: mn.compress(net(), images(16), labels=v, quiet=True),
+        [*NO_NUMBER, 1.5, torch.ones(4)],
+    ),
     'compress images': (lambda v: mn.compress(net(), v, quiet=True), [*NO_NUMBER, None, images()[:0], images() * NAN]),
     'reconstruct bits': (lambda v: reconstructed(bits=v), [NAN, INF, -1, 0, 17, True, '2', 1.5, None]),
     'reconstruct rates': (lambda v: reconstructed(rates=v), [NAN, INF, -1, True, '2', 1.5, None]),
