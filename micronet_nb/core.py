@@ -23,7 +23,10 @@ warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %% ../nbs/00_core.ipynb #72147ec7
 class MicronetError(ValueError):
-    "A mistake that the user can mend: the message names the value and the remedy."
+    "A mistake that the user can mend: the message names the value and the remedy, and controls no terminal."
+
+    def __init__(self, message=''):
+        super().__init__(''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)))
 
 # %% ../nbs/00_core.ipynb #5caf9824
 def whole(
