@@ -9,7 +9,7 @@ __all__ = ['micronet_score', 'micronet_pack', 'micronet_eval', 'micronet_cifar10
 import argparse, importlib, math, os, pickle, sys, time
 from pathlib import Path
 
-from .core import MicronetError, atomic_path, released_schedule, swiftly
+from .core import MicronetError, atomic_path, number, released_schedule, swiftly, whole
 
 # %% ../nbs/30_cli.ipynb #ff053ab9
 def _command(
@@ -490,7 +490,8 @@ def _cifar100_run(args):
             return run_track(args)
         from micronet_nb.benchmarks import training_speed
 
-        for r in training_speed(args.profile, minutes=args.minutes or 3.0, folder=args.out and args.out / 'results'):
+        minutes = 3.0 if args.minutes is None else number('--minutes', args.minutes)
+        for r in training_speed(args.profile, minutes=minutes, folder=args.out and args.out / 'results'):
             print(', '.join(f'{k} {v:,.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in r.items()))
     except OutOfTime as e:
         print(f'time is over: {e}')
@@ -572,6 +573,9 @@ def _imagenet_parser():
 def _imagenet_run(args):
     from micronet_nb.imagenet import run_net, run_track
 
+    for name, low, high in (('size', 1, 2**12), ('resize', 1, 2**13), ('calibration', 1, 10**7), ('workers', 0, 2**10)):
+        if (given := getattr(args, name)) is not None:
+            whole(f'--{name}', given, low, high)
     if args.model:
         return run_net(args)
     if any(given is not None for given in (args.compress, args.limit, args.file)):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .activations import _quantiser_for, activation_quantisers, calibrate
 from .activations import quantise_activations, remove_activation_quantisers
-from .core import MicronetError, progress
+from .core import MicronetError, progress, require_writable, whole
 from .distillation import kd_loss, kl
 from .layers import compressible, evaluation_mode, input_batches, pairs_of, per_layer, untouched
 from .lowering import lower
@@ -179,8 +179,7 @@ def option_table(
     **scoring,  # for `score`: accounting, adder
 ) -> pd.DataFrame:  # layer, rate, weight_bits, input_bits, nonzero, kl (nats an image), cost; attrs['rest']
     "What each choice of zeros and widths costs a layer: in answers, from two measurements a layer, and in price."
-    if n_measured < 1:
-        raise MicronetError(f'n_measured={n_measured}: a whole number from 1 on belongs there')
+    n_measured = whole('n_measured', n_measured, 1)
     if price not in PRICES:
         raise MicronetError(f'price must be one of {", ".join(PRICES)}, not {price!r}')
     net = copy.deepcopy(model).eval()
@@ -381,7 +380,7 @@ def _collected(source, labels):
 
 def _halves(images, labels, held_out):
     "Images to solve on, images to measure on, evenly spaced among them, and the labels of these."
-    if not 0 < held_out < 1:
+    if isinstance(held_out, bool) or not isinstance(held_out, Real) or not 0 < held_out < 1:
         raise MicronetError(f'held_out must be a fraction between 0 and 1, not {held_out!r}')
     if labels is not None and len(labels) != len(images):
         raise MicronetError(f'{len(labels)} labels for {len(images)} images: give one each')
@@ -587,6 +586,8 @@ def _check_call(net, preset, options, fine_tune, data, path):
         raise MicronetError('fine_tune needs data=(train, valid), data sets as `fit` takes them')
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise MicronetError(f'{path} is a folder, or lies in none that there is: give the path of a file')
+    if path is not None:
+        require_writable(path)
 
 
 def _check_judges(name, limit, task):
@@ -668,7 +669,8 @@ def photo_crops(
     "Random crops of scikit-learn's two photographs: images to try `compress` on, where there are no others."
     config = getattr(net, 'default_cfg', None) or {}
     mean, std = getattr(net, 'input_stats', None) or (config.get('mean', (0.5,) * 3), config.get('std', (0.5,) * 3))
-    size = size or config.get('input_size', (3, 224, 224))[-1]
+    n, seed = whole('n', n, 1, 10**5), whole('seed', seed)
+    size = config.get('input_size', (3, 224, 224))[-1] if size is None else whole('size', size, 1, 2**12)
     photos = [torch.tensor(p).movedim(2, 0).float() / 255 for p in load_sample_images().images]
     rng, crops = np.random.default_rng(seed), []
     for i in range(n):

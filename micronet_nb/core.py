@@ -23,18 +23,21 @@ warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %% ../nbs/00_core.ipynb #72147ec7
 class MicronetError(ValueError):
-    "A mistake that the user can mend: the message names the value and the remedy."
+    "A mistake that the user can mend: the message names the value and the remedy, and controls no terminal."
+
+    def __init__(self, message=''):
+        super().__init__(''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)))
 
 # %% ../nbs/00_core.ipynb #5caf9824
 def whole(
     name: str,  # of the parameter
     value,  # that was given
     low: int = 0,  # least that it may be
-    high: float = math.inf,  # most that it may be
+    high: int = 2**63 - 1,  # most that it may be; tensors hold no larger ones
 ) -> int:
     "A whole number of a range, numpy's among them, as Python's own."
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
-        most = f' to {high}' if high < math.inf else ' on'
+        most = f' to {high}' if high < 2**63 - 1 else ' on'
         raise MicronetError(f'{name}={value!r}: a whole number from {low}{most} belongs there')
     return int(value)
 
@@ -43,10 +46,12 @@ def number(
     name: str,  # of the parameter
     value,  # that was given
     low: float = 0.0,  # least that it may be
+    high: float = sys.float_info.max,  # most that it may be
 ) -> float:
-    "A finite number, as Python's own."
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value < math.inf:
-        raise MicronetError(f'{name}={value!r}: a finite number from {low} on belongs there')
+    "A finite number of a range, as Python's own."
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        most = f' to {high}' if high < sys.float_info.max else ' on'
+        raise MicronetError(f'{name}={value!r}: a finite number from {low}{most} belongs there')
     return float(value)
 
 # %% ../nbs/00_core.ipynb #196511e7
@@ -313,6 +318,19 @@ def atomic_path(
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #91bdd24d
+class _Tried(Exception):
+    "A file could be written here."
+
+
+def require_writable(
+    path,  # a file that is to be made later
+):
+    "Refuses a path at which no file can be written now; what is there stays."
+    with contextlib.suppress(_Tried), atomic_path(path) as tmp:
+        tmp.touch()
+        raise _Tried
 
 # %% ../nbs/00_core.ipynb #cc20787f
 def write_json(

@@ -10,13 +10,14 @@ __all__ = ['CIFAR100_STATS', 'fingerprint', 'Dataset', 'pixels', 'decode', 'list
 import collections, contextlib, functools, hashlib, io, json, logging, math, os, re, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .core import MicronetError, atomic_path, bounded, cache_dir, config_key, find_file, offline, progress
-from .core import locked, read_sealed, remove_parts, sealed, write_json
+from .core import locked, read_sealed, remove_parts, sealed, whole, write_json
 
 # %% ../nbs/01_data.ipynb #7069c1e4
 # Pillow warns of what `open_rgb` refuses
@@ -53,12 +54,15 @@ def _check(images, labels, classes):
 # %% ../nbs/01_data.ipynb #18290601
 def _indices(which, n):
     "int64 indices below n, from a number, indices or a mask."
-    if isinstance(which, int):
+    if isinstance(which, Integral) and not isinstance(which, bool):
         if not 1 <= which <= n:
             raise MicronetError(f'cannot take {which} of {n} images')
-        return torch.arange(which) * n // which
-    ids = torch.as_tensor(which)
-    if ids.dtype == torch.bool and len(ids) == n:
+        return torch.arange(int(which)) * n // int(which)
+    try:
+        ids = torch.as_tensor(which)
+    except (TypeError, ValueError, RuntimeError):  # a text, say: of no dimension
+        ids = torch.zeros(())
+    if ids.dtype == torch.bool and ids.shape == (n,):
         ids = ids.nonzero().flatten()
     if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 1 or not len(ids):
         raise MicronetError('indices must be a non-empty list of integers, or a mask with an entry per image')
@@ -749,7 +753,8 @@ def imagenet_sample(
     "A thousand ImageNet images, one a class, from its training set: for comparing a net with its compressed form."
     if split not in HALVES:
         raise MicronetError(f"unknown split {split!r}: choose one of {', '.join(HALVES)}")
-    resize = int(size / 0.875) if resize is None else resize
+    size = whole('size', size)
+    resize = int(size / 0.875) if resize is None else whole('resize', resize)
     if not 1 <= size <= resize:
         raise MicronetError(
             f'size={size}, resize={resize}: a square of 1 to {resize} pixels can be cut from the middle'
@@ -808,9 +813,9 @@ def check_stats(
 ) -> tuple:  # the same
     "Refuses what pixels cannot be normalised by: a deviation of 0 makes NaN of them."
     try:
-        mean, std = ([float(v) for v in part if not isinstance(v, str)] for part in stats)
+        mean, std = ([float(v) for v in part if not isinstance(v, (str, bool))] for part in stats)
         fine = len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         fine = False
     if not fine:
         raise MicronetError(f'{stats!r} is not (mean, std), three finite numbers each, those of std above 0')

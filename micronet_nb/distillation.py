@@ -10,7 +10,8 @@ import math
 from dataclasses import replace
 from functools import partial
 
-from .core import MicronetError, get_profile
+from .core import MicronetError, get_profile, whole
+from .data import check_stats
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -121,10 +122,9 @@ class AsTeacher(nn.Module):
         size: int = None,  # pixels a side that the teacher wants; None: as they come
     ):
         super().__init__()
-        self.model, self.size = model, size
-        (m1, s1), (m2, s2) = (torch.tensor(st, dtype=torch.float64).view(2, -1, 1, 1) for st in (from_stats, to_stats))
-        if not bool((s1 > 0).all() and (s2 > 0).all()):
-            raise MicronetError(f'standard deviations must be positive, not {from_stats[1]} and {to_stats[1]}')
+        self.model, self.size = model, None if size is None else whole('size', size, 1)
+        wanted = (check_stats(stats) for stats in (from_stats, to_stats))
+        (m1, s1), (m2, s2) = (torch.tensor(stats, dtype=torch.float64).view(2, -1, 1, 1) for stats in wanted)
         self.register_buffer('scale', (s1 / s2).float())
         self.register_buffer('shift', ((m1 - m2) / s2).float())
 

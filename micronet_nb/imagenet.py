@@ -225,6 +225,8 @@ def transforms(
     how = dict(interpolation=interpolation, normalize=False)
     if train:
         return create_transform(size, is_training=True, **how, **AS_RIAIR)
+    if not 1 <= size <= resize:
+        raise MicronetError(f'--size {size} is no part of images of --resize {resize}: give a larger --resize')
     return create_transform(size, crop_pct=size / resize, **how)
 
 # %% ../nbs/21_imagenet.ipynb #fd9d2d57

@@ -535,7 +535,9 @@ def run_integer(
 
 
 def _run_whole(run, x):
-    "An integer run's output; an input that is not finite, or does not fit, is refused."
+    "An integer run's output; an input that is no tensor, not finite, or does not fit, is refused."
+    if not isinstance(x, torch.Tensor):
+        raise MicronetError(f'the input of an integer run is a tensor (n, ...), not {type(x).__name__}')
     check_finite(x, 'the input of an integer run')
     try:
         return run.run(x.to(run.dtype))

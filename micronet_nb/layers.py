@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from numbers import Integral
 
-from .core import MicronetError
+from .core import MicronetError, whole
 import pandas as pd
 import torch
 from torch import nn
@@ -245,7 +245,7 @@ def input_batches(
     dims: int = None,  # that a batch must have; None: two or more
 ):
     "Yields the inputs of a net as float tensors (at most `size`, ...), in order."
-    seen = 0
+    seen, size = 0, whole('size', size, 1)
     for place, x, _ in pairs_of(source, size):
         _check_floats(x, place, dims)
         if strict:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .integer import CARRIES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias
 from .integer import as_graph, check_integers, shapes_of
+from .scoring import sizes_of
 
 # %% ../nbs/18_onnx.ipynb #77e3865b
 def carrier(
@@ -314,7 +315,8 @@ def to_onnx(
     graph = as_graph(graph)
     if input_size is None and 'input_size' not in graph.meta:
         raise MicronetError('this graph does not say what its input is: give input_size, such as (3, 32, 32)')
-    data = _model(graph, form, tuple(input_size or graph.meta['input_size'])).SerializeToString()
+    size = sizes_of(graph.meta['input_size'] if input_size is None else input_size)
+    data = _model(graph, form, size).SerializeToString()
     with atomic_path(path) as tmp:
         tmp.write_bytes(data)
     return Path(path)

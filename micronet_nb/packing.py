@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .data import normalise
+from .data import check_stats, normalise
 from .integer import MODULES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias, as_graph, check_integers
 from .layers import evaluation_mode
 from .scoring import ACCOUNTINGS, score
@@ -843,12 +843,12 @@ def check_about(
     about,  # dict, or whatever a file has in its place
 ) -> dict:
     "What a file tells about its net, checked."
-    three = lambda v: _numbers(v, (3,), float)
+    three, fine = lambda v: _numbers(v, (3,), float), lambda v: bool(check_stats(v))
     checks = dict(
         input_size=lambda v: _numbers(v, (1, 2, 3, 4), int) and min(v) > 0,
         accounting=lambda v: v in ACCOUNTINGS,
         dataset=lambda v: isinstance(v, str),
-        pixels=lambda v: v == 'released' or _numbers(v, (2,), (list, tuple)) and all(map(three, v)),
+        pixels=lambda v: v == 'released' or _numbers(v, (2,), (list, tuple)) and all(map(three, v)) and fine(v),
     )
     if not isinstance(about, dict):
         raise MicronetError(f'about is a dict, not {about!r}')
@@ -983,7 +983,20 @@ def _module(name, kind, streams, tensors_read, rows):
 
 # %% ../nbs/17_packing.ipynb #ffe5edc7
 NUMBERS = 10**8  # that one value of a net may have, for one input
+ALL_NUMBERS = 10**10  # of all values together
+MULTIPLIES = 10**12  # of layers, matrix products and pools: as many as the largest nets for images have
 PIECES = 2**14  # that tensors may be split into, all together
+
+
+def _window(module, name, args, kwargs):
+    "Numbers that each number of a layer, a matrix product or a pool is made of; 1 for anything else."
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        return module.weight[0].numel()
+    if name.endswith('matmul'):
+        return args[0].shape[-1]
+    sizes = [getattr(module, 'kernel_size', 1), kwargs.get('kernel_size', 1)]
+    sizes += [args[1]] if name in ('avg_pool2d', 'max_pool2d') and len(args) > 1 else []
+    return max(k**2 if isinstance(k, int) else math.prod(k) for k in sizes)
 
 
 class _Sizes(fx.Interpreter):
@@ -991,10 +1004,12 @@ class _Sizes(fx.Interpreter):
 
     def __init__(self, graph):
         super().__init__(graph)
-        self.extra_traceback, self.pieces = False, 0
+        self.extra_traceback, self.pieces, self.numbers, self.multiplies = False, 0, 0, 0
 
     def call_module(self, target, args, kwargs):
         module = self.fetch_attr(target)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and args[0].dtype != module.weight.dtype:
+            raise MicronetError(f'{target} is given {args[0].dtype}, and its weights are {module.weight.dtype}')
         state = {k: t.to('meta') for k, t in module.state_dict(keep_vars=True).items()}
         return torch.func.functional_call(module, state, args, kwargs)
 
@@ -1002,17 +1017,26 @@ class _Sizes(fx.Interpreter):
         return super().get_attr(target, args, kwargs).to('meta')
 
     def run_node(self, n):
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        if getattr(n.target, '__name__', n.target) in ('chunk', 'split') and max(args[0].shape, default=0) > PIECES:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        name = getattr(n.target, '__name__', n.target)
+        if name in ('chunk', 'split') and max(args[0].shape, default=0) > PIECES:
             raise MicronetError(f'{n.name} splits a tensor that is longer than {PIECES:,}')
         value = super().run_node(n)
         self.pieces += len(value) if isinstance(value, (tuple, list)) and n.op != 'output' else 0
         if self.pieces > PIECES:
             raise MicronetError(f'{n.name} is one of those that split tensors into more than {PIECES:,} pieces')
-        most = max((t.numel() for t in tree_leaves(value) if isinstance(t, torch.Tensor)), default=0)
-        if most > NUMBERS:
+        made = [t.numel() for t in tree_leaves(value) if isinstance(t, torch.Tensor) and n.op != 'output']
+        if (most := max(made, default=0)) > NUMBERS:
             raise MicronetError(
                 f'{n.name} makes {most:,} numbers of an input, more than the {NUMBERS:,} that are tried'
+            )
+        self.numbers += sum(made)
+        module = self.fetch_attr(n.target) if n.op == 'call_module' else None
+        self.multiplies += sum(made) * (each if (each := _window(module, name, args, kwargs)) > 1 else 0)
+        if self.numbers > ALL_NUMBERS or self.multiplies > MULTIPLIES:
+            raise MicronetError(
+                f'up to {n.name} it makes {self.numbers:,} numbers of an input by {self.multiplies:,} multiplications, '
+                f'and {ALL_NUMBERS:,} by {MULTIPLIES:,} are tried'
             )
         return value
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from .activations import remove_activation_quantisers
-from .core import MicronetError, atomic_path, make_folder, progress
+from .core import MicronetError, atomic_path, make_folder, number, progress, whole
 from .layers import compressible, computes_otherwise, dense_weight, evaluation_mode
 from .layers import input_batches, require_shapes, tell_untouched, untouched
 from .pruning import mask_of, plan_rates, put_masks, remove_pruning
@@ -488,20 +488,14 @@ def _grouped(module, w):
     return w.detach().float().cpu().reshape(groups, len(w) // groups, -1)
 
 
-def _check_how(how):
-    "Refuses settings that make no sense."
+def _checked(how):
+    "The settings; those that make no sense are refused."
     if how['method'] not in METHODS:
         raise MicronetError(f"method must be one of {', '.join(METHODS)}, not {how['method']!r}")
-    for name, largest in (('follow', 1.0), ('damp', float('inf'))):
-        v = how[name]
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= largest or name == 'damp' and not v:
-            raise MicronetError(
-                f'{name}={v!r}: a number {"above 0" if name == "damp" else "from 0 to 1"} belongs there'
-            )
-    for name in ('limit', 'batch_size'):
-        v = how[name]
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
-            raise MicronetError(f'{name}={v!r}: a whole number from 1 on belongs there')
+    number('follow', how['follow'], 0, 1)
+    if not number('damp', how['damp'], 0, 1e6):
+        raise MicronetError('damp=0: a number above 0 belongs there')
+    return how | {k: whole(k, how[k], 1) for k in ('limit', 'batch_size')}
 
 
 def _planned(model, bits, rates, order):
@@ -537,8 +531,7 @@ def reconstruct(
     >>> reconstruct(net.eval(), torch.randn(32, 3, 8, 8), bits=4, quiet=True).bits.to_dict()
     {'0': 4, '2': 4}
     """
-    how = dict(method=method, follow=follow, damp=damp, limit=limit, batch_size=batch_size)
-    _check_how(how)
+    how = _checked(dict(method=method, follow=follow, damp=damp, limit=limit, batch_size=batch_size))
     require_shapes(model, 'solving layers')
     remove_weight_quantisers(model, restore=True)
     if original is None:
@@ -550,7 +543,7 @@ def reconstruct(
         todo = _planned(model, bits, rates, order)
         settings = how | dict(todo=todo, original=folder and _key(original, images[:1], 0))
         kept = _Kept(folder, folder and _key(model, images, settings))
-        pairs = [(Walk(model, x), Walk(original, x)) for x in images.split(batch_size)]
+        pairs = [(Walk(model, x), Walk(original, x)) for x in images.split(how['batch_size'])]
         try:
             table = _solved_in_turn(model, original, pairs, todo, norms, kept, how, quiet)
         finally:

@@ -476,10 +476,10 @@ def _join(nodes):
             last.bound['bias'], node.op, node.constants = bias, 'alias', []
 
 # %% ../nbs/05_scoring.ipynb #a20e6865
-def _image(model, input_size):
-    "A grey image for a model, after a look at both."
-    if not isinstance(model, nn.Module):
-        raise MicronetError(f'a net to count must be an nn.Module, not {type(model).__name__}: wrap it in one')
+def sizes_of(
+    input_size,  # whole numbers, such as (channels, height, width)
+) -> tuple:  # the same as Python's own
+    "Refuses what is no size of an input, or one that is too large to be tried."
     try:
         size = tuple(int(v) for v in input_size)
     except (TypeError, ValueError, OverflowError):
@@ -494,6 +494,14 @@ def _image(model, input_size):
             f"an image of {'x'.join(map(str, size))} has {math.prod(size):,} numbers, "
             'more than the 100,000,000 that are tried: give a smaller size'
         )
+    return size
+
+
+def _image(model, input_size):
+    "A grey image for a model, after a look at both."
+    if not isinstance(model, nn.Module):
+        raise MicronetError(f'a net to count must be an nn.Module, not {type(model).__name__}: wrap it in one')
+    size = sizes_of(input_size)
     require_shapes(model, 'scoring')
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
     return torch.full((1, *size), 0.5, dtype=like.dtype, device=like.device)

@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 # before timm: it silences a warning of tqdm's
-from .core import MicronetError, config_key, progress, read_json, write_json
+from .core import MicronetError, config_key, number, progress, read_json, whole, write_json
 import numpy as np
 import pandas as pd
 import torch
@@ -310,7 +310,7 @@ def _levels(sparsities, weight_bits, activation_bits):
 # %% ../nbs/06_sensitivity.ipynb #97462ddf
 def _some(dataset, n):
     "n examples, spread evenly; None: all."
-    return dataset if n is None or n >= len(dataset) else dataset.subset(n)
+    return dataset if n is None or whole('n', n, 1) >= len(dataset) else dataset.subset(n)
 
 
 def _check_changeable(layers, levels):
@@ -369,6 +369,7 @@ def measure_sensitivity(
     stats = stats or getattr(model, 'input_stats', None) or dataset_stats(train)
     every, names = compressible(net), matching(compressible(net), layers)
     _check_changeable({name: every[name] for name in names}, levels)
+    batch_size = None if batch_size is None else whole('batch_size', batch_size, 1)
     batch_size = batch_size or _images_at_once(net, _batch(net, images, 0, 1, stats)[0])
     key = [_net_key(net), images.describe(), shown.describe(), stats, levels, kept_word(per), batch_size]
     place = folder and Path(folder) / config_key(key)
@@ -614,6 +615,7 @@ def plan_from_sensitivity(
     for name, value, known in (('kind', kind, kinds), ('of', of, scarce), ('how', how, rules)):
         if value not in known:
             raise MicronetError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    budget, most = number('budget', budget), number('most', most, 0, 1)
     curves, whole = _curves(table, kind, most), kind == 'weight bits'
     if stray := sorted({*curves} - {*compressible(model)}):
         message = f'the table has a layer {stray[0]!r}, which this model has not'

@@ -10,7 +10,7 @@ __all__ = ['WeightQuantiser', 'plan_bits', 'quantise_weights', 'remove_weight_qu
 import copy, math
 from dataclasses import asdict, replace
 
-from .core import MicronetError, progress
+from .core import MicronetError, number, progress, whole
 from fastcore.basics import patch
 import numpy as np
 import pandas as pd
@@ -330,7 +330,10 @@ def choose_bits(
     cells: int = 20000,  # parts of the budget: storage is rounded up to whole ones, so that the budget is never passed
 ) -> dict:  # layer name to bits
     "The widths with the least sum of `by` within the budget, exact to one cell a layer."
+    budget, cells = number('budget', budget), whole('cells', cells, 1, 10**7)
     table = table[table.kind == 'weight bits'] if 'kind' in table else table
+    if not isinstance(by, str) or by not in table or not np.isfinite(table[by]).all():
+        raise MicronetError(f'by={by!r}: a column of finite numbers belongs there, one of {", ".join(table)}')
     least = table.groupby('layer').storage.min().sum()
     if not least <= budget:
         raise MicronetError(f'a budget of {budget:g} is out of reach: the smallest widths of the table take {least:g}')

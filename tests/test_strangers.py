@@ -213,6 +213,9 @@ def insert(*rows):
     return lambda s: s['nodes'].__setitem__(slice(1, 1), [json.loads(json.dumps(r)) for r in rows])
 
 
+GROWN = ['f', 'functional.adaptive_avg_pool2d', ['1', 4000]]  # 48 million numbers
+
+
 @pytest.mark.parametrize(
     'rows, words',
     [
@@ -228,10 +231,32 @@ def insert(*rows):
         ([['c', 'view', ['1', eval('[' * 50 + ']' * 50)]]], 'more than 8 tuples and lists'),
         ([['c', 'view', ['1', {'s': 'cuda'}]]], 'cannot be an argument'),
         ([['c', 'view', ['1', 2**70]]], 'cannot be an argument'),
+        ([['c', 'sum', ['1'], {'dtype': {'d': 'int64'}, 'dim': [0], 'keepdim': True}]], 'conv is given torch.int64'),
+        ([GROWN, *[['c', 'neg', ['1']]] * 9000], 'makes 10,032,000,192 numbers of an input'),
+        ([GROWN, ['f', 'functional.max_pool2d', ['1', 2999, 1, 1499]]], 'by 431,712,048,000,000 multiplications'),
+        ([GROWN, ['f', 'functional.avg_pool2d', ['1'], {'kernel_size': 2999, 'stride': 1}]], 'by 27,090,038,940,012 mul'),
+        ([GROWN, *[['f', 'torch.matmul', ['1', '1']]] * 9], 'by 1,152,000,000,000 multiplications'),
     ],
 )
 def test_calls_of_a_graph(toy, rows, words):
     refused(forged(toy, insert(*rows)), words)
+
+
+@pytest.mark.parametrize('pixels', [[0.0] * 3, [1.0, 1.0, -1.0], [1.0, 1.0, float('nan')]])
+def test_pixels_that_cannot_be_normalised(toy, pixels):
+    "NaN was accepted, and could not be packed again."
+    held, s = structure_of(toy)
+    s['about']['pixels'] = [[0.0] * 3, pixels]
+    text = zlib.compress(json.dumps(s).encode())  # with NaN, which JSON has not
+    toy.write_bytes(seal(held | {'graph': torch.frombuffer(bytearray(text), dtype=torch.uint8)}))
+    refused(toy, 'those of std above 0')
+
+
+@pytest.mark.parametrize(
+    'change', [set_argument('Conv2d', '\x1b[2J\n', 1), set_form('IntConv2d', 'weight', '=\x1b[2J\n')]
+)
+def test_no_text_of_a_file_controls_the_terminal(toy, change):
+    refused(forged(toy, change), '\\x1b[2J\\n')
 
 
 @pytest.mark.parametrize('model', [nn.Dropout(), nn.Identity()])
