@@ -46,7 +46,7 @@ setup(
     packages=find_packages(include=["micronet_nb", "micronet_nb.*"]),
     package_data={"micronet_nb": ["templates/*.j2"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "docs", "bench")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "docs", "bench", "cluster")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

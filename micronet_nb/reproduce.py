@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Notebook', 'find_notebooks', 'parameters_of', 'needs', 'choose', 'assign', 'run_key', 'run_notebook', 'reproduce',
-           'readme', 'out_of_sync', 'main']
+           'readme', 'out_of_sync', 'workers_of', 'main']
 
 # %% ../nbs/95_reproduce.ipynb #c0cff1d9
 import argparse, ast, base64, contextlib, difflib, hashlib, importlib.util, json, os, platform, re, shutil
@@ -711,6 +711,7 @@ class _Run:
     show: object
     jobs: int = 1
     threads: int | None = None
+    executor: object = None  # workers elsewhere; None: processes of this machine
 
     def all(self):
         "Each in its turn, `jobs` at a time; the page tells the truth also when this is interrupted."
@@ -752,8 +753,25 @@ def begin(self: _Run, nb, label):
         bar = _bar(nb, label, slot)
         if bar is None and self.jobs == 1:
             self.show(label, end=' ', flush=True)
-        job = self.pool.submit(run_notebook, nb, self.folder, given, key, _moves(bar), self.children.add, self.threads)
+        if self.executor is None:
+            told = _moves(bar), self.children.add
+            job = self.pool.submit(run_notebook, nb, self.folder, given, key, *told, self.threads)
+        else:
+            job = self.executor.submit(_elsewhere, nb, self.folder, given, key)
         self.running[job] = nb, label, slot, bar
+
+
+def _elsewhere(nb, out, parameters, key):
+    "`run_notebook` in a worker that sees the same folders."
+    return run_notebook(nb, out, parameters, key)
+
+
+def _outcome(job):
+    "What became of a notebook; one whose worker was lost again and again has failed."
+    try:
+        return job.result()
+    except Exception as e:
+        return dict(status='failed', seconds=0.0, error=f'{type(e).__name__}: {e}')
 
 
 @patch
@@ -763,7 +781,8 @@ def await_one(self: _Run):
         nb, label, _, bar = self.running.pop(job)
         if bar is not None:
             bar.close()
-        self.ended(nb, '' if bar is None and self.jobs == 1 else label, job.result())
+        outcome = job.result() if self.executor is None else _outcome(job)
+        self.ended(nb, '' if bar is None and self.jobs == 1 else label, outcome)
 
 
 @patch
@@ -806,6 +825,7 @@ def reproduce(
     record=False,  # write outputs and records back into the checkout, for maintainers; one notebook at a time
     show=print,  # takes the lines for people
     jobs=None,  # notebooks at a time, see `jobs_for`
+    executor=None,  # workers that see the same folders, see `spread` of 27_clusters; None: this machine
 ) -> dict:  # for each chosen stem its outcome, with status 'done', 'failed' or 'blocked'
     "Runs the notebooks in order."
     get_profile(profile)
@@ -820,7 +840,7 @@ def reproduce(
     with _alone(folder):
         remove_parts(folder)
         check_store()
-        return _Run(notebooks, chosen, given, folder, profile, fresh, record, show, jobs, threads).all()
+        return _Run(notebooks, chosen, given, folder, profile, fresh, record, show, jobs, threads, executor).all()
 
 # %% ../nbs/95_reproduce.ipynb #48e377cc
 def _developers_tools():
@@ -1018,6 +1038,11 @@ def _parser():
         metavar='N',
         help='notebooks at a time (default: 2 at embedded, on half of the cores each; else 1, for the speeds)',
     )
+    p.add_argument(
+        '--scheduler',
+        metavar='ADDRESS',
+        help='run on a Dask cluster whose workers see this folder, such as tcp://10.0.0.1:8786 (see 27_clusters)',
+    )
     p.add_argument('--fresh', action='store_true', help='run again what is done already')
     p.add_argument(
         '--record', action='store_true', help='for maintainers: copy outputs into nbs/ and records into data/results/'
@@ -1035,14 +1060,44 @@ def _parser():
     return p
 
 # %% ../nbs/95_reproduce.ipynb #6c16be33
+@contextlib.contextmanager
+def workers_of(
+    scheduler,  # address of a Dask scheduler; None: none
+):  # (something with `submit`, number of workers), or (None, None)
+    "A cluster's workers, for as long as the block lasts."
+    if scheduler is None:
+        yield None, None
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise MicronetError("--scheduler needs Dask: python -m pip install 'micronet_nb[cluster]'") from None
+    try:
+        client = Client(scheduler, timeout=20)
+    except (OSError, ValueError) as e:
+        raise MicronetError(f'no Dask scheduler answers at {scheduler} ({e}): start it with `dask scheduler`') from None
+    with client:
+        client.wait_for_workers(1, timeout=60)
+        yield client.get_executor(), len(client.scheduler_info(n_workers=-1)['workers'])
+
+
 def _run_command(args):
     "The main job of the command; returns the exit code."
     only = [n for o in args.only for n in re.split(r'[,\s]+', o) if n] if args.only is not None else None
     if args.record:
         os.environ['MICRONET_RECORD'] = '1'  # for `compare` in the notebooks
-    outcomes = reproduce(
-        args.profile, only, parse_settings(args.set), args.out, args.nbs, args.fresh, args.record, jobs=args.jobs
-    )
+    with workers_of(args.scheduler) as (executor, workers):
+        outcomes = reproduce(
+            args.profile,
+            only,
+            parse_settings(args.set),
+            args.out,
+            args.nbs,
+            args.fresh,
+            args.record,
+            jobs=args.jobs or workers,
+            executor=executor,
+        )
     count = {s: sum(o['status'] == s for o in outcomes.values()) for s in ('done', 'failed', 'blocked')}
     print(', '.join(f'{n} {s}' for s, n in zip(('done', 'failed', 'not run'), count.values()) if n))
     out, nbs = args.out or project_root() / 'reports', args.nbs or project_root() / 'nbs'

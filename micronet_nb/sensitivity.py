@@ -7,6 +7,7 @@ __all__ = ['degrade', 'Replay', 'measure_sensitivity', 'show_sensitivity', 'plan
 
 # %% ../nbs/06_sensitivity.ipynb #3eb760dd
 import contextlib, copy, hashlib
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .activations import calibrate, sample_scale
+from .clusters import WithNet, spread
 from .data import dataset_stats
 from .layers import compressible, computes_otherwise, dense_weight, matching, require_shapes
 from .pruning import layer_positions, magnitude_mask
@@ -323,20 +325,41 @@ def _check_changeable(layers, levels):
             )
 
 
-def _kept_rows(measure, names, place, every, quiet):
-    "measure(name) of all layers; at `place`, if there is one, the rows of each layer are kept, and read again."
-    rows = []
-    for name in names if quiet else progress(names, 'sensitivity', unit='layer'):
-        plain = ''.join(c if c.isalnum() else '_' for c in name)[-80:]
-        file = place and place / f'{every.index(name):04d}-{plain}.json'
-        if file and file.exists():
-            rows += read_json(file)
-            continue
-        fresh = measure(name)
-        if file:
-            write_json(file, fresh)
-        rows += fresh
-    return pd.DataFrame(rows, columns=['layer', 'kind', 'level', 'top1', 'loss', 'drop', 'increase', 'se'])
+def _kept_rows(measure, names, place, every, quiet, executor=None, item=lambda name: name):
+    "measure(item(name)) of all layers; at `place`, if there is one, a layer's rows are kept, and read again."
+    plain = {name: ''.join(c if c.isalnum() else '_' for c in name)[-80:] for name in names}
+    files = {name: place / f'{every.index(name):04d}-{plain[name]}.json' for name in names} if place else {}
+    rows = {name: read_json(file) for name, file in files.items() if file.exists()}
+    todo = [name for name in names if name not in rows]
+    bar = None if quiet else progress(None, 'sensitivity', len(todo), 'layer')
+    for i, fresh in spread(measure, map(item, todo), executor):
+        rows[todo[i]] = fresh
+        if place:
+            write_json(files[todo[i]], fresh)
+        bar is None or bar.update()
+    bar is None or bar.close()
+    columns = ['layer', 'kind', 'level', 'top1', 'loss', 'drop', 'increase', 'se']
+    return pd.DataFrame([row for name in names for row in rows[name]], columns=columns)
+
+
+@dataclass
+class _LayerRows(WithNet):
+    "What degrading one layer does: a function of (its name, the sample of its inputs)."
+
+    net: nn.Module
+    images: object
+    stats: tuple
+    levels: dict
+    per: str
+    batch_size: int
+    reuse: bool
+
+    @torch.no_grad()
+    def __call__(self, item):
+        name, sample = item
+        layer = compressible(self.net)[name]
+        changes = _changes(layer, sample, self.levels, self.per)
+        return _rows(name, *_measure(self.net, layer, changes, self.images, self.stats, self.batch_size, self.reuse))
 
 # %% ../nbs/06_sensitivity.ipynb #7f5af63d
 @torch.no_grad()
@@ -355,6 +378,7 @@ def measure_sensitivity(
     folder=None,  # keeps each finished layer; a run that finds its own there goes on; None: keeps nothing
     reuse: bool = True,  # do not run again what comes before a layer
     quiet: bool = False,  # no progress bar
+    executor=None,  # where layers are measured, see `spread`; None: here, one after another
 ) -> pd.DataFrame:  # layer, kind, level, top1 and drop in %, loss, increase and its standard error se
     """Accuracy and loss with one layer at a time degraded. Slide 'Robust Analysis'.
 
@@ -378,11 +402,8 @@ def measure_sensitivity(
     def samples():
         return calibrate(net, _batch(net, shown, 0, len(shown), stats)[0], limit=2**16) if activation_bits else {}
 
-    def measure(name):
-        changes = _changes(every[name], samples().get(name), levels, per)
-        return _rows(name, *_measure(net, every[name], changes, images, stats, batch_size, reuse))
-
-    return _kept_rows(measure, names, place, list(every), quiet)
+    measure = _LayerRows(net, images, stats, levels, per, batch_size, reuse)
+    return _kept_rows(measure, names, place, [*every], quiet, executor, lambda name: (name, samples().get(name)))
 
 # %% ../nbs/06_sensitivity.ipynb #75d219cd
 def _pivot(table, kind, value='increase'):

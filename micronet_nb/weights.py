@@ -8,7 +8,7 @@ __all__ = ['WeightQuantiser', 'plan_bits', 'quantise_weights', 'remove_weight_qu
 
 # %% ../nbs/11_weights.ipynb #02060869
 import copy, math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 from .core import MicronetError, number, progress, whole
 from fastcore.basics import patch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .activations import calibrate, is_calibrated, quantise_activations, remove_activation_quantisers
+from .clusters import WithNet, spread
 from micronet_nb.layers import (
     Reach,
     compressible,
@@ -296,6 +297,32 @@ def _divergence(net, images, clean):
     return max(float(F.kl_div(_answers(net, images), clean, reduction='batchmean', log_target=True)), 0.0)
 
 
+@dataclass
+class _WidthRows(WithNet):
+    "What each layer of one width does: a function of the width."
+
+    net: nn.Module  # without weight quantisers
+    images: list
+    clean: torch.Tensor
+    per: str
+
+    @torch.no_grad()
+    def __call__(self, bits):
+        net, layers, rows = self.net, compressible(self.net), []
+        quantise_weights(net, bits, self.per)
+        table, quantisers = weight_table(net), {n: quantiser_of(m) for n, m in layers.items()}
+        remove_weight_quantisers(net, restore=True)
+        for n, m in layers.items():
+            parametrize.register_parametrization(m, 'weight', quantisers[n], unsafe=True)
+            kl = _divergence(net, self.images, self.clean)
+            remove_weight_quantisers(net, restore=True)
+            zeros, size = table.masked[n] + table.rounded[n], table.weights[n]
+            storage = weight_storage(int(size), int(size - zeros), bits, always=False)
+            row = dict(layer=n, kind='weight bits', level=bits, kl=kl)
+            rows.append(row | dict(error=table.error[n], storage=storage))
+        return rows
+
+
 @torch.no_grad()
 def bit_table(
     model: nn.Module,  # any, also masked or with quantised activations; left as it is; weight quantisers are ignored
@@ -303,24 +330,18 @@ def bit_table(
     widths=(2, 3, 4, 5, 6, 7, 8),  # bits
     per: str = 'channel',  # see `quantise_weights`
     quiet: bool = False,  # no progress bar
+    executor=None,  # where widths are measured, see `spread`; None: here, one after another
 ) -> pd.DataFrame:  # layer, kind, level (bits), kl (nats an image), error (`weight_table`), storage (32-bit numbers)
     "What quantising each layer alone, to each width, costs in answers and in storage."
     net, images = copy.deepcopy(model).eval(), list(input_batches(images))  # a loader may shuffle: one order for all
     remove_weight_quantisers(net, restore=True)
-    layers, rows, clean = compressible(net), [], _answers(net, images)
-    for b in widths if quiet else progress(widths, 'bit table', unit='width'):
-        quantise_weights(net, b, per)
-        table, quantisers = weight_table(net), {n: quantiser_of(m) for n, m in layers.items()}
-        remove_weight_quantisers(net, restore=True)
-        for n, m in layers.items():
-            parametrize.register_parametrization(m, 'weight', quantisers[n], unsafe=True)
-            kl = _divergence(net, images, clean)
-            remove_weight_quantisers(net, restore=True)
-            zeros, size = table.masked[n] + table.rounded[n], table.weights[n]
-            storage = weight_storage(int(size), int(size - zeros), b, always=False)
-            row = dict(layer=n, kind='weight bits', level=b, kl=kl)
-            rows.append(row | dict(error=table.error[n], storage=storage))
-    return pd.DataFrame(rows)
+    measure, widths, done = _WidthRows(net, images, _answers(net, images), per), [*widths], {}
+    bar = None if quiet else progress(None, 'bit table', len(widths), 'width')
+    for i, rows in spread(measure, widths, executor):
+        done[i] = rows
+        bar is None or bar.update()
+    bar is None or bar.close()
+    return pd.DataFrame([row for i in range(len(widths)) for row in done[i]])
 
 # %% ../nbs/11_weights.ipynb #d5ce7313
 def choose_bits(
@@ -390,6 +411,7 @@ def width_table(
     first_bits: int = 8,  # of the image
     affine: bool = True,  # inputs with a sign get a window of their own
     quiet: bool = False,  # no progress bar
+    executor=None,  # where widths of weights are measured, see `spread`; None: here
     **scoring,  # for `score`: track, accounting, adder, ...
 ) -> pd.DataFrame:  # layer, weight_bits, input_bits, kl (nats an image), cost (score); attrs['rest']: the rest
     "What each pair of widths costs a layer in answers, each width measured alone, and in score."
@@ -398,7 +420,7 @@ def width_table(
     remove_activation_quantisers(net)
     same, images = samples is images, list(input_batches(images))  # a loader may shuffle: one order for all
     samples = samples if is_calibrated(samples) else calibrate(net, images if same else samples)
-    of_weights = bit_table(net, images, weight_widths, quiet=quiet).set_index(['layer', 'level']).kl
+    of_weights = bit_table(net, images, weight_widths, quiet=quiet, executor=executor).set_index(['layer', 'level']).kl
     of_inputs = _input_table(net, samples, images, {*input_widths, first_bits}, affine)
     of_inputs = of_inputs.set_index(['layer', 'level']).kl
     size, rows, rest = tuple(images[0].shape[1:]), [], 0.0

@@ -462,3 +462,36 @@ def test_plain_papermill_under_known_parameters_does(tmp_path, parameters, middl
     done, result = papermill(tmp_path, path, "-p", "n", "8")
     assert done.returncode == 0, done.stderr
     assert json.loads(result.read_text())["status"] == "done"
+
+
+def test_on_a_cluster_notebooks_run_as_here(tmp_path):
+    "Two workers that see the same folder: what each notebook comes to is told as without them."
+    distributed = pytest.importorskip("distributed")
+    head = "import os\nimport pandas as pd\nfinish('{stem}', profile, pd.DataFrame(dict(process=[os.getppid()])))"
+    toy(tmp_path / "nbs", "01_first", "import time; time.sleep(1)", end=head)
+    toy(tmp_path / "nbs", "02_second", "import time; time.sleep(1)", end=head)
+    toy(tmp_path / "nbs", "03_wrong", "1 / 0")
+    quiet = dict(silence_logs="CRITICAL", dashboard_address=None)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **quiet) as cluster:
+        args = ["--nbs", tmp_path / "nbs", "--out", tmp_path / "out", "--scheduler", cluster.scheduler_address]
+        done = command(*args)
+        again = command(*args)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    folder = tmp_path / "out" / "embedded"
+    states = outcome(folder)
+    assert {stem: o["status"] for stem, o in states.items()} == {
+        "01_first": "done",
+        "02_second": "done",
+        "03_wrong": "failed",
+    }
+    assert "ZeroDivisionError" in states["03_wrong"]["error"]
+    results = [json.loads((folder / "results" / f"{stem}.json").read_text()) for stem in ("01_first", "02_second")]
+    assert {r["status"] for r in results} == {"done"}
+    assert again.stdout.count("done before") == 2
+
+
+def test_a_scheduler_that_is_not_there_is_one_line(tmp_path):
+    pytest.importorskip("distributed")
+    toy(tmp_path / "nbs", "01_first")
+    args = ["--nbs", tmp_path / "nbs", "--out", tmp_path / "out", "--scheduler"]
+    assert_one_line(command(*args, "nonsense://here"), "no Dask scheduler answers at nonsense://here")
