@@ -472,7 +472,13 @@ def resized(input, size, mode, align_corners):
     return F.interpolate(input, size=size, mode=mode, align_corners=align_corners)
 
 
-@operation(example=(_ROWS, _ROWS.mT), onnx=_under_its_name('MatMul'))
+def _write_wide(e, input, other):
+    double, single = 11, 1  # of ONNX's types
+    inputs = [e('Cast', t, to=double) for t in (input, other)]
+    return e('Cast', e('MatMul', *inputs), to=single)
+
+
+@operation(example=(_ROWS, _ROWS.mT), onnx=_write_wide)
 def matmul_wide(input, other):
     "A product whose sums pass 2^24, made in float64."
     return torch.matmul(input.double(), other.double()).to(input.dtype)

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'carrier', 'integers', 'exports', 'Export', 'to_onnx', 'onnx_session']
 
 # %% ../nbs/18_onnx.ipynb #a3254e98
-import inspect, operator
+import inspect, math, operator
 from pathlib import Path
 
 from .core import MicronetError, atomic_path
@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .integer import CARRIES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias
+from .integer import CARRIES, OPERATIONS, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias
 from .integer import as_graph, check_integers, shapes_of
 
 # %% ../nbs/18_onnx.ipynb #77e3865b
@@ -137,6 +137,11 @@ def _called(graph, node):
 _MOVES = CARRIES | {F.relu, torch.relu, F.hardtanh, F.relu6, 'relu', 'flatten', 'reshape', 'view', 'contiguous'}
 
 
+def _moves(target):
+    "Does it leave values on their grid, or cut them off?"
+    return target in _MOVES or target in CARRIES
+
+
 def _scales(m):
     "Is it a module that changes the scale?"
     return isinstance(m, ScaleBias) and (m.has_bias or bool((m.weight != 1).any()))
@@ -151,7 +156,7 @@ def _safe(graph, node):
     "Is this quantiser one that onnxruntime leaves alone?"
     layers = [u for u in node.users if isinstance(_called(graph, u), (nn.Conv2d, nn.Linear))]
     alone = all(u in layers or u.op == 'output' for u in node.users)
-    return alone and _called(graph, node.args[0]) not in _MOVES and not any(_met(graph, u) for u in layers)
+    return alone and not _moves(_called(graph, node.args[0])) and not any(_met(graph, u) for u in layers)
 
 # %% ../nbs/18_onnx.ipynb #9bfb7cc5
 @exports(Quantise)
@@ -178,22 +183,23 @@ def _quantise(e, m, x):
 @exports(ScaleBias)
 def _scale_bias(e, m, x):
     "A multiplication and, where there is a bias, an addition a channel."
-    shape = (-1,) + (1,) * (len(e.shapes[x]) - 2)
+    shape = (-1,) + (1,) * (len(e.shapes[x]) - 1 - m.axis if len(m.weight) > 1 else 0)
     x = e('Mul', x, m.weight.view(shape))
     return e('Add', x, m.bias.view(shape)) if m.has_bias else x
 
 # %% ../nbs/18_onnx.ipynb #6405769c
-def _weight(e, m):
-    "A layer's weights: floats as they are, integers behind a DequantizeLinear."
+def _weight(e, m, turned=False):
+    "A layer's weights, or their transpose: floats as they are, integers behind a DequantizeLinear."
+    weight = m.weight.mT if turned else m.weight
     if not isinstance(m, IntWeights):
-        return e.constant(m.weight)
+        return e.constant(weight)
     try:
         check_integers(m.weight, m.weight_bits, f'{e.where}.weight')
     except MicronetError as error:
         e.refuse(error)
     if e.form == 'float':
-        return e.constant(m.weight, name=f'{e.where}.weight')
-    return e('DequantizeLinear', e.constant(m.weight, carrier(m.weight_bits), f'{e.where}.weight'), 1.0)
+        return e.constant(weight, name=f'{e.where}.weight')
+    return e('DequantizeLinear', e.constant(weight, carrier(m.weight_bits), f'{e.where}.weight'), 1.0)
 
 
 @exports(nn.Conv2d, IntConv2d)
@@ -209,17 +215,55 @@ def _conv(e, m, x):
 
 @exports(nn.Linear, IntLinear)
 def _linear(e, m, x):
-    "Gemm, of a batch of vectors."
+    "Gemm, of a batch of vectors; a product and a sum, of tokens."
     if len(e.shapes[x]) != 2:
-        e.refuse(f'it works on {len(e.shapes[x])} dimensions, not on (n, features)')
+        y = e('MatMul', x, _weight(e, m, turned=True))
+        return y if m.bias is None else e('Add', y, m.bias)
     return e('Gemm', x, _weight(e, m), *[] if m.bias is None else [m.bias], transB=1)
+
+# %% ../nbs/18_onnx.ipynb #09abb64f
+@exports(nn.LayerNorm)
+def _layer_norm(e, m, x):
+    "LayerNormalization of the last dimensions."
+    weight = torch.ones(m.normalized_shape) if m.weight is None else m.weight
+    bias = [] if m.bias is None else [m.bias]
+    return e('LayerNormalization', x, weight, *bias, axis=-len(m.normalized_shape), epsilon=float(m.eps))
+
+
+def _standardised(e, x, dims, eps, mean=True):
+    "Minus the mean, over the root of the mean square and eps."
+    if mean:
+        x = e('Sub', x, e('ReduceMean', x, dims, keepdims=1))
+    square = e('ReduceMean', e('Mul', x, x), dims, keepdims=1)
+    return e('Div', x, e('Sqrt', e('Add', square, float(eps))))
+
+
+@exports(nn.GroupNorm)
+def _group_norm(e, m, x):
+    "Standardised a group at a time."
+    shape = e.shapes[x]
+    y = e('Reshape', x, np.array([-1, m.num_groups, math.prod(shape[1:]) // m.num_groups]))
+    y = e('Reshape', _standardised(e, y, np.array([2]), m.eps), np.array([-1, *shape[1:]]))
+    if m.weight is None:
+        return y
+    each = (-1, *[1] * (len(shape) - 2))
+    return e('Add', e('Mul', y, m.weight.view(each)), m.bias.view(each))
+
+
+@exports(nn.RMSNorm)
+def _rms_norm(e, m, x):
+    "Divided by the root of the mean square."
+    eps = torch.finfo(torch.float32).eps if m.eps is None else m.eps
+    y = _standardised(e, x, np.arange(-len(m.normalized_shape), 0), eps, mean=False)
+    return y if m.weight is None else e('Mul', y, m.weight)
 
 # %% ../nbs/18_onnx.ipynb #b9b0a4f7
 def _written(e, graph, n, names):
     "Writes a node of the graph; the name of its value."
     e.node, e.where = n, n.target if n.op in ('call_module', 'get_attr') else n.name
     if n.op == 'get_attr':
-        return e.constant(operator.attrgetter(n.target)(graph).float())
+        tensor = operator.attrgetter(n.target)(graph)
+        return e.constant(tensor.float() if tensor.is_floating_point() else tensor)
     args, kwargs = fx.map_arg((n.args, n.kwargs), names.__getitem__)
     target = n.target
     if n.op == 'call_module':
@@ -230,8 +274,9 @@ def _written(e, graph, n, names):
         else:
             target, args = type(m), (m, *args)
     name = getattr(target, '__name__', target)
-    if (rule := RULES.get(target)) is None:
-        e.refuse(f'there is no rule for {name}; micronet_nb.onnx.exports registers one')
+    declared = next((op.onnx for op in OPERATIONS.values() if op.function is target), None)
+    if (rule := RULES.get(target, declared)) is None:
+        e.refuse(f'there is no rule for {name}; micronet_nb.onnx.exports registers one, or onnx= of its `operation`')
     try:
         inspect.signature(rule).bind(e, *args, **kwargs)
     except TypeError as error:
@@ -466,13 +511,21 @@ def _permute(e, input, dims):
 # %% ../nbs/18_onnx.ipynb #4ed4894f
 @exports(operator.getitem)
 def _getitem(e, input, index):
-    cuts = [(d, i) for d, i in enumerate(index if isinstance(index, tuple) else (index,)) if i != slice(None)]
-    if not all(isinstance(i, slice) and d for d, i in cuts):
-        e.refuse(f'only slices of channels, rows and columns can be, not {index}')
-    if not cuts:
-        return input
-    starts, stops, steps = zip(*[i.indices(e.shapes[input][d]) for d, i in cuts])
-    return e('Slice', input, *map(np.array, (starts, stops, [d for d, _ in cuts], steps)))
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(i is None or isinstance(i, (int, slice)) for i in index):
+        e.refuse(f'only slices, places and new dimensions can be, not {index}')
+    shape, own = e.shapes[input], [i for i in index if i is not None]
+    ends = [(i, i + 1, 1) if isinstance(i, int) else i.indices(n) for i, n in zip(own, shape)]
+    ends = [(a % n, a % n + 1, 1) if isinstance(i, int) else (a, b, c) for i, n, (a, b, c) in zip(own, shape, ends)]
+    cuts = [(d, *end) for d, end in enumerate(ends) if end != (0, shape[d], 1)]
+    if cuts:
+        dims, starts, stops, steps = map(np.array, zip(*cuts))
+        input = e('Slice', input, starts, stops, dims, steps)
+    if places := [d for d, i in enumerate(own) if isinstance(i, int)]:
+        input = e('Squeeze', input, np.array(places))
+    left = [i for i in index if not isinstance(i, int)]
+    new = [d for d, i in enumerate(left) if i is None]
+    return e('Unsqueeze', input, np.array(new)) if new else input
 
 
 @exports(F.pad)
