@@ -424,14 +424,14 @@ operation(
 )
 
 
-def _write_repeated(e, constant, like):
+def _write_repeated(e, like, constant):
     n = e('Slice', e('Shape', like), np.array([0]), np.array([1]))
     times = e('Concat', n, np.ones(len(e.shapes[constant]) - 1, np.int64), axis=0)
     return e('Tile', constant, times)
 
 
-@operation(example=(torch.randn(1, 5, 4), _ROWS), onnx=_write_repeated, carries=True, cost=dict(repeat='free'))
-def repeated(constant, like):
+@operation(example=(_ROWS, torch.randn(1, 5, 4)), onnx=_write_repeated)
+def repeated(like, constant):
     "A stored tensor (k, ...) as often as `like` has images: (n k, ...)."
     return constant.repeat(like.shape[0], *[1] * (constant.dim() - 1))
 

@@ -144,6 +144,8 @@ SAME_OP = {
     'concat': 'cat',
     'concatenate': 'cat',
     'view': 'reshape',
+    'view_as': 'reshape',
+    'reshape_as': 'reshape',
     'flatten': 'reshape',
     'squeeze': 'reshape',
     'unsqueeze': 'reshape',
@@ -1052,7 +1054,7 @@ def _once_an_image(low, node, v):
         return constant
     if len(row) == len(v):
         _refuse(node, 'a stored tensor grows with the batch in another dimension than the first')
-    return low.graph.call_function(repeated, (constant, low.input))
+    return low.graph.call_function(repeated, (low.input, constant))
 
 
 def _widened(low, node, source):
