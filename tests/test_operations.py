@@ -1,18 +1,21 @@
 "Operations between the integer layers: each declaration holds in every room, and one of a user's own needs no other place."
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from micronet_nb.activations import quantise_activations
+from micronet_nb.activations import ActivationQuantiser, quantise_activations
 from micronet_nb.core import MicronetError
-from micronet_nb.integer import CARRIES, OPERATIONS, run_integer
+from micronet_nb.integer import CARRIES, OPERATIONS, IntegerRun, operation, run_integer
 from micronet_nb.lowering import lower
 from micronet_nb.onnx import onnx_session, to_onnx, try_operation
 from micronet_nb.packing import pack, unpack
 from micronet_nb.runtime import Runner
-from micronet_nb.scoring import score
+from micronet_nb.scoring import ELEMENTWISE, score
 from micronet_nb.weights import quantise_weights
 
 
@@ -111,8 +114,6 @@ def test_attention_however_it_is_spelt(attend, bits, tmp_path):
 
 
 def test_products_of_two_grids_are_whole(tmp_path):
-    from micronet_nb.activations import ActivationQuantiser
-
     class Product(nn.Module):
         def __init__(self):
             super().__init__()
@@ -123,8 +124,6 @@ def test_products_of_two_grids_are_whole(tmp_path):
 
     x, seen = tokens(), []
     graph = agree(Product(), x, tmp_path)
-    from micronet_nb.integer import IntegerRun
-
     IntegerRun(graph, watch=lambda n, v: seen.append(v) if n.target is torch.matmul else None).run(x)
     a = (x / 0.02).round().clamp(-127, 127)
     b = (x / 0.1).round().clamp(0, 15)
@@ -147,8 +146,6 @@ def test_an_operation_of_ones_own(tmp_path):
         lower(net, x)
     with pytest.raises(MicronetError, match='bessel_j0'):
         score(net, (3, 5, 5))
-    from micronet_nb.integer import operation
-    from micronet_nb.scoring import ELEMENTWISE
 
     try:
         seen = operation(gate, example=(torch.randn(2, 3),), cost=dict(special_bessel_j0=(8, 7)))
@@ -164,3 +161,21 @@ def test_an_operation_of_ones_own(tmp_path):
         ELEMENTWISE.pop('special_bessel_j0', None), OPERATIONS.pop('own.gate', None), CARRIES.discard(seen)
     with pytest.raises(MicronetError, match="'own.gate', which is none .* declare it with micronet_nb.operation"):
         unpack(tmp_path / 'net')
+
+
+def test_the_page_is_a_program_that_says_what_it_shows(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / 'docs' / 'OPERATIONS.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```(python|text)\n(.*?)```', page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    before, costs, space = dict(OPERATIONS), dict(ELEMENTWISE), {'__name__': 'page'}
+    try:
+        for kind, text in blocks:
+            if kind == 'python':
+                exec(text, space)
+            else:
+                assert capsys.readouterr().out == text
+    finally:
+        for table, kept in ((OPERATIONS, before), (ELEMENTWISE, costs)):
+            table.clear()
+            table.update(kept)
+    assert len(blocks) > 5 and not capsys.readouterr().out
