@@ -303,7 +303,7 @@ def operation(
     *,
     example: tuple,  # arguments to try it with: first tensors (n, ...) of floats, then numbers and tuples
     onnx=None,  # function of (`onnx.Export`, its arguments) that returns the name of the result; None: no ONNX
-    cost: dict = None,  # dispatcher's name to (multiplies, adds) an element, or 'free'; None: the scorer knows all of it
+    cost: dict = None,  # dispatcher's name to (multiplies, adds) an element, or 'free'; None: the scorer knows all
     carries: bool = False,  # does it only move values about, so that whole numbers stay whole?
     arguments: dict = None,  # name of each argument that is no tensor, in order, to a test of its value in a file
     name: str = None,  # in a packed file; None: 'torch.softmax', or 'own.' and the function's name
@@ -373,9 +373,7 @@ for _op, _function in dict(
 for _op, _function in dict(Max=torch.maximum, Min=torch.minimum, Div=torch.div, MatMul=torch.matmul).items():
     _pair = (_ROWS, _ROWS.mT + 4) if _op == 'MatMul' else (_ROWS, _ROWS.flip(0).abs() + 1)
     operation(_function, example=_pair, onnx=_under_its_name(_op))
-operation(
-    torch.rsqrt, example=(_IMAGE.abs() + 0.1,), onnx=lambda e, input: e('Reciprocal', e('Sqrt', input))
-)
+operation(torch.rsqrt, example=(_IMAGE.abs() + 0.1,), onnx=lambda e, input: e('Reciprocal', e('Sqrt', input)))
 operation(
     torch.softmax,
     example=(_ROWS, -1),
@@ -397,7 +395,9 @@ operation(
 operation(
     F.prelu,
     example=(_IMAGE, torch.tensor([0.1, 0.2, 0.3])),
-    onnx=lambda e, input, weight: e('PRelu', input, e('Reshape', weight, np.array([-1] + [1] * (len(e.shapes[input]) - 2)))),
+    onnx=lambda e, input, weight: e(
+        'PRelu', input, e('Reshape', weight, np.array([-1] + [1] * (len(e.shapes[input]) - 2)))
+    ),
 )
 operation(
     torch.clamp,
@@ -416,12 +416,8 @@ def _reduction(op):
 
 
 operation(torch.sum, example=(_ROWS, (1,), True), onnx=_reduction('ReduceSum'), arguments=_reduced)
-operation(
-    torch.amax, example=(_ROWS, (-1,), False), onnx=_reduction('ReduceMax'), carries=True, arguments=_reduced
-)
-operation(
-    torch.amin, example=(_ROWS, (-1,), False), onnx=_reduction('ReduceMin'), carries=True, arguments=_reduced
-)
+operation(torch.amax, example=(_ROWS, (-1,), False), onnx=_reduction('ReduceMax'), carries=True, arguments=_reduced)
+operation(torch.amin, example=(_ROWS, (-1,), False), onnx=_reduction('ReduceMin'), carries=True, arguments=_reduced)
 
 
 def _write_repeated(e, like, constant):

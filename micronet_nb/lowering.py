@@ -7,6 +7,7 @@ __all__ = ['RULES', 'capture', 'Value', 'Lowering', 'rule', 'composed', 'SideByS
 
 # %% ../nbs/13_lowering.ipynb #185e11a1
 import copy, functools, inspect, math, operator, pickle
+from collections import namedtuple
 from dataclasses import dataclass, field
 
 import torch
@@ -338,7 +339,6 @@ def _recorded_run(model, x, recorder):
             h.remove()
         for m, training in modes.items():
             m.training = training
-
 
 
 def _set_output(recorder, out, name):
@@ -1444,6 +1444,26 @@ def _std_mean(input, dim=None, unbiased=True, keepdim=False, *, correction=None)
     return torch.sqrt(var), mean
 
 
+_Extremes = namedtuple('_Extremes', 'values indices')
+
+
+def _extreme(reduced, of_two):
+    "The largest or smallest of a dimension, without its place; or of two tensors."
+
+    def call(input, dim=None, keepdim=False, other=None):
+        if isinstance(dim, torch.Tensor) or other is not None:
+            return of_two(input, dim if other is None else other)
+        if dim is None:
+            raise MicronetError('the largest of all values mixes images of the batch: name the dimensions')
+        return _Extremes(reduced(input, dim, keepdim), None)
+
+    return call
+
+
+composed('max')(_extreme(torch.amax, torch.maximum))
+composed('min')(_extreme(torch.amin, torch.minimum))
+
+
 @composed('norm', 'linalg_norm', 'linalg_vector_norm', 'vector_norm')
 def _norm(input, p=2, dim=None, keepdim=False, dtype=None, *, ord=2):
     if p not in (2, 2.0, 'fro') or ord != 2 or dim is None:
@@ -1465,7 +1485,13 @@ def _instance_norm(input, mean=None, var=None, weight=None, bias=None, use_input
 # %% ../nbs/13_lowering.ipynb #a3fcd3b9
 @composed('interpolate', 'upsample')
 def _interpolate(
-    input, size=None, scale_factor=None, mode='nearest', align_corners=None, recompute_scale_factor=None, antialias=False
+    input,
+    size=None,
+    scale_factor=None,
+    mode='nearest',
+    align_corners=None,
+    recompute_scale_factor=None,
+    antialias=False,
 ):
     if input.dim() != 4 or antialias or mode not in ('nearest', 'bilinear', 'bicubic', 'area'):
         raise MicronetError(
@@ -1525,7 +1551,9 @@ def _adaptive_max_pool2d(input, output_size, return_indices=False):
     size, shape = (output_size,) * 2 if isinstance(output_size, int) else output_size, input.shape[2:]
     size = [n if s is None else s for s, n in zip(size, shape)]
     if any(n % s for s, n in zip(size, shape)):
-        raise MicronetError(f'adaptive_max_pool2d from {tuple(shape)} to {tuple(size)}: windows of one size can be lowered')
+        raise MicronetError(
+            f'adaptive_max_pool2d from {tuple(shape)} to {tuple(size)}: windows of one size can be lowered'
+        )
     return F.max_pool2d(input, tuple(n // s for s, n in zip(size, shape)))
 
 
@@ -1549,11 +1577,53 @@ def _windows(input, kernel_size, dilation=1, padding=0, stride=1):
     parts = [x[:, :, ends(a, i, s, rows), ends(b, j, t, columns)] for a in range(h) for b in range(w)]
     return torch.stack(parts, 2).flatten(3).flatten(1, 2)
 
+# %% ../nbs/13_lowering.ipynb #f0f29da7
+def _pairs(*values):
+    return [(v, v) if isinstance(v, int) else tuple(v) for v in values]
+
+
+def _spaced(input, stride):
+    "An image with zeros between its pixels, and behind the last."
+    (s, t), (h, w) = stride, input.shape[2:]
+    if s == t == 1:
+        return input
+    return F.pad(input[:, :, :, None, :, None], (0, t - 1, 0, 0, 0, s - 1)).reshape(*input.shape[:2], h * s, w * t)
+
+
+@composed('conv_transpose2d')
+def _conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    stride, padding, more, dilation = _pairs(stride, padding, output_padding, dilation)
+    kernel = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(-1, -2)
+    before = [d * (k - 1) - p for d, k, p in zip(dilation, kernel.shape[2:], padding)]
+    behind = [b + o - s + 1 for b, o, s in zip(before, more, stride)]
+    x = F.pad(_spaced(input, stride), (before[1], behind[1], before[0], behind[0]))
+    return F.conv2d(x, kernel, bias, 1, 0, dilation, groups)
+
+
+@composed('conv_transpose1d')
+def _conv_transpose1d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    options = _one(stride, 1), _one(padding, 0), _one(output_padding, 0), groups, _one(dilation, 1)
+    return _in_two(lambda x: F.conv_transpose2d(x, weight.unsqueeze(2), bias, *options))(input)
+
+
+@composed('fold')
+def _fold(input, output_size, kernel_size, dilation=1, padding=0, stride=1):
+    size, (h, w), (i, j), (p, q), (s, t) = _pairs(output_size, kernel_size, dilation, padding, stride)
+    rows, columns = (
+        (n + 2 * e - d * (k - 1) - 1) // g + 1 for n, e, d, k, g in zip(size, (p, q), (i, j), (h, w), (s, t))
+    )
+    parts = input.reshape(len(input), -1, h * w, rows, columns)
+    total = 0
+    for a in range(h):
+        for b in range(w):
+            x = _spaced(parts[:, :, a * w + b], (s, t))
+            top, left = a * i - p, b * j - q
+            total = F.pad(x, (left, size[1] - left - x.shape[3], top, size[0] - top - x.shape[2])) + total
+    return total
+
 # %% ../nbs/13_lowering.ipynb #a15be071
 @composed('scaled_dot_product_attention')
-def _attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, -3) for t in (key, value))
@@ -1616,7 +1686,11 @@ def _einsum(equation, *operands):
         return operands[0].permute([labels[0].index(c) for c in out])
     a, b = labels
     both = [c for c in a if c in b and c in out]
-    left, right, sums = [c for c in a if c not in b], [c for c in b if c not in a], [c for c in a if c in b and c not in out]
+    left, right, sums = (
+        [c for c in a if c not in b],
+        [c for c in b if c not in a],
+        [c for c in a if c in b and c not in out],
+    )
     size = {c: n for t, s in zip(operands, labels) for c, n in zip(s, t.shape)}
     total = lambda letters: [size[c] for c in letters]
     x, y = operands[0].permute([a.index(c) for c in both + left + sums]), operands[1]

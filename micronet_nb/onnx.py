@@ -616,7 +616,9 @@ class _Alone(nn.Module):
     def __init__(self, declared):
         super().__init__()
         self.declared, first = declared, declared.example[0]
-        active = [isinstance(v, torch.Tensor) and v.is_floating_point() and len(v) == len(first) for v in declared.example]
+        active = [
+            isinstance(v, torch.Tensor) and v.is_floating_point() and len(v) == len(first) for v in declared.example
+        ]
         self.shapes = {i: v.shape for i, v in enumerate(declared.example) if active[i]}
         for i, v in enumerate(declared.example):
             if isinstance(v, torch.Tensor) and not active[i]:
