@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'capture', 'Value', 'Lowering', 'rule', 'composed', 'SideBySide', 'lower']
 
 # %% ../nbs/13_lowering.ipynb #185e11a1
-import copy, functools, inspect, math, operator, pickle
+import copy, inspect, math, operator, os, pickle, sys
 from collections import namedtuple
 from dataclasses import dataclass, field
 
@@ -106,6 +106,15 @@ def name_of(func):
     return getattr(func.__self__, '__name__', name) if name == '__get__' else name
 
 
+def _line():
+    "The line of the net's own code that is at work, for an error; '' where it is in no file."
+    frame = sys._getframe(1)
+    while frame and (frame.f_globals.get('__name__') or '').split('.')[0] in ('torch', 'micronet_nb', 'contextlib'):
+        frame = frame.f_back
+    name = frame.f_code.co_filename if frame else ''
+    return f' ({os.path.basename(name)}, line {frame.f_lineno})' if os.path.isfile(name) else ''
+
+
 def _place(layer, module):
     "A module for an error: its name and its class."
     return f'module {layer!r} ({layer_class(module)})' if layer else layer_class(module)
@@ -159,6 +168,9 @@ SAME_OP = {
     'to': 'same',
     'type_as': 'same',
     'double': 'same',
+    'type': 'same',
+    'half': 'same',
+    'bfloat16': 'same',
     'dropout2d': 'dropout',
     'swapdims': 'transpose',
     'bmm': 'matmul',
@@ -201,7 +213,7 @@ def add_node(self: Recorder, kind, target, op, args, kwargs, out):
     def add(target, op, args, kwargs, tensor):
         node = self.graph.create_node(kind, target, args, kwargs)
         layer, module = self.stack[-1]
-        node.meta.update(op=op, layer=layer, module=module, batch=self.batch, weights=self.weights)
+        node.meta.update(op=op, layer=layer, module=module, batch=self.batch, weights=self.weights, line=_line())
         self.set_node(tensor, node)
 
     if isinstance(out, torch.Tensor):
@@ -211,7 +223,7 @@ def add_node(self: Recorder, kind, target, op, args, kwargs, out):
     else:
         raise MicronetError(
             f'{self.where()} calls {op!r}, which returns several tensors: it cannot be lowered; '
-            'call functions of one tensor instead'
+            f'call functions of one tensor instead{_line()}'
         )
 
 # %% ../nbs/13_lowering.ipynb #6501565b
@@ -319,7 +331,9 @@ def _recorded_run(model, x, recorder):
     "The model's output, recorded; hooks and modes are as before."
     modes, hooks = {m: m.training for m in model.modules()}, []
     fast = torch.backends.mha.get_fastpath_enabled()  # its fused attention would hide what it does
+    usual = torch.get_default_dtype()
     try:
+        torch.set_default_dtype(x.dtype)  # of what the net makes at run time
         torch.backends.mha.set_fastpath_enabled(False)
         hooks = _hooked(model, recorder)
         model.eval()
@@ -335,6 +349,7 @@ def _recorded_run(model, x, recorder):
         raise MicronetError(f'{recorder.where()} does not run on an example of {size}: {reason}') from e
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch.set_default_dtype(usual)
         for h in hooks:
             h.remove()
         for m, training in modes.items():
@@ -511,14 +526,16 @@ def rule(
 
 def _refuse(node, why=''):
     place = _place(node.meta['layer'], node.meta['module'])
-    raise MicronetError(f"{node.meta['op']!r} in {place} cannot be lowered{why and ': '}{why}")
+    raise MicronetError(
+        f"{node.meta['op']!r} in {place} cannot be lowered{why and ': '}{why}{node.meta.get('line', '')}"
+    )
 
 
 def _batch_dim(node):
     "The dimension of a recorded value that grows with the batch."
     grows = node.meta.get('grows', (0,))
     if len(grows) != 1:
-        _refuse(node, 'it mixes images of the batch')
+        _refuse(node, 'it mixes images of the batch; keep them in a dimension of their own')
     return grows[0]
 
 # %% ../nbs/13_lowering.ipynb #76ba8e69
@@ -540,7 +557,7 @@ def _check_output(node):
     if node.op == 'placeholder':
         return
     if node.meta.get('grows', (0,)) != (0,) or node.meta['shape'][:1] != (node.meta['batch'],):
-        _refuse(node, 'it is what the net returns, and the batch must be in front there')
+        _refuse(node, 'it is what the net returns, and the batch must be in front there; transpose it')
 
 
 def _build(recorded):
@@ -643,7 +660,7 @@ def _layer(low, node):
     a = bound(node, 'input weight bias stride padding dilation groups', stride=1, padding=0, dilation=1, groups=1)
     op, name, owner = node.meta['op'], node.meta['layer'], node.meta['module']
     if isinstance(a['weight'], fx.Node) or isinstance(a['bias'], fx.Node):
-        _refuse(node, 'it multiplies or adds two activations')
+        _refuse(node, 'it multiplies or adds two activations: its weight depends on the input; use a stored one')
     axis = 1 if op == 'conv2d' else len(node.meta['shape']) - 1  # of the kernels
     if axis == _batch_dim(node):
         _refuse(node, 'it adds up images of the batch')
@@ -665,7 +682,7 @@ def _batch_norm(low, node):
     names = 'input running_mean running_var weight bias training momentum eps'
     a = bound(node, names, weight=None, bias=None, eps=1e-5)
     if a['running_mean'] is None or a['training']:
-        _refuse(node, 'it uses the statistics of the batch')
+        _refuse(node, 'it uses the statistics of the batch; give it running ones (track_running_stats=True)')
     mean = a['running_mean']
     gamma = torch.ones_like(mean) if a['weight'] is None else a['weight']
     beta = torch.zeros_like(mean) if a['bias'] is None else a['bias']
@@ -855,7 +872,7 @@ def _mean(low, node):
     x, k = low.values[a['input']], len(a['input'].meta['shape'])
     dims = tuple(d % k for d in ([a['dim']] if isinstance(a['dim'], int) else a['dim'] or range(k)))
     if _batch_dim(a['input']) in dims:
-        _refuse(node, 'it averages over images')
+        _refuse(node, 'it averages over images; keep the batch')
     if not x.narrow and x.axis in dims:
         x = Value(low.plain(x))
     axis = x.axis if a['keepdim'] else x.axis - sum(d < x.axis for d in dims)
@@ -895,7 +912,7 @@ def _getitem(low, node):
     batch = _batch_dim(source)
     of_batch = own[min(batch, len(own) - 1)]
     if not isinstance(of_batch, slice) or of_batch.indices(shape[batch]) != (0, shape[batch], 1):
-        _refuse(node, 'it picks images of the batch')
+        _refuse(node, 'it picks images of the batch; give the net those images alone')
     if of_batch != slice(None):  # whole, though it names the number of images
         at = [d for d, i in enumerate(index) if i is not None][batch]
         index = (*index[:at], slice(None), *index[at + 1 :])
@@ -992,7 +1009,7 @@ def _permute(low, node):
 @rule('same')
 def _same(low, node):
     if node.meta['dtype'] != node.args[0].meta['dtype']:
-        _refuse(node, f"it makes {node.meta['dtype']} of the activations")
+        _refuse(node, f"it makes {node.meta['dtype']} of the activations; leave their type to the net's")
     return low.values[node.args[0]]
 
 
@@ -1000,7 +1017,7 @@ def _same(low, node):
 def _dropout(low, node):
     a = bound(node, 'input p training inplace', p=0.5, training=True)
     if a['training'] and a['p']:
-        _refuse(node, 'it drops values in evaluation, too')
+        _refuse(node, 'it drops values in evaluation, too; pass training=self.training')
     return low.values[a['input']]
 
 
@@ -1011,7 +1028,7 @@ def _pad(low, node):
     x, rank = low.values[a['input']], len(node.meta['shape'])
     channels = len(a['pad']) > 2 * (rank - 1 - x.axis)
     if len(a['pad']) > 2 * (rank - 1 - _batch_dim(node)) and any(a['pad'][2 * (rank - 1 - _batch_dim(node)) :][:2]):
-        _refuse(node, 'it appends images to the batch')
+        _refuse(node, 'it appends images to the batch; leave the batch as it is')
     if not x.single and (channels or a['mode'] == 'constant' and not x.unbiased) or a['value']:
         x = Value(low.plain(x))
     return _carry(low, x, F.pad, tuple(a['pad']), a['mode'], a['value'])
@@ -1287,6 +1304,16 @@ def _index_select(input, dim, index):
     return input[(slice(None),) * (dim % input.dim()) + (index,)]
 
 # %% ../nbs/13_lowering.ipynb #9b3ec31c
+@composed('to', 'type_as', 'float', 'double')
+def _to(input, *args, **kwargs):
+    "A net is recorded in float64: where it asks for the float32 that it has already, nothing is done."
+    given = [getattr(v, 'dtype', v) for v in (*args, *kwargs.values())]
+    wanted = [v for v in given if isinstance(v, torch.dtype)]
+    if input.is_floating_point() and (not wanted or wanted[0] in (input.dtype, torch.float32, torch.float64)):
+        return input
+    return input.type(wanted[0])
+
+
 @composed('T', 'mT', 'H', 'mH', 't', 'adjoint')
 def _turned(input):
     return input.transpose(-2, -1)
