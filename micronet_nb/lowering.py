@@ -493,7 +493,8 @@ class Lowering:
         "A value whose channels lie along this dimension; made as it is where they lie along another."
         if not v.narrow and v.axis != axis:
             return Value(self.plain(v), axis=axis)
-        return Value(v.node, v.scale, v.bias, v.name, v.plain, v.quantised, axis)
+        v.axis = axis  # of one number, which has no place
+        return v
 
     def stored(self, tensor, name):
         "A node that reads a stored tensor; equal ones are stored once."
