@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'TOLERANCE', 'STAGES', 'smallest_of', 'smallest_models', 'randomise', 'smallest_input', 'ready',
-           'products_by_torch', 'products_by_score', 'without_batch_norms', 'stored_by_gradient', 'off_by', 'Way',
+           'products_by_torch', 'products_by_score', 'without_batch_norms', 'stored_by_autograd', 'off_by', 'Way',
            'walk', 'walk_apart', 'sweep', 'went', 'family_table', 'main']
 
 # %% ../nbs/26_families.ipynb #26a00002
-import argparse, copy, json, subprocess, sys, tempfile, threading, warnings
+import argparse, contextlib, copy, json, math, re, subprocess, sys, tempfile, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .onnx import onnx_session, to_onnx
 from .packing import pack, unpack
 from .pruning import prune
 from .runtime import Runner
-from .scoring import score
+from .scoring import ATTENTION, LAYERS, PRODUCTS, _factors, score, trace
 from .weights import quantise_weights
 
 # %% ../nbs/26_families.ipynb #26a00007
@@ -125,31 +125,55 @@ def ready(
     "A net with random numbers, and the smallest images that it takes."
     torch.manual_seed(seed)
     size, fixed = smallest_input(model)
-    net = _made(model, size, fixed).eval()
+    net = _made(model, size, fixed).eval().requires_grad_(False)
     randomise(net, seed)
     return net, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/26_families.ipynb #26a00015
-@torch.no_grad()
+@contextlib.contextmanager
+def _in_products():
+    "Attention and LSTMs as the products that they are made of, which any counter sees."
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+def _as_tensors(out):
+    "What a net returns, as a list."
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
 def products_by_torch(
-    net: nn.Module,  # in evaluation mode
-    images: torch.Tensor,  # (2, ...)
+    net: nn.Module,  # in evaluation mode, with no parameter that asks for a gradient
+    image: torch.Tensor,  # (1, ...)
 ) -> int:
-    "Multiplies of convolutions and matrix products that an image costs, by torch's own counter."
-    counts = []
-    for x in (images[:1], images):
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            with FlopCounterMode(display=False) as counter:
-                net(x)
-        counts.append(counter.get_total_flops() // 2)
-    return counts[1] - counts[0]
+    "Products that an image costs on autograd's way back to it, by torch's own counter."
+    with torch.enable_grad(), _in_products():
+        x = image.clone().requires_grad_()
+        total = sum(o.sum() for o in _as_tensors(net(x)))
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(total, x)
+    return counter.get_total_flops() // 2
 
 
 def products_by_score(
-    scored,  # Score of an unquantised net without zeros
+    net: nn.Module,  # unquantised, without zeros
+    size: tuple,  # (channels, height, width)
 ) -> int:
-    "The same by our rows."
-    return int(scored.layers.query("kind in ('conv', 'linear', 'product')").multiplies.sum())
+    "The same by our rows, and those of two activations once more."
+    graph = trace(net, size)
+    rows = score(graph, size).layers.query("kind in ('conv', 'linear', 'product')")
+    return int(rows.multiplies.sum()) + sum(map(_products_of_two, graph.nodes))
+
+
+def _products_of_two(node):
+    "Products of two activations in an operation."
+    if node.op in ATTENTION:
+        q, k, v = (node.bound[name] for name in ('query', 'key', 'value'))
+        return q.numel() * k.shape[-2] + q.numel() // q.shape[-1] * v.shape[-2] * v.shape[-1]
+    if node.op not in LAYERS | PRODUCTS:
+        return 0
+    _, factors, products, _, _ = _factors(node)
+    return products if all(name in node.reads for name in factors) else 0
 
 # %% ../nbs/26_families.ipynb #26a00018
 class _Rest(nn.Module):
@@ -166,27 +190,80 @@ class _Rest(nn.Module):
 def without_batch_norms(
     net: nn.Module,  # left as it was
 ) -> nn.Module:
-    "A copy whose batch norms do nothing."
+    "A copy whose batch norms do nothing, and nothing of which works in place."
     net = copy.deepcopy(net)
     for name, m in list(net.named_modules()):
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             net.set_submodule(name, _Rest(m))
+    for m in net.modules():
+        if getattr(m, 'inplace', False):
+            m.inplace = False
     return net
 
+# %% ../nbs/26_families.ipynb #26a00033
+# autograd's names of what moves numbers about, or makes one of each
+_MOVES = """Expand View T Permute Transpose Unsqueeze Squeeze Slice Select Cat Index Gather ReshapeAlias UnsafeView
+Clone Split SplitWithSizes Unbind ConstantPadNd Repeat Stack ToCopy AsStrided Roll IndexSelect Sigmoid Exp Neg Tanh
+Relu Alias Flip""".split()
+_MOVE = re.compile(rf"({'|'.join(_MOVES)})Backward\d*")
 
-def stored_by_gradient(
+
+def _behind(fn):
+    "The functions that an autograd function has its inputs from."
+    return [f for f, _ in fn.next_functions if f is not None]
+
+
+def _all_behind(outs):
+    "Every autograd function of a net, each after those that it has its inputs from."
+    order, seen, stack = [], set(), [(o.grad_fn, False) for o in outs]
+    while stack:
+        fn, ready = stack.pop()
+        if ready:
+            order.append(fn)
+        elif fn not in seen:
+            seen.add(fn)
+            stack += [(fn, True), *((f, False) for f in _behind(fn))]
+    return order
+
+
+def stored_by_autograd(
     net: nn.Module,  # without batch norms, in evaluation mode; changed
-    x: torch.Tensor,  # (n, ...)
-) -> int:
-    "How many numbers an answer depends on: parameters and buffers that a gradient reaches."
-    tensors = [t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()]
-    for t in tensors:
-        t.requires_grad_()
+    image: torch.Tensor,  # (1, ...)
+) -> tuple:  # (at least, at most)
+    "How many constant numbers meet what depends on an image; what was computed may hold a number twice."
+    net.train().eval()  # some nets keep what they have computed until they train again
+    for t in (*net.parameters(), *net.buffers()):
+        t.requires_grad_(t.is_floating_point())
     with torch.enable_grad():
-        out = net(x)
-        total = sum(o.sum() for o in (out if isinstance(out, (tuple, list)) else [out]))
-        reached = torch.autograd.grad(total, tensors, allow_unused=True)
-    return sum(t.numel() for t, g in zip(tensors, reached) if g is not None)
+        x = image.clone().requires_grad_()
+        order = _all_behind([o for o in _as_tensors(net(x)) if o.grad_fn is not None])
+    moving = set()
+    for fn in order:
+        if getattr(fn, 'variable', None) is x or any(f in moving for f in _behind(fn)):
+            moving.add(fn)
+    return _sizes([f for fn in moving for f in _behind(fn) if f not in moving])
+
+
+def _sizes(border):
+    "(at least, at most): parameters at a border, as far as they are read, and with what was computed of parameters."
+    read, computed, stack = {}, {}, [(fn, None) for fn in border]
+    while stack:
+        fn, reader = stack.pop()
+        if _MOVE.fullmatch(fn.name()) or len(_behind(fn)) == 1 and fn.name().startswith(('Mul', 'Add', 'Div', 'Sub')):
+            stack += [(f, fn) for f in _behind(fn)]
+        elif hasattr(fn, 'variable'):
+            read[id(fn.variable)] = max(_read(fn.variable, reader), read.get(id(fn.variable), 0))
+        else:
+            computed[fn] = math.prod(fn._input_metadata[0].shape)
+    return sum(read.values()), sum(read.values()) + sum(computed.values())
+
+
+def _read(parameter, reader):
+    "How many numbers of a parameter are read: all, or those of the rows that an index names."
+    if reader is None or reader.name() != 'IndexBackward0' or reader._saved_indices[0] is None:
+        return parameter.numel()
+    rows = torch.stack([i.flatten() for i in torch.broadcast_tensors(*reader._saved_indices)])
+    return len(rows.unique(dim=1).T) * math.prod(parameter.shape[len(rows) :])
 
 # %% ../nbs/26_families.ipynb #26a0001b
 def off_by(
@@ -237,9 +314,12 @@ def _within(stage, got, want):
 # %% ../nbs/26_families.ipynb #26a00020
 def _score_stage(way):
     bare = without_batch_norms(way.net)
-    by_us = products_by_score(score(way.net, way.size)), int(score(bare, way.size).storage)
-    products = _equal('products', by_us[0], products_by_torch(way.net, way.images))
-    return dict(products=products, stored=_equal('stored numbers', by_us[1], stored_by_gradient(bare, way.images)))
+    _equal('products', products_by_score(way.net, way.size), products_by_torch(way.net, way.images[:1]))
+    stored = int(score(bare, way.size).storage)
+    least, most = stored_by_autograd(bare, way.images[:1])
+    _equal('stored numbers', stored, min(max(stored, least), most))
+    scored = score(way.net, way.size)
+    return dict(stored=stored, operations=scored.ops, storage=scored.storage)
 
 
 def _prune_stage(way):
