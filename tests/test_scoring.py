@@ -665,7 +665,8 @@ GRID = {  # operation on a quantised image (4 bits unless said): bits of what it
     'pad a box': (lambda m, x: box(m.q(x), lambda r: F.pad(F.pad(r, ONE, 'reflect'), ONE, 'replicate')), 4),
     'triangles': (lambda m, x: m.q(x).tril().triu(-2), 4),
     'diagonal': (lambda m, x: m.q(x).diagonal(0, 2, 3).unsqueeze(3), 4),
-    'written into': (lambda m, x: m.q(x).slice_scatter(m.same(x)[:, :1], 1, 2, 3).select_scatter(m.q(x)[:, 0], 1, 1), 4),
+    'slice written': (lambda m, x: m.q(x).slice_scatter(m.same(x)[:, :1], 1, 2, 3), 4),
+    'channel written': (lambda m, x: m.q(x).select_scatter(m.same(x)[:, 0], 1, 1), 4),
     'squeezed': (lambda m, x: m.q(x)[..., None, :, None].squeeze((3, 5)), 4),
     'masked': (lambda m, x: m.q(x).masked_fill(x > 0, 0.1), 32),
     'chosen': (lambda m, x: torch.where(x > 0, m.q(x), 0.1), 32),
@@ -953,7 +954,7 @@ class Calls(nn.Module):
         # exp and division of each, and the sum of each row but one
         (lambda x: x.softmax(-1), (2, 5), (20, 10)),
         (lambda x: F.gelu(x), (10,), (40, 10)),
-        # mean: 1 multiply and 4 adds a row of 5; deviation: 5 adds; square: 5 multiplies; their mean, eps, root; product
+        # a row of 5: its mean, deviations, squares, their mean, eps and root, and a product each
         (lambda x: F.layer_norm(x, (5,)), (2, 5), (2 * 10 + 3 * 2, 3 * 10 - 2)),
         (lambda x: F.rms_norm(x, (5,)), (2, 5), (2 * 10 + 2 * 2, 10)),
         (lambda x: F.group_norm(x, 2), (4, 5), (2 * 20 + 3 * 2, 3 * 20 - 2)),
