@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'TOLERANCE', 'STAGES', 'smallest_of', 'smallest_models', 'ra
            'walk', 'walk_apart', 'sweep', 'went', 'family_table', 'main']
 
 # %% ../nbs/26_families.ipynb #26a00002
-import argparse, contextlib, copy, json, math, re, subprocess, sys, tempfile, threading, warnings
+import argparse, contextlib, copy, math, multiprocessing, re, sys, tempfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .activations import activation_quantisers, quantise_activations
 from .integer import run_integer
-from .layers import compressible, untouched
+from .layers import compressible, plain_layers, unpack_attention, untouched
 from .lowering import lower
 from .onnx import onnx_session, to_onnx
 from .packing import pack, unpack
@@ -323,6 +323,8 @@ def _score_stage(way):
 
 
 def _prune_stage(way):
+    plain_layers(way.net)
+    unpack_attention(way.net)
     net = copy.deepcopy(way.net)
     prune(net, 0.5)
     weights = [m.weight for m in compressible(net).values()]
@@ -419,37 +421,20 @@ def _limit_memory(gigabytes):
     resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30),) * 2)
 
 
-def _walk_aloud(model, seed, gigabytes):
-    "The process for one model: a line of JSON for every beginning and end."
+def _walk_aloud(pipe, model, seed, gigabytes):
+    "What the process for one model does."
     _limit_memory(gigabytes)
-
-    def say(**told):
-        print(json.dumps(told), flush=True)
-
-    walk(model, seed, say)
+    torch.set_num_threads(1)
+    walk(model, seed, lambda **told: pipe.send(told))
 
 
-class _Watch:
-    "Kills a process in which nothing has been said for a while."
-
-    def __init__(self, process, seconds):
-        self.process, self.seconds, self.late, self.timer = process, seconds, False, None
-        self.heard()
-
-    def heard(self):
-        "Starts the clock anew."
-        self.stop()
-        self.timer = threading.Timer(self.seconds, self._kill)
-        self.timer.daemon = True
-        self.timer.start()
-
-    def stop(self):
-        if self.timer:
-            self.timer.cancel()
-
-    def _kill(self):
-        self.late = True
-        self.process.kill()
+def _processes():
+    "How processes are started here."
+    if 'forkserver' not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['micronet_nb.families'])
+    return context
 
 # %% ../nbs/26_families.ipynb #26a00029
 def walk_apart(
@@ -459,32 +444,30 @@ def walk_apart(
     gigabytes: float = 12,  # that the process may allocate
 ) -> list:  # of dicts: stage, ok, told
     "`walk` in a process of its own, with limits."
-    code = f'from micronet_nb.families import _walk_aloud; _walk_aloud({model!r}, {seed}, {gigabytes})'
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watch, said = _Watch(process, seconds), []
-    noise = []
-    reader = threading.Thread(target=lambda: noise.append(process.stderr.read()), daemon=True)
-    reader.start()
+    context, said, late = _processes(), [], False
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_walk_aloud, args=(there, model, seed, gigabytes), daemon=True)
+    process.start()
+    there.close()
     try:
-        for line in process.stdout:
-            watch.heard()
-            if line.startswith('{'):
-                said.append(json.loads(line))
-        code = process.wait()
+        while not late:
+            late = not here.poll(seconds)
+            said += [] if late else [here.recv()]
+    except EOFError:  # it has ended
+        pass
     finally:
-        watch.stop()
         process.kill()
-    reader.join()
-    return _outcomes(said, watch, code, seconds, gigabytes, ''.join(noise))
+        process.join()
+    return _outcomes(
+        said, f'took more than {seconds:g} s' if late else f'its process ended with code {process.exitcode}'
+    )
 
 
-def _outcomes(said, watch, code, seconds, gigabytes, noise):
+def _outcomes(said, why):
     "What came of each stage; the one that was at work when its process ended is refused with the reason."
     done = [s for s in said if 'ok' in s]
     if said and 'ok' in said[-1]:
         return done
-    last = (noise.strip().splitlines() or ['nothing was said'])[-1]
-    why = f'took more than {seconds:g} s' if watch.late else f'its process ended with code {code}: {last}'
     return [*done, dict(stage=said[-1]['stage'] if said else 'make', ok=False, told=why)]
 
 # %% ../nbs/26_families.ipynb #26a0002c
