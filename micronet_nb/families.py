@@ -444,6 +444,8 @@ def walk_apart(
     gigabytes: float = 12,  # that the process may allocate
 ) -> list:  # of dicts: stage, ok, told
     "`walk` in a process of its own, with limits."
+    from micronet_nb.families import _walk_aloud  # of the module, where this is a notebook
+
     context, said, late = _processes(), [], False
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_walk_aloud, args=(there, model, seed, gigabytes), daemon=True)

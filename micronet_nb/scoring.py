@@ -558,7 +558,7 @@ def trace(
             parametrize.cached(),
         ):  # a masked weight is made once, however often it is used
             model.train().eval()  # some nets keep what they computed from their parameters until they train again
-            with tracer:
+            with torch.inference_mode(False), torch.no_grad(), tracer:  # inference mode hides what `conv2d` is made of
                 out = model(image)
             _own(tracer, model)
             _join(tracer.nodes)

@@ -972,3 +972,10 @@ class Calls(nn.Module):
 )
 def test_counts_by_hand(f, size, count):
     assert of(f, size) == count
+
+
+def test_counts_the_same_in_inference_mode():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    plain = score(net, (3, 8, 8))
+    with torch.inference_mode():
+        assert score(net, (3, 8, 8)).layers.equals(plain.layers)
