@@ -7,6 +7,8 @@ SET     =
 FRESH   =
 SCRATCH =
 N       = 50000
+WORKERS = 1
+FAMILIES =
 
 BIN  = .venv/bin
 DONE = .venv/.installed
@@ -14,7 +16,7 @@ DONE = .venv/.installed
 ARGS = --profile '$(PROFILE)' --out '$(OUT)' $(if $(strip $(ONLY)),--only '$(ONLY)') $(foreach s,$(SET),--set '$(s)') $(if $(filter-out 0 no,$(FRESH)),--fresh)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test mutants fuzz check docs docs-check lab readme export record clean .venv
+.PHONY: help reproduce test mutants fuzz families check docs docs-check lab readme export record clean .venv
 
 help:
 	@echo 'make reproduce   run every notebook and make $(OUT)/$(PROFILE)/index.html; killed, the same command continues'
@@ -22,6 +24,7 @@ help:
 	@echo 'make test        all checks: generated files in sync, every notebook at embedded, pytest; SCRATCH=folder keeps and reuses what ran'
 	@echo 'make mutants     break the library on purpose, some 150 times, in memory: the tests must notice each time  ONLY="tree dynamic"'
 	@echo 'make fuzz        N=50000 mutations of packed nets, and a tenth as many of stages: refused in one line, or nets like any other'
+	@echo 'make families    one net of every family of timm, the whole way; killed, the same command goes on  WORKERS=2 FAMILIES="convnext deit"'
 	@echo 'make docs        a site of the notebooks as committed, with an API reference: _docs/index.html'
 	@echo 'make docs-check  that site in headless Chromium: no error, no foreign host, nothing wider than a phone'
 	@echo 'make lab         open JupyterLab on nbs/'
@@ -107,6 +110,10 @@ mutants: $(DONE)
 # The tests try a few hundred of these.
 fuzz: $(DONE)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/fuzz.py $(N)
+
+# An hour or two of a core; resumable.
+families: $(DONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m micronet_nb.families --workers '$(WORKERS)' $(FAMILIES)
 
 clean:
 	rm -rf .venv reports build _docs *.egg-info .pytest_cache .hypothesis

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['ActivationQuantiser', 'attach_quantiser', 'activation_quantisers', 'remove_activation_quantisers', 'Sample',
            'is_calibrated', 'calibrate', 'sample_scale', 'solve_window', 'spare_scales', 'quantise_activations',
-           'activation_table']
+           'activation_table', 'ProductQuantisers', 'product_quantisers', 'remove_product_quantisers',
+           'quantise_products']
 
 # %% ../nbs/10_activations.ipynb #829caa1e
+import math
+import threading
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from micronet_nb.layers import (
     Reach,
@@ -429,6 +434,177 @@ def activation_table(
         ends = dict(low=a * q.ends[0], high=a * q.ends[1])
         rows.append(dict(layer=n, bits=q.bits, signed=q.signed, scale=a, **ends, learned=q.learn))
     return pd.DataFrame(rows, columns=['layer', 'bits', 'signed', 'scale', 'low', 'high', 'learned']).set_index('layer')
+
+# %% ../nbs/10_activations.ipynb #10a00004
+_FACTORS = {torch.matmul: 0, torch.bmm: 0, torch.baddbmm: 1}  # function to the place of its first factor
+_FACTORS |= {getattr(torch.Tensor, name): 0 for name in ('matmul', '__matmul__', 'bmm')} | {torch.Tensor.baddbmm: 1}
+_inside = threading.local()  # is a product at work, whose parts are its own business?
+
+
+def _is_weight(t):
+    "Is a tensor a parameter, or a view of one?"
+    return isinstance(t, nn.Parameter) or isinstance(t._base, nn.Parameter)
+
+
+class _AtProducts(TorchFunctionMode):
+    "Gives each factor of every product of two activations to a function of (number, side, factor)."
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.count = change, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        known = func in _FACTORS or func in (torch.einsum, F.scaled_dot_product_attention)
+        if getattr(_inside, 'product', False) or not known:
+            return func(*args, **kwargs)
+        _inside.product = True
+        try:
+            if func is F.scaled_dot_product_attention:
+                return self.attention(*args, **kwargs)
+            return self.product(func, (*args, *kwargs.values()) if func in _FACTORS else args)
+        finally:
+            _inside.product = False
+
+    def both(self, a, b):
+        "Both factors of the next product, changed."
+        if _is_weight(a) or _is_weight(b):
+            return a, b
+        self.count += 1
+        return tuple(self.change(self.count - 1, side, t) for side, t in enumerate((a, b)))
+
+    def product(self, func, args):
+        if func is torch.einsum:
+            operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+            return func(args[0], *(self.both(*operands) if len(operands) == 2 else operands))
+        at = _FACTORS[func]
+        return func(*args[:at], *self.both(*args[at : at + 2]), *args[at + 2 :])
+
+    def attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **others):
+        if others.get('enable_gqa'):
+            raise MicronetError('attention with enable_gqa: repeat keys and values yourself, and leave it out')
+        q, k = self.both(query, key)
+        scores = q @ k.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        weights, v = self.both(F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0), value)
+        return weights @ v
+
+# %% ../nbs/10_activations.ipynb #10a00007
+class ProductQuantisers(nn.Module):
+    "Quantisers for both factors of each product of a module, in the order in which it does them."
+
+    def __init__(
+        self,
+        pairs,  # of ActivationQuantiser
+    ):
+        super().__init__()
+        self.pairs = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+        self.modes = []  # those that are at work
+
+    def change(self, number, side, t):
+        return self.pairs[number][side](t) if number < len(self.pairs) else t
+
+
+def _begin_products(module, args):
+    quantisers = module.product_quantisers
+    quantisers.modes.append(_AtProducts(quantisers.change))
+    quantisers.modes[-1].__enter__()
+
+
+def _end_products(module, args, out):
+    module.product_quantisers.modes.pop().__exit__(None, None, None)
+
+
+def product_quantisers(
+    model: nn.Module,  # any model
+) -> dict:  # module name to its ProductQuantisers
+    "The quantisers of a model's products of two activations."
+    found = ((n, getattr(m, 'product_quantisers', None)) for n, m in model.named_modules())
+    return {n: q for n, q in found if isinstance(q, ProductQuantisers)}
+
+
+def remove_product_quantisers(
+    model: nn.Module,  # changed in place
+):
+    "Takes them out: the products see again what they saw before."
+    for name in product_quantisers(model):
+        m = model.get_submodule(name)
+        for hooks, f in ((m._forward_pre_hooks, _begin_products), (m._forward_hooks, _end_products)):
+            for key in [k for k, hook in hooks.items() if hook is f]:
+                del hooks[key]
+                m._forward_hooks_always_called.pop(key, None)
+        del m.product_quantisers
+
+# %% ../nbs/10_activations.ipynb #10a00008
+def _sampled_products(model, batches, limit, seed):
+    "(module name, number, side) to the `Sample` of a factor."
+    samples, stack, counts, hooks = {}, [], {}, []
+
+    def enter(name):
+        return lambda module, args: stack.append((name, counts.setdefault(name, [0, 0])))
+
+    def watch(number, side, t):
+        name, count = stack[-1]
+        key = name, count[0] // 2, side
+        count[0] += 1
+        rng = np.random.default_rng([seed, len(samples)])
+        sample = samples.setdefault(key, Sample(torch.zeros(0)))
+        _observe(sample, t, limit, rng, f'{name} (product {key[1]})')
+        return t
+
+    device = next(model.parameters(), torch.empty(0)).device
+    for name, m in model.named_modules():
+        hooks.append(m.register_forward_pre_hook(enter(name)))
+        hooks.append(m.register_forward_hook(lambda module, args, out: stack.pop() and None))
+    try:
+        for x in input_batches(batches, strict=False):
+            counts.clear()
+            with _AtProducts(watch):
+                model(x.to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return samples
+
+
+@torch.no_grad()
+def quantise_products(
+    model: nn.Module,  # changed in place
+    batches,  # images, see `calibrate`
+    bits: int = 8,  # 1 to 15, of both factors
+    learn: bool = False,  # learned scales instead of fixed ones
+    limit: int = 2**16,  # values kept a factor
+    seed: int = 0,  # of the sample
+) -> dict:  # module name to ProductQuantisers; a model without such products has none
+    """Puts quantisers before both factors of every product of two activations: attention, in all its spellings.
+
+    >>> net = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    >>> _ = unpack_attention(net)
+    >>> class Attend(torch.nn.Module):
+    ...     def __init__(self): super().__init__(); self.mha = net
+    ...     def forward(self, x): return self.mha(x, x, x)[0]
+    >>> made = quantise_products(Attend(), torch.randn(4, 5, 8), bits=8)
+    >>> {name: len(q.pairs) for name, q in made.items()}
+    {'mha': 2}
+    """
+    bits = whole('bits', bits, 1, 15)
+    require_shapes(model, 'calibration')
+    remove_product_quantisers(model)
+    with evaluation_mode(model):
+        samples = _sampled_products(model, batches, whole('limit', limit, 1), whole('seed', seed))
+    for name in dict.fromkeys(name for name, _, _ in samples):
+        number = 1 + max(i for n, i, _ in samples if n == name)
+        pairs = [[_quantiser_for(samples[name, i, side], bits, learn, False) for side in (0, 1)] for i in range(number)]
+        m = model.get_submodule(name)
+        m.product_quantisers = ProductQuantisers(pairs).to(next((p.device for p in m.parameters()), 'cpu'))
+        m.register_forward_pre_hook(_begin_products)
+        m.register_forward_hook(_end_products, always_call=True)
+    return product_quantisers(model)
 
 # %% ../nbs/10_activations.ipynb #c719f4ee
 @patch

@@ -25,7 +25,15 @@ from .activations import _quantiser_for, activation_quantisers, calibrate
 from .activations import quantise_activations, remove_activation_quantisers
 from .core import MicronetError, progress, require_writable, whole
 from .distillation import kd_loss, kl
-from .layers import compressible, evaluation_mode, input_batches, pairs_of, per_layer, untouched
+from micronet_nb.layers import (
+    compressible,
+    evaluation_mode,
+    input_batches,
+    pairs_of,
+    per_layer,
+    untouched,
+    unpack_attention,
+)
 from .lowering import lower
 from .packing import pack
 from .post_training import Walk, _grouped, _meet, _moments, reconstruct, solve_layer
@@ -628,6 +636,7 @@ def compress(
     _check_call(net, preset, options, fine_tune, data, path)
     scoring = dict(track=track) | {k: options.pop(k) for k in SCORING if k in options}
     original = copy.deepcopy(net).eval()
+    unpack_attention(original)
     remove_weight_quantisers(original, restore=True)
     remove_activation_quantisers(original)
     tune = fine_tune and partial(_tune, config=fine_tune, data=data, quiet=quiet)
@@ -648,7 +657,8 @@ def _within(task, name, limit, options):
 
 def _report(task, made, file, asked):
     "What came out."
-    left = {n: 'did not run' for n in compressible(made.net) if n not in task.samples}
+    unsolved = [n for n in compressible(made.net) if n not in made.solved.index]
+    left = {n: 'kept in floating point' if n in task.samples else 'did not run' for n in unsolved}
     answers = _answers_compared(task.clean, _logits(made.graph, task.judged), task.labels)
     totals = _totals(task, made.graph, file.stat().st_size)
     return Report(_layer_table(task, made), totals, *answers, untouched(made.net, left), asked)

@@ -21,7 +21,15 @@ from .activations import ActivationQuantiser, activation_quantisers, attach_quan
 from .activations import remove_activation_quantisers, spare_scales
 from .data import check_stats
 from .integer import run_integer
-from .layers import SIZEABLE, compressible, input_batches, require_shapes, take_off, untouched
+from micronet_nb.layers import (
+    SIZEABLE,
+    compressible,
+    input_batches,
+    require_shapes,
+    take_off,
+    unpack_attention,
+    untouched,
+)
 from .lowering import lower, refusals
 from .onnx import onnx_session, to_onnx
 from .packing import pack
@@ -93,7 +101,9 @@ def _reach_step(net):
     names = ', '.join(f'{n} ({m})' for n, m in table.module.head(3).items()) + ', ...' * (len(table) > 3)
     passed = f'{table.share.sum():.2%} of the weights stay as they are: {names}'
     if table.share.sum() >= SIZEABLE:
-        raise _Refused(f'{passed}; write them as Conv2d or Linear layers, or leave them in floating point')
+        packed = (table.module == 'MultiheadAttention').any()
+        remedy = 'call unpack_attention, or write' if packed else 'write'
+        raise _Refused(f'{passed}; {remedy} them as Conv2d or Linear layers, or leave them in floating point')
     return passed
 
 
@@ -402,6 +412,8 @@ def load_net(
     whole, net = net, getattr(net, '_orig_mod', net)
     require_shapes(net, 'a file')
     about, tensors = _opened(path)
+    if any(k.endswith('in_proj.weight') for k in tensors):
+        unpack_attention(net)
     own, state = _bare_state(net), {k.removeprefix('state/'): v for k, v in tensors.items() if k.startswith('state/')}
     _check_fits(state, own, path, (about.get('net'), type(net).__name__))
     try:

@@ -23,10 +23,10 @@ from torch.overrides import TorchFunctionMode
 from .activations import remove_activation_quantisers
 from .core import MicronetError, atomic_path, make_folder, number, progress, whole
 from .layers import compressible, computes_otherwise, dense_weight, evaluation_mode
-from .layers import input_batches, require_shapes, tell_untouched, untouched
-from .pruning import mask_of, plan_rates, put_masks, remove_pruning
+from .layers import input_batches, is_transposed, require_shapes, tell_untouched, untouched
+from .pruning import magnitude_mask, mask_of, plan_rates, put_masks, remove_pruning
 from .quantisers import grid, solve_scales
-from .weights import WeightQuantiser, plan_bits, remove_weight_quantisers
+from .weights import WeightQuantiser, plan_bits, remove_weight_quantisers, unquantised
 
 # %% ../nbs/23_post_training.ipynb #fde804fa
 def _pair(v):
@@ -57,6 +57,10 @@ def columns(
     "What a layer multiplies by its weight."
     if weight.dim() == 2:
         return input.reshape(-1, input.shape[-1]).t()[None]
+    if weight.dim() == 3:  # a row is an image of height 1
+        one = lambda v, other: v if isinstance(v, str) else (other, v if isinstance(v, int) else v[0])
+        sizes = one(stride, 1), one(padding, 0), one(dilation, 1)
+        return columns(input[..., None, :], weight[:, :, None], *sizes, groups, limit, seed)
     kernel, (sh, sw), (dh, dw) = weight.shape[2:], _pair(stride), _pair(dilation)
     x = _padded(input, kernel, padding, (dh, dw)).contiguous()
     n, c, *size = x.shape
@@ -342,7 +346,10 @@ class Walk:
 
 # %% ../nbs/23_post_training.ipynb #5a955a1d
 _ARGUMENTS = {F.linear: ('input', 'weight', 'bias')}
-_ARGUMENTS[F.conv2d] = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
+_CONVOLUTION = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
+_ARGUMENTS |= dict.fromkeys((F.conv1d, F.conv2d), _CONVOLUTION)
+_TRANSPOSED = (*_CONVOLUTION[:5], 'output_padding', 'groups', 'dilation')
+_ARGUMENTS |= dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d), _TRANSPOSED)
 
 
 class _Meeting(TorchFunctionMode):
@@ -554,12 +561,30 @@ def reconstruct(
     return table
 
 
+def _round_transposed(name, model, bits, rate):
+    "A transposed convolution is rounded, not solved: its sums overlap, and no kernel has an H of its own."
+    module = compressible(model)[name]
+    w = unquantised(module)
+    if rate:
+        put_masks(model, {name: magnitude_mask(w, rate)})
+        w = unquantised(module)
+    if bits != 32:
+        scale = solve_scales([w.float()], bits, per='tensor')[0].view([1] * w.dim()).to(w)
+        parametrize.register_parametrization(module, 'weight', WeightQuantiser(bits, scale), unsafe=True)
+    error = float((module.weight - w).square().sum() / w.square().sum().clamp(min=1e-30))
+    zeros = int((module.weight == 0).sum())
+    return dict(bits=bits, weights=w.numel(), zeros=zeros, error=error, nearest=error)
+
+
 def _solved_in_turn(model, original, pairs, todo, norms, kept, how, quiet):
     "Each layer is solved where it first multiplies; the table."
     rows, shifts, bar = {}, {}, None if quiet else progress(None, 'reconstruct', len(todo), 'layer')
     layers, originals = compressible(model), compressible(original)
     while name := _meet(pairs):
         if name not in todo or name in rows:
+            continue
+        if is_transposed(layers[name]):
+            rows[name], shifts[name] = _round_transposed(name, model, *todo[name]), torch.zeros(())
             continue
         w, module = _grouped(originals[name], originals[name].weight), layers[name]
         h, cross, mean = _moments(pairs, how['limit']).centred()

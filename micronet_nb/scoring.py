@@ -7,6 +7,7 @@ __all__ = ['ELEMENTWISE', 'ADDERS', 'ACCOUNTINGS', 'TRACKS', 'trace', 'tree_adds
            'summary', 'score', 'apply_schedule']
 
 # %% ../nbs/05_scoring.ipynb #0eb7af73
+import contextlib
 import math
 from collections import Counter
 from dataclasses import dataclass, field, is_dataclass
@@ -69,6 +70,21 @@ ELEMENTWISE = {  # operation: (multiplies, adds) an element of the output
     'lerp': (1, 2),
     'upsample_bilinear2d': (4, 3),
     'upsample_bicubic2d': (16, 15),
+    'upsample_linear1d': (2, 1),
+    'upsample_trilinear3d': (8, 7),
+    'upsample_bilinear2d_aa': (4, 3),
+    'upsample_bicubic2d_aa': (16, 15),
+    'celu': (2, 1),
+    'selu': (2, 1),
+    'log_sigmoid_forward': (2, 1),
+    'softshrink': (1, 1),
+    'hardshrink': (1, 0),
+    'threshold': (1, 0),
+    'addcdiv': (2, 1),
+    **dict.fromkeys('exp2 expm1 log2 log10 log1p tan asin acos atan sinh cosh asinh acosh atanh atan2'.split(), (1, 0)),
+    **dict.fromkeys('floor ceil round trunc eq ne lt le gt ge'.split(), (0, 1)),
+    'cumsum': (0, 1),
+    'cumprod': (1, 0),
 }
 
 # %% ../nbs/05_scoring.ipynb #a8b4d9d1
@@ -76,26 +92,36 @@ FREE = set(  # these move numbers about
     '''view unsafe_view reshape t transpose permute expand expand_as clone contiguous detach alias as_strided slice
     select narrow split split_with_sizes unsafe_split chunk unbind cat stack unsqueeze squeeze flatten unfold im2col pad
     constant_pad_nd reflection_pad2d replication_pad2d to_copy copy lift_fresh pixel_shuffle pixel_unshuffle
-    channel_shuffle roll flip rot90 upsample_nearest2d repeat index index_select gather embedding'''.split()
+    channel_shuffle roll flip rot90 upsample_nearest2d repeat index index_select gather embedding upsample_nearest1d
+    upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d upsample_nearest_exact3d reflection_pad1d
+    reflection_pad3d replication_pad1d replication_pad3d diagonal slice_scatter select_scatter where
+    masked_fill tril triu'''.split()
 )
-PADS = set('pad constant_pad_nd reflection_pad2d replication_pad2d'.split())
+SELECTS = set('where masked_fill tril triu'.split())  # of constants they make numbers of their own: zeros are stored
+PADS = set(
+    '''pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d'''.split()
+)
 SHAPES = set(  # use the shape of their input alone
     'empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full'.split()
 )
 BLANK = set('empty zeros zero empty_like zeros_like new_empty new_zeros empty_strided new_empty_strided'.split())
 WHOLE = set(  # elementwise, but an element depends on others of its input
-    'softmax safe_softmax log_softmax glu upsample_bilinear2d upsample_bicubic2d'.split()
+    '''softmax safe_softmax log_softmax glu upsample_bilinear2d upsample_bicubic2d upsample_linear1d
+    upsample_trilinear3d upsample_bilinear2d_aa upsample_bicubic2d_aa cumsum cumprod'''.split()
 )
 GATES = set(
     '''sigmoid silu hardsigmoid hardswish gelu tanh exp erf softmax safe_softmax log_softmax softplus elu mish glu log
-    sin cos'''.split()
+    sin cos exp2 expm1 log2 log10 log1p tan asin acos atan sinh cosh asinh acosh atanh atan2 celu selu
+    log_sigmoid_forward'''.split()
 )
 LAYERS = set('convolution addmm mm linear'.split())
 AVERAGES = set('mean avg_pool2d avg_pool3d adaptive_avg_pool2d adaptive_avg_pool3d'.split())
 MAXIMA = set(
     'max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d amax amin max min argmax argmin'.split()
 )
-POOLS = AVERAGES | MAXIMA | {'sum'}
+SUMS = {'sum', 'col2im'}
+POOLS = AVERAGES | MAXIMA | SUMS
 KERNELS = 'flash_attention_for_cpu flash_attention efficient_attention cudnn_attention attention'.split()
 ATTENTION = {f'scaled_dot_product_{kernel}' for kernel in KERNELS}
 PRODUCTS = {'bmm', 'baddbmm'} | ATTENTION
@@ -231,8 +257,8 @@ def moved(self: Elements, op, func, args, kwargs, out):
     if op in ('to_copy', 'clone', 'contiguous'):
         return self.ids(args[0])
     if op in ELEMENTWISE and op not in WHOLE:
-        return self.combined([t for t in _tensors([args, kwargs]) if t in self], out)
-    if op not in FREE:
+        return self.combined(_tensors([args, kwargs]), out)
+    if op not in FREE - SELECTS:
         return None
     if op == 'constant_pad_nd':
         args = args[:2]
@@ -250,10 +276,14 @@ def moved(self: Elements, op, func, args, kwargs, out):
 
 @patch
 def combined(self: Elements, tensors, out):
-    "Ids for what is computed element by element: one for each combination of ids that occurs."
-    if any(self.distinct(t) and t.numel() == out.numel() for t in tensors):
+    "Ids for what is computed element by element: one for each combination of ids, or of what code made, that occurs."
+    if any(t in self and self.distinct(t) and t.numel() == out.numel() for t in tensors):
         return None
-    rows = torch.stack([self.ids(t).expand(out.shape).flatten() for t in tensors])
+
+    def ids(t):
+        return self.ids(t) if t in self else t.unique(return_inverse=True)[1].view(t.shape)
+
+    rows = torch.stack([ids(t).expand(out.shape).flatten() for t in tensors])
     kinds, which = rows.unique(dim=1, return_inverse=True)
     self.size += kinds.shape[1]
     return which.view(out.shape) + self.size - kinds.shape[1]
@@ -512,6 +542,12 @@ def _plain(out):
     return vars(out) if is_dataclass(out) and not isinstance(out, dict) else out
 
 # %% ../nbs/05_scoring.ipynb #8304d03a
+def _unfused(model):
+    "LSTMs as the products that they are made of: on a CPU torch has one operation for all of it."
+    has_lstm = any(isinstance(m, nn.LSTM) for m in model.modules())
+    return torch.backends.mkldnn.flags(enabled=False) if has_lstm else contextlib.nullcontext()
+
+
 @torch.no_grad()
 def trace(
     model: nn.Module,  # any model whose forward takes one image batch; left as it was
@@ -524,9 +560,13 @@ def trace(
     handles = _hooks(tracer, model)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluation_mode(model), parametrize.cached():  # a masked weight is made once, however often it is used
+        with (
+            evaluation_mode(model),
+            _unfused(model),
+            parametrize.cached(),
+        ):  # a masked weight is made once, however often it is used
             model.train().eval()  # some nets keep what they computed from their parameters until they train again
-            with tracer:
+            with torch.inference_mode(False), torch.no_grad(), tracer:  # inference mode hides what `conv2d` is made of
                 out = model(image)
             _own(tracer, model)
             _join(tracer.nodes)
@@ -977,6 +1017,8 @@ def _windows(
     node: Node,  # a pool
 ) -> tuple:  # (inputs that it reads, what an average divides by): (windows,) each
     "Every window of a pool in one plane, as far as it lies on the image."
+    if node.op == 'col2im':
+        return (_overlaps(node),) * 2
     if '_pool' not in node.op:
         return (torch.tensor([max(node.in_elements // max(node.elements, 1), 1)]),) * 2
     dims, a = int(node.op.split('_pool')[1][0]), node.bound
@@ -1008,6 +1050,14 @@ def _outer(counts):
     "Products of what lies along each dimension, as one list."
     grids = torch.meshgrid(*counts, indexing='ij')
     return math.prod(grids).flatten()
+
+
+def _overlaps(node):
+    "How many numbers `fold` adds up to each place of one plane."
+    a, taps = node.bound, math.prod(node.bound['kernel_size'])
+    ones = torch.ones(1, taps, a['self'].shape[-1])
+    sizes = (a[k] for k in ('output_size', 'kernel_size', 'dilation', 'padding', 'stride'))
+    return torch.ops.aten.col2im(ones, *sizes).long().flatten()
 
 # %% ../nbs/05_scoring.ipynb #cb807621
 def _count_pool(c, node, wide):
@@ -1177,7 +1227,7 @@ def _padded(node, v):
 
 # operations whose results lie on the grid of their inputs: rule from (node, the inputs' grid) to the result's, or None
 ON_GRID = {
-    **dict.fromkeys(FREE, _stays),
+    **dict.fromkeys(FREE - {'where', 'masked_fill'}, _stays),  # these may put in another number
     **dict.fromkeys(MAXIMA - {'argmax', 'argmin'}, _stays),
     **dict.fromkeys(('relu', 'maximum', 'minimum'), _stays),
     **dict.fromkeys(('clamp', 'clamp_min', 'clamp_max', 'hardtanh'), _clamped),

@@ -24,7 +24,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .activations import calibrate, sample_scale
 from .clusters import WithNet, spread
 from .data import dataset_stats
-from .layers import compressible, computes_otherwise, dense_weight, matching, require_shapes
+from micronet_nb.layers import (
+    compressible,
+    computes_otherwise,
+    dense_weight,
+    is_transposed,
+    matching,
+    require_shapes,
+    unpack_attention,
+)
 from .pruning import layer_positions, magnitude_mask
 from .quantisers import fake_quantise, grid, kept_word, solve_scales
 from .scoring import TRACKS, score, trace
@@ -148,6 +156,7 @@ def _working_copy(model):
     except (RuntimeError, TypeError) as e:
         message = f'{type(model).__name__} cannot be copied ({str(e).splitlines()[0]})'
         raise MicronetError(f'{message}: detach the tensors that it keeps as attributes') from None
+    unpack_attention(net)
     for m in [m for m in net.modules() if parametrize.is_parametrized(m)]:
         _resolve(m)
     for p in net.parameters():
@@ -192,7 +201,9 @@ def _changes(layer, sample, levels, per):
     changes = {}
     for kind in ('sparsity', 'weight bits'):
         for level in levels[kind]:
-            changes[kind, level] = degrade(layer.weight.detach(), kind, level, per)
+            changes[kind, level] = degrade(
+                layer.weight.detach(), kind, level, 'tensor' if is_transposed(layer) else per
+            )
     for bits in levels['activation bits'] if sample is not None else []:
         changes['activation bits', bits] = sample_scale(sample, bits), bits, sample.signed
     return changes

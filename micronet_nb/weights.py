@@ -27,6 +27,7 @@ from micronet_nb.layers import (
     computes_otherwise,
     dense_weight,
     input_batches,
+    is_transposed,
     layer_class,
     on_weight,
     per_layer,
@@ -161,9 +162,11 @@ def _scales(weights, bits, per):
 
 
 def _per(module, per):
-    "'channel' or 'tensor'; 'auto' is per channel for a depthwise convolution."
+    "'channel' or 'tensor', as always where rows are no channels; 'auto' is per channel for a depthwise convolution."
     if per not in ('channel', 'tensor', 'auto'):
         raise MicronetError(f"per must be 'channel', 'tensor' or 'auto', not {per!r}")
+    if is_transposed(module):
+        return 'tensor'
     if per != 'auto':
         return per
     return 'channel' if getattr(module, 'groups', 1) > 1 and module.weight.shape[1] == 1 else 'tensor'

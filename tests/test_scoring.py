@@ -618,6 +618,19 @@ def quantised(bits=4, step=0.25, signed=False):
     return ActivationQuantiser(bits, step, signed)
 
 
+ONE = (1,) * 6
+
+
+def row(x, f):
+    "f of an image as one row of pixels, as an image again."
+    return f(x.flatten(2))[:, :, :36].unflatten(2, (6, 6))
+
+
+def box(x, f):
+    "f of an image as a box of depth 2, as an image again."
+    return f(x.unflatten(3, (2, 3)).permute(0, 1, 3, 2, 4))[:, :, 0]
+
+
 GRID = {  # operation on a quantised image (4 bits unless said): bits of what it makes, 32 for what is off the grid
     'itself': (lambda m, x: m.q(x), 4),
     'max pool': (lambda m, x: F.max_pool2d(m.q(x), 3, 2, 1), 4),
@@ -643,6 +656,20 @@ GRID = {  # operation on a quantised image (4 bits unless said): bits of what it
     'pad around': (lambda m, x: F.pad(m.q(x), (1, 1, 1, 1), mode='circular'), 4),
     'roll, flip and turn': (lambda m, x: m.q(x).roll(1, 2).flip(3).rot90(1, (2, 3)), 4),
     'nearest': (lambda m, x: F.interpolate(m.q(x), scale_factor=2), 4),
+    'nearest, exact': (lambda m, x: F.interpolate(m.q(x), scale_factor=2, mode='nearest-exact'), 4),
+    'nearest in a row': (lambda m, x: row(m.q(x), lambda r: F.interpolate(r, scale_factor=2)), 4),
+    'exact in a row': (lambda m, x: row(m.q(x), lambda r: F.interpolate(r, scale_factor=2, mode='nearest-exact')), 4),
+    'nearest in a box': (lambda m, x: box(m.q(x), lambda r: F.interpolate(r, scale_factor=2)), 4),
+    'exact in a box': (lambda m, x: box(m.q(x), lambda r: F.interpolate(r, scale_factor=2, mode='nearest-exact')), 4),
+    'pad a row': (lambda m, x: row(m.q(x), lambda r: F.pad(F.pad(r, (1, 1), 'reflect'), (2, 2), 'replicate')), 4),
+    'pad a box': (lambda m, x: box(m.q(x), lambda r: F.pad(F.pad(r, ONE, 'reflect'), ONE, 'replicate')), 4),
+    'triangles': (lambda m, x: m.q(x).tril().triu(-2), 4),
+    'diagonal': (lambda m, x: m.q(x).diagonal(0, 2, 3).unsqueeze(3), 4),
+    'slice written': (lambda m, x: m.q(x).slice_scatter(m.same(x)[:, :1], 1, 2, 3), 4),
+    'channel written': (lambda m, x: m.q(x).select_scatter(m.same(x)[:, 0], 1, 1), 4),
+    'squeezed': (lambda m, x: m.q(x)[..., None, :, None].squeeze((3, 5)), 4),
+    'masked': (lambda m, x: m.q(x).masked_fill(x > 0, 0.1), 32),
+    'chosen': (lambda m, x: torch.where(x > 0, m.q(x), 0.1), 32),
     'bilinear': (lambda m, x: F.interpolate(m.q(x), scale_factor=2, mode='bilinear'), 32),
     'repeat': (lambda m, x: m.q(x).repeat(1, 2, 1, 1), 4),
     'index': (lambda m, x: m.q(x)[:, [2, 0]], 4),
@@ -870,3 +897,85 @@ def test_heads_for_training_cost_nothing():
         lambda m, x: (m.a(x), m.aux(x)) if m.training else m.a(x), a=nn.Conv2d(3, 4, 1), aux=nn.Conv2d(3, 9, 1)
     ).train()
     assert score(net, (3, 5, 5)).storage == 16 and net.training
+
+
+class Attends(nn.Module):
+    "Attention of 3 tokens of 4 channels in 2 heads, in one of its spellings."
+
+    def __init__(self, spelling):
+        super().__init__()
+        self.mha, self.spelling = nn.MultiheadAttention(4, 2, bias=False, batch_first=True), spelling
+        for p in self.parameters():
+            nn.init.constant_(p, 0.1)
+
+    def forward(self, x):
+        if self.spelling == 'module':
+            return self.mha(x, x, x)[0]
+        if self.spelling == 'module, fused':
+            return self.mha(x, x, x, need_weights=False)[0]
+        qkv = F.linear(x, self.mha.in_proj_weight)
+        q, k, v = qkv.unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        if self.spelling == 'fused':
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.spelling == 'einsum':
+            y = torch.einsum('bhij,bhjd->bhid', torch.einsum('bhid,bhjd->bhij', q, k).softmax(-1), v)
+        else:
+            y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.mha.out_proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize('spelling', ['module', 'module, fused', 'fused', 'einsum', 'matmul'])
+def test_attention_costs_the_same_products_however_it_is_spelled(spelling):
+    "In: 3 tokens x 4 x 12; scores: 2 heads x 3 x 3 x 2, and as many with the values; out: 3 tokens x 4 x 4."
+    s = score(Attends(spelling), (3, 4))
+    by_kind = s.layers.groupby('kind').multiplies.sum()
+    assert by_kind['linear'] == 144 + 48 and by_kind['product'] == 36 + 36
+    assert s.layers.query("kind in ('linear', 'product')")['adds'].sum() == 12 * 3 * 3 + 3 * 4 * 3 + 18 * 1 + 12 * 2
+    assert s.storage == 48 + 16
+
+
+def of(f, size):
+    "Multiplies and adds of a function of an image."
+    return tuple(score(Calls(f), size).layers[['multiplies', 'adds']].sum())
+
+
+class Calls(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x)
+
+
+@pytest.mark.parametrize(
+    'f, size, count',
+    [
+        # exp and division of each, and the sum of each row but one
+        (lambda x: x.softmax(-1), (2, 5), (20, 10)),
+        (lambda x: F.gelu(x), (10,), (40, 10)),
+        # a row of 5: its mean, deviations, squares, their mean, eps and root, and a product each
+        (lambda x: F.layer_norm(x, (5,)), (2, 5), (2 * 10 + 3 * 2, 3 * 10 - 2)),
+        (lambda x: F.rms_norm(x, (5,)), (2, 5), (2 * 10 + 2 * 2, 10)),
+        (lambda x: F.group_norm(x, 2), (4, 5), (2 * 20 + 3 * 2, 3 * 20 - 2)),
+        (lambda x: F.interpolate(x, scale_factor=2), (1, 2, 2), (0, 0)),
+        (lambda x: F.interpolate(x, scale_factor=2, mode='bilinear'), (1, 2, 2), (4 * 16, 3 * 16)),
+        (lambda x: F.fold(F.unfold(x, 2), 3, 2), (1, 3, 3), (0, 4 * 1 + 3)),
+        (lambda x: torch.stack([x, x], 1).roll(1, 2), (4,), (0, 0)),
+        (lambda x: F.pixel_shuffle(x, 2), (4, 3, 3), (0, 0)),
+        (lambda x: x.clamp(0, 1), (7,), (7, 0)),
+        (lambda x: F.celu(x), (7,), (14, 7)),
+        (lambda x: x.cumsum(1), (7,), (0, 7)),
+        (lambda x: torch.where(x > 0, x, x - 1), (7,), (0, 14)),
+        (lambda x: [x + 1, x * 2], (7,), (7, 7)),
+    ],
+)
+def test_counts_by_hand(f, size, count):
+    assert of(f, size) == count
+
+
+def test_counts_the_same_in_inference_mode():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    plain = score(net, (3, 8, 8))
+    with torch.inference_mode():
+        assert score(net, (3, 8, 8)).layers.equals(plain.layers)
