@@ -52,6 +52,7 @@ def test_packed_attention_is_pruned_and_quantised_like_any_layer():
 def test_a_transposed_convolution_has_one_scale():
     "Its rows are inputs, and a scale for each would not come out of a sum."
     net, _ = tokens()
+    unpack_attention(net)
     quantise_weights(net, 4)
     assert {n: weight_integers(m)[1].numel() for n, m in compressible(net).items() if n in ("up", "along")} == {
         "up": 1,
