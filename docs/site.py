@@ -166,8 +166,10 @@ def make():
     put("results.md", page)
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](nbs/", "](")
     put("index.md", f'{markdown(api.inner_links(readme))}<h2 id="Gallery">Gallery</h2><div class="gallery">{cards}</div>')
-    for name, file in {"contributing": "CONTRIBUTING.md", "files": "docs/FILES.md", "changes": "CHANGELOG.md"}.items():
-        put(f"{name}.md", markdown((ROOT / file).read_text(encoding="utf-8").replace("](nbs/", "](")))
+    texts = {"operations": "docs/OPERATIONS.md", "files": "docs/FILES.md"}
+    for name, file in {"contributing": "CONTRIBUTING.md", **texts, "changes": "CHANGELOG.md"}.items():
+        text = (ROOT / file).read_text(encoding="utf-8")
+        put(f"{name}.md", markdown(text.replace("](nbs/", "](").replace("](../nbs/", "](")))
     import micronet_nb
 
     modules = [api.Module(p) for p in sorted((ROOT / "micronet_nb").glob("[a-z]*.py"))]
@@ -178,7 +180,14 @@ def make():
         {"Study": [{"Overview": "index.md"}, {"Results": "results.md"}]},
         {"Notebooks": [{f"{stem[:2]} {title}": f"{stem}.md"} for stem, (title, _, _) in found.items()]},
         {"API": [{"Contents": "api/index.md"}, *({m.name: f"api/{m.name}.md"} for m in modules)]},
-        {"Project": [{"Contributing": "contributing.md"}, {"Files": "files.md"}, {"Changes": "changes.md"}]},
+        {
+            "Project": [
+                {"Add an operation": "operations.md"},
+                {"Contributing": "contributing.md"},
+                {"Files": "files.md"},
+                {"Changes": "changes.md"},
+            ]
+        },
     ]
 
 

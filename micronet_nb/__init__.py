@@ -51,6 +51,8 @@ _MODULE_OF = {
     'unpack': 'packing',
     'to_onnx': 'onnx',
     # nets of one's own
+    'operation': 'integer',
+    'try_operation': 'onnx',
     'check': 'own_nets',
     'save_net': 'own_nets',
     'load_net': 'own_nets',

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .data import normalise
-from .integer import MODULES, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias, as_graph, check_integers
+from .integer import MODULES, OPERATIONS, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias
+from .integer import as_graph, check_integers
 from .layers import evaluation_mode
 from .scoring import ACCOUNTINGS, score
 
@@ -131,7 +132,7 @@ _FUNCTIONS = {
      adaptive_avg_pool2d adaptive_max_pool2d pad dropout""",
     operator: 'add sub mul truediv floordiv neg pow matmul iadd isub imul itruediv getitem',
 }
-FUNCTIONS = {}  # name in a file to function
+FUNCTIONS = {}  # name in a file to function; `operation` of `12_integer` declares more
 for _module_, _names in _FUNCTIONS.items():
     _prefix = _module_.__name__.removeprefix('torch.nn.').removeprefix('_')
     FUNCTIONS.update({f'{_prefix}.{name}': getattr(_module_, name) for name in _names.split()})
@@ -140,6 +141,32 @@ METHODS = set(
      squeeze unsqueeze expand expand_as chunk split contiguous size dim softmax add_ sub_ mul_ div_ relu_ clamp_ round_
      float""".split()
 )
+
+# %% ../nbs/17_packing.ipynb #b91406b3
+def functions():
+    "Name in a file to function: `FUNCTIONS`, and what is declared."
+    return {op.name: op.function for op in OPERATIONS.values()} | FUNCTIONS
+
+
+def name_of(
+    function,  # that a graph calls
+):  # str, or None
+    "What a function is called in a file, None where it has no name there."
+    return next((name for name, f in functions().items() if f is function), None)
+
+
+def _declared(name):
+    "The arguments of a declared function that are no tensors: name to a test; none for the other functions."
+    return next((op.arguments for op in OPERATIONS.values() if op.name == name), {})
+
+
+def _check_values_of(name, args, kwargs):
+    "Refuses an argument that a declared function may not have."
+    tests = _declared(name)
+    tensors = next((i for i, v in enumerate(args) if not isinstance(v, fx.Node)), len(args))
+    for k, v in (dict(zip(tests, args[tensors:])) | kwargs).items():
+        if k in tests and v is not None and not tests[k](v):
+            raise MicronetError(f'{name} has the argument {k}={str(v)[:60]}, which its declaration does not allow')
 
 # %% ../nbs/17_packing.ipynb #8c099e77
 def _plain(value, argument, name):
@@ -210,6 +237,8 @@ _count, _window, _dim = _whole(1, 2**53), _each(_whole(1, 2**16)), _whole(-8, 8)
 # %% ../nbs/17_packing.ipynb #9ddb4389
 ARGUMENTS = {  # of modules in a file: name to a test of the value
     **dict.fromkeys('in_channels out_channels in_features out_features num_features channels groups'.split(), _count),
+    **dict.fromkeys('num_groups num_channels'.split(), _count),
+    'axis': _whole(0, 7),
     **dict.fromkeys('kernel_size stride dilation'.split(), _window),
     'padding': _or(_each(_whole(0, 2**16)), 'same', 'valid'),
     'padding_mode': _or(_never, 'zeros', 'reflect', 'replicate', 'circular'),
@@ -218,7 +247,7 @@ ARGUMENTS = {  # of modules in a file: name to a test of the value
     'low': _whole(-(2**16), 0),
     **dict.fromkeys('bias wide signed affine track_running_stats elementwise_affine inplace'.split(), _flag),
     **dict.fromkeys('ceil_mode count_include_pad return_indices'.split(), _flag),
-    'eps': _real(0, 1e6),
+    'eps': _or(_real(0, 1e6), None),
     'momentum': _or(_real(0, 1), None),
     'p': _real(0, 1),
     'normalized_shape': _each(_count, range(1, 9)),
@@ -372,7 +401,9 @@ def read(
     return values.to(dtype, copy=True).view(shape), n * values.dtype.itemsize
 
 # %% ../nbs/17_packing.ipynb #eef3b43d
-TEXTS = set('none tanh zeros constant reflect replicate circular same valid floor trunc'.split())  # as arguments
+TEXTS = set(  # as arguments
+    'none tanh zeros constant reflect replicate circular same valid floor trunc bilinear bicubic'.split()
+)
 DEPTH = 8  # of tuples in tuples
 
 
@@ -479,11 +510,12 @@ def _target(node, modules):
     if node.op == 'call_module':
         return modules[node.target]
     if node.op == 'call_function':
-        if (known := next((n for n, f in FUNCTIONS.items() if f is node.target), None)) is not None:
+        if (known := name_of(node.target)) is not None:
+            _check_values_of(known, node.args, node.kwargs)
             return known
         raise MicronetError(
             f"{_where(node)} calls {getattr(node.target, '__name__', node.target)}, a function that a packed file "
-            "cannot name: lower the net first, or add it to micronet_nb.packing.FUNCTIONS"
+            "cannot name: lower the net first, or declare it with micronet_nb.operation"
         )
     if node.op == 'call_method' and node.target not in METHODS:
         raise MicronetError(
@@ -530,19 +562,24 @@ def decode_node(
     "The inverse of `encode_node`."
     short, target, args, kwargs = [*row, *[None, [], {}][len(row) - 1 :]]
     op = {v: k for k, v in _OPS.items()}[short]
-    for callee, known in (('function', FUNCTIONS), ('method', METHODS)):
+    for callee, known in (('function', functions()), ('method', METHODS)):
         if op == f'call_{callee}' and target not in known:
-            raise MicronetError(f'it calls the {callee} {target!r}, which is none that a packed file may name')
-    if more := {*kwargs} - KEYWORDS:
+            raise MicronetError(
+                f'it calls the {callee} {target!r}, which is none that a packed file may name'
+                + '; declare it with micronet_nb.operation, as where it was packed' * str(target).startswith('own.')
+            )
+    if more := {*kwargs} - KEYWORDS - {*_declared(target if op == 'call_function' else '')}:
         raise MicronetError(f'{str(target)[:60]} has the argument {min(more)[:60]!r}: see packing.KEYWORDS')
     if op in ('placeholder', 'output') and (kwargs or len(args) != (op == 'output')):
         raise MicronetError(f'an {op} with arguments {args!r}')
     if op == 'call_module':
         target = modules[_number(target)]
     else:
-        target = FUNCTIONS[target] if op == 'call_function' else check_name(target, op != 'get_attr')
+        called, target = target, functions()[target] if op == 'call_function' else check_name(target, op != 'get_attr')
     args = tuple(decode_argument(a, nodes) for a in args)
     kwargs = {check_name(k, True): decode_argument(a, nodes) for k, a in kwargs.items()}
+    if op == 'call_function':
+        _check_values_of(called, args, kwargs)
     return graph.create_node(op, target, args, kwargs, name and check_name(name, True))
 
 
@@ -553,7 +590,6 @@ def _number(i):
     return i
 
 # %% ../nbs/17_packing.ipynb #36c318f9
-_NAMES = {f: k for k, f in FUNCTIONS.items()}
 _SUMS = set('operator.add operator.sub operator.iadd operator.isub operator.neg operator.floordiv'.split())
 _PRODUCTS = {'operator.mul', 'operator.imul'}
 _SHAPED = set('view reshape expand torch.reshape'.split())  # take a shape as it is
@@ -614,7 +650,7 @@ def value_kind(
         if known[first] != 'tensor' or len(node.args) + len(node.kwargs) > 1:
             raise MicronetError(f'the node {node.name} gives a module something other than one tensor')
         return 'tensors' if getattr(modules[node.target], 'return_indices', False) else 'tensor'
-    name = node.target if node.op == 'call_method' else _NAMES[node.target]
+    name = node.target if node.op == 'call_method' else name_of(node.target)
     flat = [known.get(v) if isinstance(v, fx.Node) else None for v in (*node.args, *node.kwargs.values())]
     try:
         return _called(name, node, flat if {*operands}.isdisjoint({'tensor', 'tensors'}) else operands)
@@ -626,7 +662,7 @@ def _overwrites(node, modules):
     "May a node write into its input?"
     if node.op == 'call_module':
         return bool(getattr(modules[node.target], 'inplace', False))
-    name = node.target if node.op == 'call_method' else _NAMES.get(node.target, '')
+    name = node.target if node.op == 'call_method' else name_of(node.target) or ''
     in_place = name.endswith('_') or name.startswith('operator.i') or bool(node.kwargs.get('inplace'))
     return in_place or any(v is True for v in node.args)
 

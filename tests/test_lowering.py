@@ -425,11 +425,14 @@ def test_constants_and_names(f, out, bits):
         assert_exact(compressed(Around(f, out, bias=bias), x, bits, bits), x)
 
 
-def test_a_constant_of_every_pixel_is_refused():
-    net = Around(lambda m, v: v + m.p).eval()
+@pytest.mark.parametrize('bits', [None, 4])
+def test_a_constant_of_every_pixel_is_stored(bits, tmp_path):
+    net = Around(lambda m, v: 2 - (v + m.p) * m.p).eval()
     net.p = nn.Parameter(torch.randn(1, 1, 5, 5))
-    with pytest.raises(MicronetError, match='1x1x5x5 is not one number a channel'):
-        lower(net, images())
+    graph, _, _ = assert_exact(compressed(net, images(), bits, bits), images())
+    stored = [n for n in graph.graph.nodes if n.op == 'get_attr']
+    assert [getattr(graph, n.target).shape for n in stored] == [(1, 1, 5, 5)] * 2 and len({n.target for n in stored}) == 1
+    assert unpack(pack(graph, tmp_path / 'net'))(images()).equal(graph(images()))
 
 
 @pytest.mark.parametrize('between, left', [(nn.ReLU6, 0), (lambda: nn.Hardtanh(-1.0, 5.0), 0), (nn.LeakyReLU, 1)])

@@ -1,0 +1,181 @@
+"Operations between the integer layers: each declaration holds in every room, and one of a user's own needs no other place."
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from micronet_nb.activations import ActivationQuantiser, quantise_activations
+from micronet_nb.core import MicronetError
+from micronet_nb.integer import CARRIES, OPERATIONS, IntegerRun, operation, run_integer
+from micronet_nb.lowering import lower
+from micronet_nb.onnx import onnx_session, to_onnx, try_operation
+from micronet_nb.packing import pack, unpack
+from micronet_nb.runtime import Runner
+from micronet_nb.scoring import ELEMENTWISE, score
+from micronet_nb.weights import quantise_weights
+
+
+@pytest.mark.parametrize('key', [*OPERATIONS])
+def test_a_declaration_holds_everywhere(key):
+    assert try_operation(OPERATIONS[key].function)[-1] == 'to_onnx'
+
+
+def tokens(n=3, seed=0):
+    return torch.randn(n, 6, 8, generator=torch.Generator().manual_seed(seed))
+
+
+class Block(nn.Module):
+    "Attention and a perceptron on tokens, with a class token and places, and a head."
+
+    def __init__(self, attend):
+        super().__init__()
+        self.row, self.places = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 7, 8))
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head, self.attend = nn.Linear(8, 4), attend
+
+    def forward(self, x):
+        x = torch.cat([self.row.expand(len(x), -1, -1), x], 1) + self.places
+        x = x + self.attend(self, self.norms[0](x))
+        x = x + self.mlp(self.norms[1](x))
+        return self.head(x[:, 0])
+
+
+def _heads(self, x):
+    return self.qkv(x).reshape(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def fused(self, x):
+    return self.out(F.scaled_dot_product_attention(*_heads(self, x)).transpose(1, 2).flatten(2))
+
+
+def unfused(self, x):
+    q, k, v = _heads(self, x)
+    weights = (q * 0.5 @ k.transpose(-2, -1)).softmax(-1)
+    return self.out((weights @ v).transpose(1, 2).reshape(x.shape))
+
+
+def by_einsum(self, x):
+    q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2)
+    weights = torch.einsum('nqhd,nkhd->nhqk', q, k).mul(0.5).softmax(-1)
+    return self.out(torch.einsum('nhqk,nkhd->nqhd', weights, v).flatten(2))
+
+
+def by_module(self, x):
+    return self.mha(x, x, x, need_weights=False)[0]
+
+
+def by_windows(self, x):
+    "Attention within rolled windows: the batch changes its size on the way."
+    n = len(x)
+    y = torch.roll(x[:, :6], -1, 1).view(n, 3, 2, 8).reshape(-1, 2, 8)
+    y = torch.roll(fused(self, y).view(n, 6, 8), 1, 1)
+    return torch.cat([y, x[:, 6:]], 1)
+
+
+WAYS = [fused, unfused, by_einsum, by_module, by_windows]
+
+
+@torch.no_grad()
+def agree(net, x, path, exact_onnx=True):
+    "Float64 graph and net; integer run, Runner, file and ONNX with the float32 graph."
+    net = net.eval()
+    graph = lower(net, x, torch.float64)
+    want = net.double()(x.double())
+    assert float((graph(x.double()) - want).abs().max()) < 1e-9 * float(want.abs().max())
+    net.float()
+    graph = lower(net, x)
+    y = graph(x)
+    few = x[:2]  # another batch than that of the example
+    assert run_integer(graph, x).equal(y) and Runner(graph)(x).equal(y)
+    assert unpack(pack(graph, path / 'net'))(few).equal(graph(few))
+    assert float((onnx_session(to_onnx(graph, path / 'net.onnx'))(few) - graph(few)).abs().max()) < 1e-4
+    return graph
+
+
+@pytest.mark.parametrize('bits', [None, 8])
+@pytest.mark.parametrize('attend', WAYS)
+def test_attention_however_it_is_spelt(attend, bits, tmp_path):
+    torch.manual_seed(0)
+    net, x = Block(attend).eval(), tokens()
+    if bits:
+        net.mha.requires_grad_(False)
+        quantise_weights(net, bits)
+        quantise_activations(net, x, bits)
+    graph = agree(net, x, tmp_path)
+    layers = [type(m).__name__ for m in graph.modules()]
+    assert layers.count('LayerNorm') == 2 and ('IntLinear' in layers) == bool(bits)
+
+
+def test_products_of_two_grids_are_whole(tmp_path):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = ActivationQuantiser(8, 0.02, signed=True), ActivationQuantiser(4, 0.1)
+
+        def forward(self, x):
+            return self.a(x) @ self.b(x).transpose(1, 2)
+
+    x, seen = tokens(), []
+    graph = agree(Product(), x, tmp_path)
+    IntegerRun(graph, watch=lambda n, v: seen.append(v) if n.target is torch.matmul else None).run(x)
+    a = (x / 0.02).round().clamp(-127, 127)
+    b = (x / 0.1).round().clamp(0, 15)
+    assert seen[0].dtype == torch.int32 and seen[0].equal((a.double() @ b.double().mT).int())
+
+
+def test_an_operation_of_ones_own(tmp_path):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)), torch.randn(3, 3, 5, 5)
+
+    def gate(v):
+        return v * torch.special.bessel_j0(v)
+
+    class Gated(nn.Module):
+        def forward(self, v):
+            return seen(v)
+
+    seen = gate
+    net.insert(1, Gated())
+    with pytest.raises(MicronetError, match="'special_bessel_j0' in module '1'|'bessel_j0' in module '1'"):
+        lower(net, x)
+    with pytest.raises(MicronetError, match='bessel_j0'):
+        score(net, (3, 5, 5))
+
+    try:
+        seen = operation(gate, example=(torch.randn(2, 3),), cost=dict(special_bessel_j0=(8, 7)))
+        rows = score(net, (3, 5, 5)).layers.set_index('kind')
+        assert rows.loc['special_bessel_j0', 'multiplies'] == 8 * 4 * 3 * 3
+        quantise_weights(net, 4), quantise_activations(net, x, 4)
+        graph = lower(net, x)
+        assert [n.target for n in graph.graph.nodes].count(seen) == 1
+        assert unpack(pack(graph, tmp_path / 'net'))(x).equal(graph(x)) and Runner(graph)(x).equal(graph(x))
+        with pytest.raises(MicronetError, match='gate cannot be exported|no rule for'):
+            to_onnx(graph, tmp_path / 'net.onnx')
+    finally:
+        ELEMENTWISE.pop('special_bessel_j0', None), OPERATIONS.pop('own.gate', None), CARRIES.discard(seen)
+    with pytest.raises(MicronetError, match="'own.gate', which is none .* declare it with micronet_nb.operation"):
+        unpack(tmp_path / 'net')
+
+
+def test_the_page_is_a_program_that_says_what_it_shows(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / 'docs' / 'OPERATIONS.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```(python|text)\n(.*?)```', page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    before, costs, space = dict(OPERATIONS), dict(ELEMENTWISE), {'__name__': 'page'}
+    try:
+        for kind, text in blocks:
+            if kind == 'python':
+                exec(text, space)
+            else:
+                assert capsys.readouterr().out == text
+    finally:
+        for table, kept in ((OPERATIONS, before), (ELEMENTWISE, costs)):
+            table.clear()
+            table.update(kept)
+    assert len(blocks) > 5 and not capsys.readouterr().out
