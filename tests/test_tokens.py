@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from micronet_nb.activations import quantise_activations, quantise_products, remove_product_quantisers
+from micronet_nb.compressing import compress
 from micronet_nb.layers import compressible, unpack_attention
 from micronet_nb.post_training import reconstruct
 from micronet_nb.pruning import param_sparsity, prune
@@ -80,3 +81,10 @@ def test_products_of_two_activations_are_quantised_on_both_sides():
     assert score(net, (3, 3, 3)).layers.query("kind == 'product'").bits.tolist() == ["8", "8"]
     remove_product_quantisers(net)
     assert torch.equal(net(x), plain)
+
+
+def test_compress_reaches_attention():
+    net, x = tokens()
+    small = compress(net, torch.cat([x] * 4), "8-bit", quiet=True)
+    assert "block.self_attn.in_proj" in small.report.layers.index and len(small.report.untouched) == 0
+    assert type(net.block.self_attn) is nn.MultiheadAttention  # the net that was given is left as it was
