@@ -182,6 +182,15 @@ def only_reader(
     return user if isinstance(module_of(graph, user), kind) else None
 
 
+def by_channel(
+    graph: fx.GraphModule,  # any
+    node: fx.Node,  # that calls a ScaleBias, or None
+):  # fx.Node, or None
+    "The node, where its scales belong to dimension 1 or are one number."
+    m = module_of(graph, node)
+    return node if m is not None and (len(m.weight) == 1 or m.axis == 1) else None
+
+
 def makes_bytes(
     graph: fx.GraphModule,  # any
     node: fx.Node,  # of it
@@ -372,7 +381,7 @@ def conv_task(
     int8: bool = None,  # see `Int8Conv`
 ) -> Task:
     "A convolution of bytes, with the scale and the quantiser behind it."
-    scale = only_reader(graph, node, ScaleBias)
+    scale = by_channel(graph, only_reader(graph, node, ScaleBias))
     q, more = quantiser_behind(graph, scale or node)
     conv = Int8Conv(module_of(graph, node), module_of(graph, scale), module_of(graph, q), int8)
     covers = [n for n in (node, scale) if n] + more
@@ -388,6 +397,8 @@ def bytes_task(
 ):  # Task, or None
     "A quantiser that makes bytes, with the scale before it; None where nobody wants bytes."
     scale = node if isinstance(module_of(graph, node), ScaleBias) else None
+    if scale and by_channel(graph, scale) is None:
+        return None
     q, more = quantiser_behind(graph, node) if scale else (node, [node])
     if not q or q not in wanted:
         return None

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from micronet_nb.activations import ActivationQuantiser, quantise_activations
 from micronet_nb.core import MicronetError
-from micronet_nb.integer import CARRIES, OPERATIONS, IntegerRun, operation, run_integer
+from micronet_nb.integer import CARRIES, OPERATIONS, IntegerRun, ScaleBias, operation, run_integer
 from micronet_nb.lowering import lower
 from micronet_nb.onnx import onnx_session, to_onnx, try_operation
-from micronet_nb.packing import pack, unpack
+from micronet_nb.packing import decode_node, pack, unpack
 from micronet_nb.runtime import Runner
 from micronet_nb.scoring import ELEMENTWISE, score
 from micronet_nb.weights import quantise_weights
@@ -179,3 +179,69 @@ def test_the_page_is_a_program_that_says_what_it_shows(tmp_path, monkeypatch, ca
             table.clear()
             table.update(kept)
     assert len(blocks) > 5 and not capsys.readouterr().out
+
+
+def test_arguments_in_a_file_are_those_that_a_declaration_allows():
+    graph = fx.Graph()
+    nodes = [graph.placeholder('x')]
+    row = lambda times: ['f', 'own.tiled', ['1'], {'times': {'t': times}}]
+    assert decode_node(graph, row([1, 2, 1]), nodes, []).target.__name__ == 'tiled'
+    for times in ([1, 2**14, 1], [1, 0, 1], [1] * 9, [1.0], ['1']):
+        with pytest.raises(MicronetError, match='own.tiled has the argument times=.* which its declaration does not'):
+            decode_node(graph, row(times), nodes, [])
+    with pytest.raises(MicronetError, match="torch.softmax has the argument 'bits'"):
+        decode_node(graph, ['f', 'torch.softmax', ['1'], {'bits': 1}], nodes, [])
+
+
+def test_scales_of_columns_are_no_scales_of_channels(tmp_path):
+    "In a Runner, the scale behind a convolution of bytes joins it; one of columns may not."
+
+    class Columns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.column = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 1), nn.Parameter(torch.rand(5) + 0.5)
+
+        def forward(self, x):
+            return (self.b(torch.relu(self.a(x) * self.column)) * self.column).flatten(1)
+
+    net, x = Columns().eval(), torch.randn(3, 3, 5, 5)
+    net.a.bias = net.b.bias = None
+    quantise_weights(net, 4), quantise_activations(net, x, 4)
+    graph = agree(net, x, tmp_path)
+    assert [m.axis for m in graph.modules() if isinstance(m, ScaleBias) and len(m.weight) > 1].count(3) > 0
+
+
+LINES = '(test_operations.py, line '
+
+
+@pytest.mark.parametrize(
+    'f, words',
+    [
+        (lambda x: x.cumsum(1), "'cumsum' in Lambda cannot be lowered: no rule is known for it; declare it with"),
+        (lambda x: x.sort(1)[0], "Lambda calls 'sort', which returns several tensors: it cannot be lowered; call"),
+        (lambda x: x[1:], "'getitem' in Lambda cannot be lowered: it picks images of the batch; give the net"),
+        (lambda x: x.transpose(0, 1), 'it is what the net returns, and the batch must be in front there; transpose'),
+        (lambda x: x + torch.arange(len(x)).view(-1, 1, 1), 'is another for each image of the batch'),
+        (lambda x: x.half().float(), 'it makes torch.float16 of the activations; leave their type'),
+    ],
+)
+def test_what_is_refused_is_named_with_its_line_and_the_remedy(f, words):
+    class Lambda(nn.Module):
+        def forward(self, x):
+            return f(x)
+
+    with pytest.raises(MicronetError) as told:
+        lower(Lambda(), tokens())
+    assert words in str(told.value) and LINES in str(told.value)
+
+
+def test_a_net_may_go_on_without_its_batch_in_front_and_with_another_batch(tmp_path):
+    class Turned(nn.Module):
+        "The batch of 8 meets 8 channels and 8 heads."
+
+        def forward(self, x):
+            y = x.permute(2, 0, 1).reshape(8, len(x), 2, 3).permute(0, 2, 1, 3).softmax(0)
+            return y.permute(2, 0, 1, 3).reshape(len(x), -1)
+
+    graph = agree(Turned(), tokens(8), tmp_path)
+    assert graph(tokens(5, seed=3)).equal(Turned()(tokens(5, seed=3)))
