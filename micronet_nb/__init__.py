@@ -31,9 +31,12 @@ _MODULE_OF = {
     'remove_pruning': 'pruning',
     'param_sparsity': 'pruning',
     'untouched': 'layers',
+    'unpack_attention': 'layers',
+    'plain_layers': 'layers',
     # quantisation
     'calibrate': 'activations',
     'quantise_activations': 'activations',
+    'quantise_products': 'activations',
     'remove_activation_quantisers': 'activations',
     'quantise_weights': 'weights',
     'remove_weight_quantisers': 'weights',

@@ -583,14 +583,12 @@ def quantise_products(
 ) -> dict:  # module name to ProductQuantisers; a model without such products has none
     """Puts quantisers before both factors of every product of two activations: attention, in all its spellings.
 
-    >>> net = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    >>> _ = unpack_attention(net)
-    >>> class Attend(torch.nn.Module):
-    ...     def __init__(self): super().__init__(); self.mha = net
-    ...     def forward(self, x): return self.mha(x, x, x)[0]
-    >>> made = quantise_products(Attend(), torch.randn(4, 5, 8), bits=8)
-    >>> {name: len(q.pairs) for name, q in made.items()}
-    {'mha': 2}
+    >>> class Gram(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return x @ x.transpose(1, 2)
+    >>> net = Gram()
+    >>> {name: len(q.pairs) for name, q in quantise_products(net, torch.randn(4, 5, 8)).items()}
+    {'': 1}
     """
     bits = whole('bits', bits, 1, 15)
     require_shapes(model, 'calibration')

@@ -642,7 +642,9 @@ def compress(
     tune = fine_tune and partial(_tune, config=fine_tune, data=data, quiet=quiet)
     task = _Task(original, *_halves(*_collected(images, labels), held_out), scoring, tune, quiet)
     _check_judges(name, limit, task)
-    made, got = _within(task, name, limit, options) if name else (task.make(_preset_plan(net, preset, task.samples)), 0)
+    made, got = (
+        _within(task, name, limit, options) if name else (task.make(_preset_plan(original, preset, task.samples)), 0)
+    )
     file = pack(made.graph, path or Path(tempfile.mkdtemp(prefix='micronet-')) / 'net.safetensors')
     asked = dict(name=name, asked=limit, got=got, predicted_kl=made.predicted) if name else {}
     return Compressed(made.net, made.graph, file, _report(task, made, file, asked))

@@ -27,7 +27,7 @@ from .onnx import onnx_session, to_onnx
 from .packing import pack, unpack
 from .pruning import prune
 from .runtime import Runner
-from .scoring import ATTENTION, LAYERS, PRODUCTS, _factors, score, trace
+from .scoring import ATTENTION, LAYERS, PRODUCTS, _factors, score, trace, unfused
 from .weights import quantise_weights
 
 # %% ../nbs/26_families.ipynb #26a00007
@@ -131,9 +131,9 @@ def ready(
 
 # %% ../nbs/26_families.ipynb #26a00015
 @contextlib.contextmanager
-def _in_products():
+def _in_products(net):
     "Attention and LSTMs as the products that they are made of, which any counter sees."
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), unfused(net):
         yield
 
 
@@ -147,7 +147,7 @@ def products_by_torch(
     image: torch.Tensor,  # (1, ...)
 ) -> int:
     "Products that an image costs on autograd's way back to it, by torch's own counter."
-    with torch.enable_grad(), _in_products():
+    with torch.enable_grad(), _in_products(net):
         x = image.clone().requires_grad_()
         total = sum(o.sum() for o in _as_tensors(net(x)))
         with FlopCounterMode(display=False) as counter:
@@ -234,7 +234,7 @@ def stored_by_autograd(
     net.train().eval()  # some nets keep what they have computed until they train again
     for t in (*net.parameters(), *net.buffers()):
         t.requires_grad_(t.is_floating_point())
-    with torch.enable_grad():
+    with torch.enable_grad(), _in_products(net):
         x = image.clone().requires_grad_()
         order = _all_behind([o for o in _as_tensors(net(x)) if o.grad_fn is not None])
     moving = set()

@@ -637,8 +637,8 @@ def unpack_attention(
     """Makes layers of the projections of every nn.MultiheadAttention; what it computes stays the same.
 
     >>> block = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    >>> unpack_attention(block), [name for name in compressible(block)]
-    (['self_attn'], ['self_attn.in_proj', 'self_attn.out_proj', 'linear1', 'linear2'])
+    >>> unpack_attention(block), block.self_attn.in_proj
+    (['self_attn'], Linear(in_features=8, out_features=24, bias=True))
     """
     found = {n: m for n, m in model.named_modules() if type(m) is nn.MultiheadAttention}
     plain = {n: m for n, m in found.items() if m._qkv_same_embed_dim and m.bias_k is None and not m.add_zero_attn}

@@ -74,6 +74,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.muted and (parts := COMPOSED.get(name_of(func))) and self.depends([args, kwargs]):
             return self.compose(parts, func, args, kwargs)
+        if not self.muted and name_of(func) == '__setitem__' and self.depends(args):
+            return self.write_into(func, *args)
         out = func(*args, **kwargs)
         if not self.muted:
             self.on_call(func, args, kwargs, out)
@@ -90,9 +92,45 @@ class Recorder(TorchFunctionMode):
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise MicronetError(f'{name_of(func)!r} in {self.where()} cannot be lowered: {reason}') from e
 
+    def write_into(self, func, x, index, value):
+        "What is written into a part of a tensor, as a tensor put together anew."
+        new = self.compose(with_part, func, (x, index, value), {})
+        func(x, index, value)
+        self.set_node(x, self.nodes[id(new)])
+
     def depends(self, nested):
         "Does any of these tensors depend on the net's input?"
         return any(id(t) in self.nodes for t in tensors_in(nested))
+
+
+def with_part(x, index, value, dim=0):
+    "A copy of a tensor with another part, without writing: the parts before, the new one, those behind."
+    index = list(index) if isinstance(index, tuple) else [index]
+    if any(i is ... for i in index):
+        at = next(k for k, i in enumerate(index) if i is ...)
+        index[at : at + 1] = [slice(None)] * (x.dim() - len(index) + 1)
+    if not all(isinstance(i, (int, slice)) for i in index):
+        raise MicronetError('it writes into places that a tensor names: write into slices, or add up parts')
+    for d, i in enumerate(index):
+        if isinstance(i, int) and isinstance(value, torch.Tensor) and value.dim() > len(index) - 1 - d:
+            value = value.unsqueeze(d - len(index) + value.dim() + 1 if value.dim() < x.dim() else d)
+    index = [slice(i % n, i % n + 1) if isinstance(i, int) else i for i, n in zip(index, x.shape)]
+    return _put_in(x, index, value, 0)
+
+
+def _put_in(x, index, value, dim):
+    while dim < len(index) and index[dim].indices(x.shape[dim]) == (0, x.shape[dim], 1):
+        dim += 1
+    if dim == len(index):
+        value = value if isinstance(value, torch.Tensor) else torch.full_like(x, value)
+        return value.expand(x.shape)
+    start, stop, step = index[dim].indices(x.shape[dim])
+    if step != 1:
+        raise MicronetError('it writes into every so many places: write into slices without a step')
+    parts = [x.narrow(dim, 0, start), _put_in(x.narrow(dim, start, stop - start), index, value, dim + 1)]
+    parts.append(x.narrow(dim, stop, x.shape[dim] - stop))
+    parts = [p for p in parts if p.shape[dim]]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 COMPOSED = {}  # name of a function to one that does the same with simpler functions, which are recorded instead
@@ -1648,6 +1686,41 @@ def _fold(input, output_size, kernel_size, dilation=1, padding=0, stride=1):
             top, left = a * i - p, b * j - q
             total = F.pad(x, (left, size[1] - left - x.shape[3], top, size[0] - top - x.shape[2])) + total
     return total
+
+# %% ../nbs/13_lowering.ipynb #67d32203
+@composed('lstm')
+def _lstm(input, hx, weights, bias, layers, dropout, train, bidirectional, batch_first):
+    "Of tokens (n, T, C), or (T, n, C); returns all outputs, and the last states."
+    if any(t.any() for t in hx) or len(weights) % (layers * (1 + bidirectional)):
+        raise MicronetError('an LSTM that is lowered begins with states of zeros and has no projection: leave them out')
+    x = input if batch_first else input.transpose(0, 1)
+    each, weights, last = 2 + 2 * bias, list(weights), []
+    for _ in range(layers):
+        outs = []
+        for backwards in range(1 + bidirectional):
+            mine, weights = weights[:each], weights[each:]
+            out, cell = _one_way(x, mine, bool(backwards))
+            outs.append(torch.stack(out, 1))
+            last.append((out[0 if backwards else -1], cell))
+        x = torch.cat(outs, 2) if bidirectional else outs[0]
+    states = [torch.stack(list(s), 0) for s in zip(*last)]
+    return x if batch_first else x.transpose(0, 1), *states
+
+
+def _one_way(x, weights, backwards):
+    "The output of each token, and the last cell state."
+    from_input, from_state, *biases = weights
+    inputs = F.linear(x, from_input, *biases[:1]).unbind(1)
+    if len(biases) > 1:
+        inputs = [g + biases[1] for g in inputs]
+    outs, h, c = [], None, None
+    for gates in reversed(inputs) if backwards else inputs:
+        gates = gates if h is None else gates + F.linear(h, from_state)
+        i, f, g, o = gates.chunk(4, -1)
+        new = torch.sigmoid(i) * torch.tanh(g)
+        c = new if c is None else torch.sigmoid(f) * c + new
+        outs.append(h := torch.sigmoid(o) * torch.tanh(c))
+    return outs[::-1] if backwards else outs, c
 
 # %% ../nbs/13_lowering.ipynb #a15be071
 @composed('scaled_dot_product_attention')

@@ -463,16 +463,25 @@ def _avg_pool2d(
     return e('Mul', y, ratio[None, None]) if count_include_pad and bool((ratio != 1).any()) else y
 
 # %% ../nbs/18_onnx.ipynb #18c0a016
+def _shares(n, k):
+    "What each of k windows takes of each of n numbers: (k, n)."
+    shares = torch.zeros(k, n)
+    for i in range(k):
+        start, stop = i * n // k, -(-(i + 1) * n // k)
+        shares[i, start:stop] = 1 / (stop - start)
+    return shares
+
+
 @exports(F.adaptive_avg_pool2d)
 def _adaptive_avg_pool2d(e, input, output_size):
-    "An average over windows of one size."
+    "An average over windows; as two products with matrices of shares, where they are of different sizes."
     size = e.shapes[input][-2:]
     out = [s if o is None else o for o, s in zip(_pair(output_size), size)]
     if out == [1, 1]:
         return e('GlobalAveragePool', input)
     if any(s % o for s, o in zip(size, out)):
-        before, after = ('x'.join(map(str, v)) for v in (size, out))
-        e.refuse(f'an average of {before} to {after} needs windows of different sizes')
+        rows, columns = (_shares(*pair) for pair in zip(size, out))
+        return e('MatMul', e('MatMul', rows, input), columns.mT)
     return _avg_pool2d(e, input, tuple(s // o for s, o in zip(size, out)))
 
 

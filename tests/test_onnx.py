@@ -173,7 +173,6 @@ def test_refusals(tmp_path):
 
     refused(Sorts(), 'cumsum cannot be exported to ONNX: there is no rule for cumsum')
     refused(nn.Sequential(nn.BatchNorm2d(3)), '0 cannot be exported to ONNX: there is no rule for BatchNorm2d')
-    refused(nn.Sequential(nn.AdaptiveAvgPool2d(3)), 'windows of different sizes')
     refused(nn.Sequential(nn.Conv2d(4, 2, 1)), 'does not run on torch.float32 2x3x8x8')
     refused(nn.Sequential(nn.Conv2d(3, 2, 3, padding=1, padding_mode='reflect')), "its padding is 'reflect'")
     refused(nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), 'divisor_override=3')

@@ -225,8 +225,8 @@ def test_a_net_that_goes_through_and_one_that_has_quantisers():
 
 
 def test_weights_out_of_reach_do_not_pass():
-    net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 4, 1), nn.Flatten())
-    assert "0.weight (ConvTranspose2d)" in reasons(check(net, IMAGES), "reach")[0]
+    net = nn.Sequential(nn.Conv3d(3, 4, 2), nn.Conv2d(4, 4, 1), nn.Flatten())
+    assert "0.weight (Conv3d)" in reasons(check(net, IMAGES), "reach")[0]
     assert "there is nothing to prune" in reasons(check(nn.Flatten(), IMAGES), "reach")[0]
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from micronet_nb.activations import quantise_activations, quantise_products, remove_product_quantisers
+from micronet_nb.compressing import compress
 from micronet_nb.layers import compressible, unpack_attention
 from micronet_nb.post_training import reconstruct
 from micronet_nb.pruning import param_sparsity, prune
@@ -52,6 +53,7 @@ def test_packed_attention_is_pruned_and_quantised_like_any_layer():
 def test_a_transposed_convolution_has_one_scale():
     "Its rows are inputs, and a scale for each would not come out of a sum."
     net, _ = tokens()
+    unpack_attention(net)
     quantise_weights(net, 4)
     assert {n: weight_integers(m)[1].numel() for n, m in compressible(net).items() if n in ("up", "along")} == {
         "up": 1,
@@ -79,3 +81,10 @@ def test_products_of_two_activations_are_quantised_on_both_sides():
     assert score(net, (3, 3, 3)).layers.query("kind == 'product'").bits.tolist() == ["8", "8"]
     remove_product_quantisers(net)
     assert torch.equal(net(x), plain)
+
+
+def test_compress_reaches_attention():
+    net, x = tokens()
+    small = compress(net, torch.cat([x] * 4), "8-bit", quiet=True)
+    assert "block.self_attn.in_proj" in small.report.layers.index and len(small.report.untouched) == 0
+    assert type(net.block.self_attn) is nn.MultiheadAttention  # the net that was given is left as it was

@@ -1,0 +1,108 @@
+"The sweep over timm's families: its references count by themselves, and what is wrong is not passed."
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from micronet_nb import families
+from micronet_nb.core import MicronetError
+from micronet_nb.families import STAGES, products_by_score, products_by_torch, stored_by_autograd, without_batch_norms
+
+
+class Small(nn.Module):
+    "A layer, a product of two activations, one with a constant, a table of which two rows are read, and a computed one."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.table, self.gain = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4))
+        self.unused = nn.Parameter(torch.randn(7))
+        self.register_buffer("mix", torch.randn(4, 4))
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).flatten(2)  # (n, 4, 6)
+        x = x @ x.transpose(1, 2)  # (n, 4, 4)
+        x = x @ self.mix.expand(len(x), 4, 4)
+        return x + self.table[torch.tensor([1, 3])].sum(0) * self.gain
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Small().eval().requires_grad_(False)
+
+
+IMAGE = torch.randn(1, 3, 2, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_products_on_the_way_back(net):
+    "Layer: 6 places x 4 x 3. Two activations: 4 x 4 x 6, twice. With the constant: 4 x 4 x 4."
+    assert products_by_torch(net, IMAGE) == 6 * 12 + 2 * 96 + 64 == products_by_score(net, (3, 2, 3))
+
+
+def test_stored_numbers_at_the_border(net):
+    "12 weights, 16 of the buffer, 4 that are computed of table and gain; without the norm, and what is not read."
+    assert stored_by_autograd(without_batch_norms(net), IMAGE) == (12 + 16, 12 + 16 + 4)
+
+
+def test_a_wrong_count_is_refused(monkeypatch):
+    way = families.Way("test_vit")
+    monkeypatch.setattr(families, "products_by_torch", lambda *args: 7)
+    with pytest.raises(MicronetError, match="products by the score, and 7 by torch"):
+        STAGES["score"](way)
+    monkeypatch.undo()
+    monkeypatch.setattr(families, "stored_by_autograd", lambda *args: (1, 2))
+    with pytest.raises(MicronetError, match="stored numbers by the score, and 2 by torch"):
+        STAGES["score"](way)
+
+
+@pytest.mark.parametrize("stage", ["integer", "Runner", "ONNX"])
+def test_a_wrong_answer_is_refused(stage, monkeypatch):
+    way = families.Way("test_efficientnet")
+    STAGES["quantise"](way)
+    STAGES["lower"](way)
+    assert STAGES[stage](way)["off"] <= families.TOLERANCE[stage]
+    monkeypatch.setattr(way, "answers", lambda: 1.05 * way.graph(way.fresh))
+    with torch.no_grad(), pytest.raises(MicronetError, match="off by"):
+        STAGES[stage](way)
+
+
+def test_a_sweep_goes_on_where_it_was(monkeypatch, tmp_path):
+    monkeypatch.setenv("MICRONET_RUNS", str(tmp_path))
+    walked = []
+
+    def walk_apart(model, seed, **limits):
+        walked.append(model)
+        if model == "b":
+            raise KeyboardInterrupt
+        return [dict(stage="make", ok=True, told=dict(size=32, parameters=5)), dict(stage="score", ok=False, told="why")]
+
+    monkeypatch.setattr(families, "walk_apart", walk_apart)
+    monkeypatch.setattr(families, "smallest_of", lambda family: family[0])
+    with pytest.raises(KeyboardInterrupt):
+        families.sweep(["alpha", "beta"])
+    monkeypatch.setattr(families, "walk_apart", lambda model, seed, **limits: walked.append(model) or [])
+    with ThreadPoolExecutor(2) as executor:
+        table = families.sweep(["alpha", "beta"], executor=executor)
+    assert walked == ["a", "b", "b"]
+    assert table.loc["alpha", ["model", "size", "score", "prune", "why"]].tolist() == ["a", 32, "no", "", "score: why"]
+    assert not families.went(table).any()
+
+
+def test_the_table_says_who_goes_all_the_way():
+    rows = [dict(family=n, model=n, size=32, parameters=2e6, why="", **dict.fromkeys(STAGES, "yes")) for n in "ab"]
+    rows[1] |= dict(lower="no", integer="", why="lower: because")
+    table = families.family_table(pd.DataFrame(rows).set_index("family"))
+    assert table.goes.tolist() == ["all the way", " ".join(s for s in STAGES if s not in ("lower", "integer"))]
+    assert table.parameters.tolist() == [2.0, 2.0] and table.why.tolist() == ["", "lower: because"]
+
+
+def test_a_process_that_dies_or_takes_too_long_is_told(monkeypatch):
+    began = time.time()
+    assert families.walk_apart("test_vit", seconds=0.01)[-1]["told"] == "took more than 0.01 s"
+    died = families.walk_apart("no_such_model")
+    assert [d["stage"] for d in died] == ["make"] and "no_such_model" in died[0]["told"] and time.time() - began < 300
