@@ -167,10 +167,11 @@ def _safe(graph, node):
 def _quantise(e, m, x):
     "QuantizeLinear and DequantizeLinear behind the range; Round and Clip in the form 'float', and where QDQ is unsafe."
     sign = m.signed and m.bits == 1  # one signed bit is the sign
+    tokens = len(e.shapes[x]) != 2 and any(isinstance(_called(e.graph, u), nn.Linear) for u in e.node.users)
     kind, low, high = carrier(m.bits, m.signed), float(m.bottom), float(m.top)
     if sign:
         x = e('Sign', x)
-    if e.form == 'float' or not _safe(e.graph, e.node):
+    if e.form == 'float' or tokens or not _safe(e.graph, e.node):  # onnxruntime moves quantisers over a Reshape
         return x if sign else e('Clip', e('Round', x), low, high)
     if m.bits == 1 and m.low:
         x = e('Min', e('Max', x, low), high)  # onnxruntime takes a Clip into its quantiser, but not at 2 bits
