@@ -318,8 +318,10 @@ def _leave(recorder):
     def hook(module, args, kwargs, out):
         if _is_leaf(module):
             recorder.muted -= 1
-            if not recorder.muted:
+            if not recorder.muted and recorder.depends([args, kwargs]):
                 recorder.add_node('call_module', recorder.stack[-1][0], 'leaf', args, kwargs, out)
+            elif not recorder.muted:
+                recorder.keep_constants(tensors_in(out))
         recorder.stack.pop()
 
     return hook

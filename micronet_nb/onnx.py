@@ -167,10 +167,11 @@ def _safe(graph, node):
 def _quantise(e, m, x):
     "QuantizeLinear and DequantizeLinear behind the range; Round and Clip in the form 'float', and where QDQ is unsafe."
     sign = m.signed and m.bits == 1  # one signed bit is the sign
+    tokens = len(e.shapes[x]) != 2 and any(isinstance(_called(e.graph, u), nn.Linear) for u in e.node.users)
     kind, low, high = carrier(m.bits, m.signed), float(m.bottom), float(m.top)
     if sign:
         x = e('Sign', x)
-    if e.form == 'float' or not _safe(e.graph, e.node):
+    if e.form == 'float' or tokens or not _safe(e.graph, e.node):  # onnxruntime moves quantisers over a Reshape
         return x if sign else e('Clip', e('Round', x), low, high)
     if m.bits == 1 and m.low:
         x = e('Min', e('Max', x, low), high)  # onnxruntime takes a Clip into its quantiser, but not at 2 bits
@@ -192,18 +193,17 @@ def _scale_bias(e, m, x):
     return e('Add', x, m.bias.view(shape)) if m.has_bias else x
 
 # %% ../nbs/18_onnx.ipynb #6405769c
-def _weight(e, m, turned=False):
-    "A layer's weights, or their transpose: floats as they are, integers behind a DequantizeLinear."
-    weight = m.weight.mT if turned else m.weight
+def _weight(e, m):
+    "A layer's weights: floats as they are, integers behind a DequantizeLinear."
     if not isinstance(m, IntWeights):
-        return e.constant(weight)
+        return e.constant(m.weight)
     try:
         check_integers(m.weight, m.weight_bits, f'{e.where}.weight')
     except MicronetError as error:
         e.refuse(error)
     if e.form == 'float':
-        return e.constant(weight, name=f'{e.where}.weight')
-    return e('DequantizeLinear', e.constant(weight, carrier(m.weight_bits), f'{e.where}.weight'), 1.0)
+        return e.constant(m.weight, name=f'{e.where}.weight')
+    return e('DequantizeLinear', e.constant(m.weight, carrier(m.weight_bits), f'{e.where}.weight'), 1.0)
 
 
 @exports(nn.Conv2d, IntConv2d)
@@ -219,11 +219,13 @@ def _conv(e, m, x):
 
 @exports(nn.Linear, IntLinear)
 def _linear(e, m, x):
-    "Gemm, of a batch of vectors; a product and a sum, of tokens."
-    if len(e.shapes[x]) != 2:
-        y = e('MatMul', x, _weight(e, m, turned=True))
-        return y if m.bias is None else e('Add', y, m.bias)
-    return e('Gemm', x, _weight(e, m), *[] if m.bias is None else [m.bias], transB=1)
+    "Gemm, of a batch of vectors; tokens are one such batch, for onnxruntime takes a MatMul of few bits to be rounded."
+    k = len(e.shapes[x])
+    if k != 2:
+        places = e('Slice', e('Shape', x), np.array([0]), np.array([k - 1]))
+        x = e('Reshape', x, np.array([-1, m.in_features]))
+    y = e('Gemm', x, _weight(e, m), *[] if m.bias is None else [m.bias], transB=1)
+    return y if k == 2 else e('Reshape', y, e('Concat', places, np.array([m.out_features]), axis=0))
 
 # %% ../nbs/18_onnx.ipynb #09abb64f
 @exports(nn.LayerNorm)

@@ -569,7 +569,7 @@ def __call__(
         raise MicronetError(f'a Runner takes float32 (n, ...), n > 0, not {described(x)}')
     check_finite(x, 'the input of a Runner')
     if self.tasks is None:
-        self.plan(x[:1])
+        self.plan(x[:2])  # the order of dimensions in memory shows where none has the size 1
     try:
         return torch.cat([self.once(part) for part in x.split(self.batch)])
     except (RuntimeError, TypeError, ValueError, IndexError) as e:

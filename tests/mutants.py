@@ -1159,6 +1159,37 @@ MUTANTS = [
         "p.requires_grad_(True)",
         "own_nets::test_a_fresh_net_gets_all_and_goes_on_as_the_other",
     ),
+    # Operations between the integer layers: docs/OPERATIONS.md
+    Mutant(
+        "the batch is taken to be in front",
+        "return grows[0]",
+        "return 0",
+        "operations::test_a_net_may_go_on_without_its_batch_in_front_and_with_another_batch",
+    ),
+    Mutant(
+        "a convolution of the Runner takes the scales of columns for its own",
+        "return node if m is not None and (len(m.weight) == 1 or m.axis == 1) else None",
+        "return node",
+        "operations::test_scales_of_columns_are_no_scales_of_channels",
+    ),
+    Mutant(
+        "a file may give a declared function any argument",
+        "if k in tests and v is not None and not tests[k](v):",
+        "if False:",
+        "operations::test_arguments_in_a_file_are_those_that_a_declaration_allows",
+    ),
+    Mutant(
+        "products of two grids are made in floats",
+        "if target in PRODUCTS and not any(t.is_floating_point() for t in args):",
+        "if False:",
+        "operations::test_products_of_two_grids_are_whole",
+    ),
+    Mutant(
+        "sums of large products stay in 32 bits",
+        "dtype = torch.int32 if math.prod(most) * x.shape[-1] < 2**31 else torch.int64",
+        "dtype = torch.int32",
+        "operations::test_products_that_leave_32_bits",
+    ),
     # Files from strangers: docs/FILES.md
     Mutant(
         "a packed net may give what does not depend on its input",

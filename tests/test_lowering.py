@@ -431,7 +431,8 @@ def test_a_constant_of_every_pixel_is_stored(bits, tmp_path):
     net.p = nn.Parameter(torch.randn(1, 1, 5, 5))
     graph, _, _ = assert_exact(compressed(net, images(), bits, bits), images())
     stored = [n for n in graph.graph.nodes if n.op == 'get_attr']
-    assert [getattr(graph, n.target).shape for n in stored] == [(1, 1, 5, 5)] * 2 and len({n.target for n in stored}) == 1
+    assert [getattr(graph, n.target).shape for n in stored] == [(1, 1, 5, 5)] * 2
+    assert len({n.target for n in stored}) == 1
     assert unpack(pack(graph, tmp_path / 'net'))(images()).equal(graph(images()))
 
 

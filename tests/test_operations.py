@@ -7,16 +7,18 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 from micronet_nb.activations import ActivationQuantiser, quantise_activations
 from micronet_nb.core import MicronetError
-from micronet_nb.integer import CARRIES, OPERATIONS, IntegerRun, ScaleBias, operation, run_integer
+from micronet_nb.integer import CARRIES, OPERATIONS, IntegerRun, IntLinear, ScaleBias
+from micronet_nb.integer import int_products, operation, run_integer
 from micronet_nb.lowering import lower
 from micronet_nb.onnx import onnx_session, to_onnx, try_operation
 from micronet_nb.packing import decode_node, pack, unpack
 from micronet_nb.runtime import Runner
 from micronet_nb.scoring import ELEMENTWISE, score
-from micronet_nb.weights import quantise_weights
+from micronet_nb.weights import WeightQuantiser, quantise_weights
 
 
 @pytest.mark.parametrize('key', [*OPERATIONS])
@@ -113,6 +115,26 @@ def test_attention_however_it_is_spelt(attend, bits, tmp_path):
     assert layers.count('LayerNorm') == 2 and ('IntLinear' in layers) == bool(bits)
 
 
+@pytest.mark.parametrize('same', [True, False])
+def test_the_packed_projection_of_attention_may_be_quantised(same, tmp_path):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.mha = ActivationQuantiser(8, 0.03, signed=True), nn.MultiheadAttention(8, 2, batch_first=True)
+            scale = self.mha.in_proj_weight.detach().abs().amax(1, keepdim=True) / 7
+            register_parametrization(self.mha, 'in_proj_weight', WeightQuantiser(4, scale), unsafe=True)
+
+        def forward(self, x):
+            x = self.q(x)
+            return self.mha(x, x if same else x[:, :4], x if same else x[:, :4], need_weights=False)[0]
+
+    torch.manual_seed(0)
+    graph = agree(Packed(), tokens(), tmp_path)
+    whole = [m for m in graph.modules() if isinstance(m, IntLinear)]
+    assert [m.out_features for m in whole] == ([24] if same else [8, 8, 8])
+    assert {m.weight_bits for m in whole} == {4} and {type(m) for m in graph.modules()} >= {nn.Linear}  # out_proj
+
+
 def test_products_of_two_grids_are_whole(tmp_path):
     class Product(nn.Module):
         def __init__(self):
@@ -128,6 +150,12 @@ def test_products_of_two_grids_are_whole(tmp_path):
     a = (x / 0.02).round().clamp(-127, 127)
     b = (x / 0.1).round().clamp(0, 15)
     assert seen[0].dtype == torch.int32 and seen[0].equal((a.double() @ b.double().mT).int())
+
+
+def test_products_that_leave_32_bits():
+    x = torch.full((1, 1, 3), 32767, dtype=torch.int32)
+    assert int_products(x, x.mT).item() == 3 * 32767 * 32767
+    assert int_products(x[..., :1], x[:, :, :1]).dtype == torch.int32
 
 
 def test_an_operation_of_ones_own(tmp_path):
@@ -245,3 +273,22 @@ def test_a_net_may_go_on_without_its_batch_in_front_and_with_another_batch(tmp_p
 
     graph = agree(Turned(), tokens(8), tmp_path)
     assert graph(tokens(5, seed=3)).equal(Turned()(tokens(5, seed=3)))
+
+
+def test_a_quantised_layer_on_what_is_made_at_run_time_is_a_constant(tmp_path):
+    class Places(nn.Module):
+        "A layer on places that the net computes, and one on the tokens."
+
+        def __init__(self):
+            super().__init__()
+            self.places, self.fc = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            made = torch.sin(torch.arange(48.0).view(1, 6, 8).to(x.dtype)).expand(len(x), -1, -1)
+            return self.fc(x + self.places(made))
+
+    net, x = Places().eval(), tokens()
+    quantise_weights(net, 8), quantise_activations(net, x, 8)
+    graph = agree(net, x, tmp_path)
+    assert [type(m) for m in graph.modules()].count(IntLinear) == 1
+    assert [tuple(getattr(graph, n.target).shape) for n in graph.graph.nodes if n.op == 'get_attr'] == [(1, 6, 8)]
