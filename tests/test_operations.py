@@ -1,4 +1,4 @@
-"Operations between the integer layers: each declaration holds in every room, and one of a user's own needs no other place."
+"Operations between the integer layers: a declaration holds in every room, and a user's own needs no other place."
 
 import re
 from pathlib import Path
