@@ -1,4 +1,4 @@
-"Operations between the integer layers: each declaration holds in every room, and one of a user's own needs no other place."
+"Operations between integer layers: each declaration holds in every room, and one of your own needs no other place."
 
 import re
 from pathlib import Path
