@@ -14,7 +14,7 @@ from micronet_nb.families import STAGES, products_by_score, products_by_torch, s
 
 
 class Small(nn.Module):
-    "A layer, a product of two activations, one with a constant, a table of which two rows are read, and a computed one."
+    "A layer, a product of two activations, one with a constant, and a constant that is computed."
 
     def __init__(self):
         super().__init__()
@@ -79,7 +79,8 @@ def test_a_sweep_goes_on_where_it_was(monkeypatch, tmp_path):
         walked.append(model)
         if model == "b":
             raise KeyboardInterrupt
-        return [dict(stage="make", ok=True, told=dict(size=32, parameters=5)), dict(stage="score", ok=False, told="why")]
+        made = dict(stage="make", ok=True, told=dict(size=32, parameters=5))
+        return [made, dict(stage="score", ok=False, told="why")]
 
     monkeypatch.setattr(families, "walk_apart", walk_apart)
     monkeypatch.setattr(families, "smallest_of", lambda family: family[0])

@@ -334,7 +334,8 @@ def test_what_is_passed_by_comes_with_every_call(call):
     assert dict(beyond.weights) == PASSED_BY
     assert beyond.share.sum() == pytest.approx(sum(PASSED_BY.values()) / sum((PASSED_BY | REACHED).values()))
     words = [str(w.message) for w in told if "passes by" in str(w.message)]
-    assert len(words) == 1 and "30% of the weights" in words[0] and "attend.in_proj_weight (MultiheadAttention)" in words[0]
+    assert len(words) == 1 and "30% of the weights" in words[0]
+    assert "attend.in_proj_weight (MultiheadAttention)" in words[0]
     assert "unpack_attention makes layers of attention" in words[0]
     assert told[-1].filename == __file__  # it points at the call
     ran = ["attend.out_proj.weight"] if hasattr(done, "items") and "head" in activation_quantisers(model) else []
