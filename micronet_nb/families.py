@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'TOLERANCE', 'STAGES', 'smallest_of', 'smallest_models', 'ra
            'walk', 'walk_apart', 'sweep', 'went', 'family_table', 'main']
 
 # %% ../nbs/26_families.ipynb #26a00002
-import argparse, contextlib, copy, math, multiprocessing, re, sys, tempfile, warnings
+import argparse, contextlib, copy, importlib, math, multiprocessing, re, sys, tempfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -444,11 +444,10 @@ def walk_apart(
     gigabytes: float = 12,  # that the process may allocate
 ) -> list:  # of dicts: stage, ok, told
     "`walk` in a process of its own, with limits."
-    from micronet_nb.families import _walk_aloud  # of the module, where this is a notebook
-
+    target = importlib.import_module('micronet_nb.families')._walk_aloud  # also where this is a notebook
     context, said, late = _processes(), [], False
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_walk_aloud, args=(there, model, seed, gigabytes), daemon=True)
+    process = context.Process(target=target, args=(there, model, seed, gigabytes), daemon=True)
     process.start()
     there.close()
     try:

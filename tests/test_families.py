@@ -14,7 +14,7 @@ from micronet_nb.families import STAGES, products_by_score, products_by_torch, s
 
 
 class Small(nn.Module):
-    "A layer, a product of two activations, one with a constant, a table of two rows, and a computed one."
+    "A layer, a product of two activations, one with a constant, and a constant that is computed."
 
     def __init__(self):
         super().__init__()

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"Operations between the integer layers: a declaration holds in every room, and a user's own needs no other place."
-=======
 "Operations between integer layers: each declaration holds in every room, and one of your own needs no other place."
->>>>>>> wt-B
 
 import re
 from pathlib import Path
