@@ -276,13 +276,14 @@ class Operation:
 OPERATIONS = {}  # what the recorder of `13_lowering` calls it ('softmax', 'own.name') to its Operation
 
 # %% ../nbs/12_integer.ipynb #5cd1a9e4
-_HOMES = {'torch': torch, 'functional': F, 'special': torch.special, 'operator': operator}
+_HOMES = {'torch': torch, 'functional': F, 'special': torch.special, 'linalg': torch.linalg, 'fft': torch.fft}
+_HOMES['operator'] = operator
 
 
 def _home(function):
     "The name of one of torch's functions, such as 'torch.softmax'; None for a function of one's own."
-    name = getattr(function, '__name__', '')
-    return next((f'{home}.{name}' for home, m in _HOMES.items() if getattr(m, name, None) is function), None)
+    homes = ((home, vars(m)) for home, m in _HOMES.items())  # torch.special.erfcx calls itself special_erfcx
+    return next((f'{home}.{name}' for home, own in homes for name, f in own.items() if f is function), None)
 
 
 def _seen(function):
@@ -325,11 +326,31 @@ def operation(
         function.operation = key
     declared = Operation(function, name or home or key, tuple(example), onnx, carries, arguments or {})
     _check_declared(declared, key)
+    _check_cost(cost or {}, declared.name)
     OPERATIONS[key] = declared
     CARRIES.update([function] * carries)
+    _PRICED.update(cost or {})
     FREE.update(op for op, price in (cost or {}).items() if price == 'free')
     ELEMENTWISE.update({op: price for op, price in (cost or {}).items() if price != 'free'})
     return function
+
+
+_PRICED = set()  # dispatcher's names that declarations have priced
+
+
+def _check_cost(cost, name):
+    "Refuses a price that is none, and one for what the scorer has a price for, which other nets are charged by."
+    if not isinstance(cost, dict):
+        raise MicronetError(
+            f"cost={cost!r} of {name}: a dict of the name in the scorer's message to (multiplies, adds)"
+        )
+    for op, price in cost.items():
+        pair = isinstance(price, tuple) and len(price) == 2 and all(isinstance(v, int) and v >= 0 for v in price)
+        if price != 'free' and not pair:
+            raise MicronetError(f"cost of {op!r} in {name}: (multiplies, adds), whole from 0, or 'free', not {price!r}")
+        known = 'free' if op in FREE else ELEMENTWISE.get(op)
+        if op not in _PRICED and known not in (None, price):
+            raise MicronetError(f'{op!r} in {name} costs {known} in every net: leave it out of cost')
 
 
 def _check_declared(declared, key):
@@ -343,7 +364,8 @@ def _check_declared(declared, key):
             raise MicronetError(f'{declared.name} is the name of another operation: choose another with name=')
 
 # %% ../nbs/12_integer.ipynb #794a6e1f
-_IMAGE, _ROWS = torch.randn(2, 3, 4, 6), torch.randn(2, 5, 4)
+_RNG = torch.Generator().manual_seed(0)  # its own: who imports this keeps the numbers that a seed has promised
+_IMAGE, _ROWS = (torch.randn(size, generator=_RNG) for size in ((2, 3, 4, 6), (2, 5, 4)))
 _is_flag = lambda v: type(v) is bool
 _is_dim = lambda v: type(v) is int and -8 <= v <= 8
 _is_dims = lambda v: _is_dim(v) or isinstance(v, (tuple, list)) and len(v) <= 8 and all(map(_is_dim, v))
@@ -426,7 +448,7 @@ def _write_repeated(e, like, constant):
     return e('Tile', constant, times)
 
 
-@operation(example=(_ROWS, torch.randn(1, 5, 4)), onnx=_write_repeated)
+@operation(example=(_ROWS, torch.randn((1, 5, 4), generator=_RNG)), onnx=_write_repeated)
 def repeated(like, constant):
     "A stored tensor (k, ...) as often as `like` has images: (n k, ...)."
     return constant.repeat(like.shape[0], *[1] * (constant.dim() - 1))

@@ -661,6 +661,7 @@ def try_operation(
         raise MicronetError(f'{getattr(function, "__name__", function)} is not declared: see `operation`')
     net = _Alone(declared)
     x = net.example()
+    _agrees(declared, 'one image at a time', torch.cat([net(one) for one in x.split(1)]), net(x), 1e-5)
     score(net, x.shape[1:])
     graph = lower(net, x)
     want = graph(x)
@@ -689,3 +690,6 @@ def _carries(declared):
     got, want = declared.function(*whole), declared.function(*args)
     if got.is_floating_point() or not torch.equal(got.to(want.dtype), want):
         raise MicronetError(f'{declared.name} is said to carry whole numbers, and makes {got.dtype} of them')
+    given = torch.cat([v.flatten() for v in whole if isinstance(v, torch.Tensor)] + [got.new_zeros(1)])
+    if not torch.isin(got, given).all():
+        raise MicronetError(f'{declared.name} is said to carry whole numbers, and makes others of them: carries=False')

@@ -1,6 +1,8 @@
 "Operations between integer layers: each declaration holds in every room, and one of your own needs no other place."
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -292,3 +294,33 @@ def test_a_quantised_layer_on_what_is_made_at_run_time_is_a_constant(tmp_path):
     graph = agree(net, x, tmp_path)
     assert [type(m) for m in graph.modules()].count(IntLinear) == 1
     assert [tuple(getattr(graph, n.target).shape) for n in graph.graph.nodes if n.op == 'get_attr'] == [(1, 6, 8)]
+
+
+def test_functions_of_torch_that_call_themselves_otherwise():
+    "torch.special.erfcx has the name special_erfcx, and a net calls it as it is."
+    operation(torch.special.erfcx, example=(torch.rand(2, 3, 4, 4),), cost={'special_erfcx': (8, 7)})
+    assert OPERATIONS['special_erfcx'].name == 'special.erfcx'
+    assert try_operation(torch.special.erfcx)[-1] == 'pack'
+
+
+@pytest.mark.parametrize(
+    'cost, word',
+    [
+        ({'exp': (-100, 0)}, 'whole from 0'),
+        ({'exp': (7, 7)}, 'leave it out of cost'),
+        ({'special_i1': 3}, 'whole from 0'),
+        ('free', 'a dict'),
+    ],
+)
+def test_a_declaration_prices_nothing_but_its_own(cost, word):
+    with pytest.raises(MicronetError, match=word):
+        operation(torch.special.i1, example=(torch.rand(2, 3),), cost=cost)
+    assert 'special_i1' not in OPERATIONS or 'special_i1' not in ELEMENTWISE
+
+
+def test_importing_draws_nothing():
+    "A seed set before the first use of the library gives the same numbers as after it."
+    code = 'import torch, micronet_nb as mn; torch.manual_seed(0); mn.lower, mn.to_onnx; print(torch.rand(1))'
+    drawn = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    torch.manual_seed(0)
+    assert drawn.strip() == str(torch.rand(1))
