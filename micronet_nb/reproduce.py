@@ -1095,7 +1095,7 @@ def _run_command(args):
             args.nbs,
             args.fresh,
             args.record,
-            jobs=args.jobs or workers,
+            jobs=workers if args.jobs is None else args.jobs,
             executor=executor,
         )
     count = {s: sum(o['status'] == s for o in outcomes.values()) for s in ('done', 'failed', 'blocked')}
