@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, command, toy
 from test_repository import NOTEBOOKS, each_notebook, settings
 
-from micronet_nb import cli, core, reproduce
+from micronet_nb import cli, core, families, reproduce
 from micronet_nb.core import SWIFT, MicronetError, configure_tools, find_file, released_figures, released_schedule
 
 CHECKPOINT = "riair/densenet-100.pth.tar"
@@ -415,7 +415,7 @@ def commands(text):
 def parsers():
     "Command to its parser."
     own = (cli._score_parser, cli._pack_parser, cli._eval_parser, cli._cifar100_parser, cli._imagenet_parser)
-    made = [*(make() for make in own), reproduce._parser()]
+    made = [*(make() for make in own), reproduce._parser(), families._parser()]
     return {p.prog.rsplit(".", 1)[-1]: p for p in made}
 
 
@@ -429,7 +429,7 @@ def documented():
     ]
     texts += [
         (ROOT / "README.md").read_text(encoding="utf-8"),
-        *(p.epilog for p in parsers().values()),
+        *((p.epilog or "") for p in parsers().values()),
     ]
     return [c for t in texts for c in commands(t)]
 
