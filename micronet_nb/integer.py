@@ -326,6 +326,7 @@ def operation(
         function.operation = key
     declared = Operation(function, name or home or key, tuple(example), onnx, carries, arguments or {})
     _check_declared(declared, key)
+    _check_anew(function, OPERATIONS.get(key))
     _check_cost(cost or {}, declared.name)
     OPERATIONS[key] = declared
     CARRIES.update([function] * carries)
@@ -333,6 +334,14 @@ def operation(
     FREE.update(op for op, price in (cost or {}).items() if price == 'free')
     ELEMENTWISE.update({op: price for op, price in (cost or {}).items() if price != 'free'})
     return function
+
+
+def _check_anew(function, before):
+    "Refuses another function of a name that files may hold; the same one, from a cell run again, takes its place."
+    place = lambda f: (getattr(f, '__module__', None), getattr(f, '__qualname__', None))
+    if before is not None and place(before.function) != place(function):
+        where = '.'.join(filter(None, place(before.function)))
+        raise MicronetError(f'{before.name} is declared already, by {where}: give your function another name')
 
 
 _PRICED = set()  # dispatcher's names that declarations have priced

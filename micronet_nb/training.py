@@ -1291,9 +1291,7 @@ class _Study:
     tune: FitConfig  # after pruning or quantising: short, and without warm-up
     n_test: int = 0  # test images read by a table; 0: all
     teacher: str = ''  # of every tuning: published nets, joined by ' + '; '': labels
-    sparse: str = (
-        ''  # a published net that was pruned by its authors, to be quantised; '': the student, pruned and tuned
-    )
+    sparse: str = ''  # a published net, pruned by its authors, to be quantised; '': the student, pruned and tuned
 
 
 SMALL_STUDIES = {

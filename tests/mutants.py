@@ -1215,6 +1215,80 @@ MUTANTS = [
         "if not isinstance(value, Integral) or not low <= value <= high:",
         "numbers::test_a_number_that_makes_no_sense",
     ),
+    # many processes and machines
+    Mutant(
+        "workers compute with threads of their own",
+        "torch.set_num_threads(self.threads)",
+        "pass",
+        "clusters::test_work_has_as_many_threads_as_who_asks",
+    ),
+    Mutant(
+        "everything is sent ahead",
+        "while len(running) < ahead and (item := next(numbered, None)) is not None:",
+        "while (item := next(numbered, None)) is not None:",
+        "clusters::test_no_more_is_sent_than_was_asked_for_and_the_rest_is_called_off",
+    ),
+    Mutant(
+        "what waits is not called off",
+        "future.cancel()",
+        "pass",
+        "clusters::test_no_more_is_sent_than_was_asked_for_and_the_rest_is_called_off",
+    ),
+    Mutant(
+        "a lost worker is told before what was finished",
+        "sorted(done, key=lambda f: f.exception() is not None)",
+        "sorted(done, key=lambda f: f.exception() is None)",
+        "clusters::test_what_was_finished_is_handed_on_before_a_lost_worker_is_told",
+    ),
+    Mutant(
+        "a sent net shows its weights without masks and quantisers",
+        "parametrize._inject_property(module, name)",
+        "pass",
+        "clusters::test_a_net_with_masks_and_quantisers_arrives_as_it_was",
+    ),
+    Mutant(
+        "layers in the order in which they were done",
+        "for name in names for row in rows[name]",
+        "for name in rows for row in rows[name]",
+        "clusters::test_tables_are_in_the_order_of_the_layers_whoever_is_first",
+    ),
+    Mutant(
+        "widths in the order in which they were done",
+        "for i in range(len(widths)) for row in done[i]",
+        "for i in done for row in done[i]",
+        "clusters::test_tables_are_in_the_order_of_the_layers_whoever_is_first",
+    ),
+    # what a user declares
+    Mutant(
+        "a declaration prices what the scorer knows",
+        "if op not in _PRICED and known not in (None, price):",
+        "if False:",
+        "operations::test_a_declaration_prices_nothing_but_its_own",
+    ),
+    Mutant(
+        "functions of torch.special are no functions of torch",
+        "homes = ((home, vars(m)) for home, m in _HOMES.items())",
+        "homes = ((home, vars(m)) for home, m in _HOMES.items() if home != 'special')",
+        "operations::test_functions_of_torch_that_call_themselves_otherwise",
+    ),
+    Mutant(
+        "a second function takes a name in files",
+        "if before is not None and place(before.function) != place(function):",
+        "if False:",
+        "operations::test_a_name_in_files_stands_for_one_function",
+    ),
+    Mutant(
+        "images are tried together alone",
+        "torch.cat([net(one) for one in x.split(1)])",
+        "net(x)",
+        "operations::test_what_a_declaration_says_of_a_batch_and_of_whole_numbers_is_tried",
+    ),
+    Mutant(
+        "what carries may make numbers",
+        "if not torch.isin(got, given).all():",
+        "if False:",
+        "operations::test_what_a_declaration_says_of_a_batch_and_of_whole_numbers_is_tried",
+    ),
 ]
 
 

@@ -374,3 +374,11 @@ def test_clear_refusals(net, words, tmp_path):
     with pytest.raises(MicronetError, match=words):
         to_onnx(net, tmp_path / 'x.onnx', input_size=(4, 6, 6))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [1, 3, (2, 5)])
+def test_averages_over_windows_of_different_sizes(size, tmp_path):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(size)).eval(), torch.randn(2, 3, 9, 10)
+    graph = lower(net, x)
+    out = onnx_session(to_onnx(graph, tmp_path / "net.onnx", input_size=(3, 9, 10)))(x)
+    assert torch.allclose(out, net(x), atol=1e-5) and out.shape == net(x).shape

@@ -324,3 +324,41 @@ def test_importing_draws_nothing():
     drawn = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     torch.manual_seed(0)
     assert drawn.strip() == str(torch.rand(1))
+
+
+def test_what_a_declaration_says_of_a_batch_and_of_whole_numbers_is_tried():
+    "One that mixes images, and one that makes other numbers than it was given."
+
+    def centred_in_the_batch(x):
+        return x - x.mean(0)
+
+    def thousand_times(x):
+        return x * 1000
+
+    example = (torch.randn(2, 3, 4, 4),)
+    mixing = operation(centred_in_the_batch, example=example)
+    with pytest.raises(MicronetError, match='one image at a time gives something else'):
+        try_operation(mixing)
+    making = operation(thousand_times, example=example, carries=True)
+    with pytest.raises(MicronetError, match='makes others of them'):
+        try_operation(making)
+    CARRIES.remove(making)
+    for key in ('own.centred_in_the_batch', 'own.thousand_times'):
+        OPERATIONS.pop(key)
+
+
+def test_a_name_in_files_stands_for_one_function():
+    "A cell that is run again may declare its function again; another function of that name may not."
+
+    def declared(module):
+        def gate_of_two(x):
+            return x * 2
+
+        gate_of_two.__module__ = module
+        return operation(gate_of_two, example=(torch.randn(2, 3),))
+
+    first, again = declared('mine'), declared('mine')
+    assert OPERATIONS['own.gate_of_two'].function is again is not first
+    with pytest.raises(MicronetError, match='own.gate_of_two is declared already, by mine'):
+        declared('yours')
+    OPERATIONS.pop('own.gate_of_two')

@@ -14,10 +14,13 @@ from fuzz import fuzz, sealed, structure_of
 from torch import nn
 from torch.nn import functional as F
 
+from micronet_nb.activations import quantise_activations
 from micronet_nb.cli import micronet_score
 from micronet_nb.core import MicronetError, find_file
 from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias
+from micronet_nb.lowering import lower
 from micronet_nb.packing import pack, seal, unpack
+from micronet_nb.weights import quantise_weights
 
 CHECKPOINT = 'riair/densenet-100.pth.tar'
 
@@ -54,6 +57,30 @@ def integers(model, seed=0):
     return model.eval()
 
 
+class Tokens(nn.Module):
+    "A block of attention on four patches, with what is declared as operations."
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 6, 4, stride=4), nn.LayerNorm(6)
+        self.qkv, self.project, self.head = nn.Linear(6, 18), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.patches(F.interpolate(x, scale_factor=2)[:, :, ::2, ::2]).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 1, 6)).permute(2, 0, 3, 1, 4)
+        x = x + self.project(F.scaled_dot_product_attention(q, k, v).squeeze(1).roll(1, 1))
+        return self.head(F.gelu(x).amax(1))
+
+
+def tokens():
+    "That block on few bits, lowered."
+    torch.manual_seed(0)
+    net, images = Tokens().eval(), torch.randn(4, 3, 8, 8)
+    quantise_weights(net, 4)
+    quantise_activations(net, images, 6)
+    return lower(net, images)
+
+
 def toys(folder):
     "Packed nets to mutate, each with the size of its input; one does not say it."
     torch.manual_seed(0)
@@ -62,7 +89,8 @@ def toys(folder):
     nets = [(Toy(), True), (small, True), (small, False), (layers, True)]
     size = (3, 8, 8)
     told = lambda known: dict(input_size=size) if known else {}
-    return [(pack(integers(m), folder / f'{i}', told(known)), size) for i, (m, known) in enumerate(nets)]
+    made = [(pack(integers(m), folder / f'{i}', told(known)), size) for i, (m, known) in enumerate(nets)]
+    return [*made, (pack(tokens(), folder / 'tokens', told(True)), size)]
 
 
 @pytest.fixture
