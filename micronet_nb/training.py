@@ -365,7 +365,7 @@ def normalised(
     stats: tuple,  # (mean, std), three numbers each
 ) -> torch.Tensor:
     "(x - mean)/std, channel by channel."
-    mean, std = (torch.tensor(s, dtype=torch.float32, device=x.device).view(3, 1, 1) for s in stats)
+    mean, std = (torch.tensor(s, dtype=torch.float32, device=x.device).view(3, 1, 1) for s in check_stats(stats))
     return (x - mean) / std
 
 # %% ../nbs/04_training.ipynb #a8667841

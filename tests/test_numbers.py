@@ -170,6 +170,7 @@ CALLS = {  # of a value: where it goes
     'score pool_bits': (lambda v: mn.score(net(), (3, 4, 4), pool_bits=v), [NAN, INF, -1, 0, '2', 1.5, 8]),
     'score bias_bits': (lambda v: mn.score(net(), (3, 4, 4), bias_bits=v), [NAN, INF, -1, 0, '2', 1.5, 8, None]),
     'pack input_size': (lambda v: mn.pack(lowered(), 'none', dict(input_size=(3, v, 4))), [*NO_SIZE, True]),
+    'normalised deviation': (lambda v: mn.normalised(images(), stats_with(v)), NO_STD),
     'pack pixels': (lambda v: mn.pack(lowered(), 'none', dict(pixels=stats_with(v))), NO_STD),
     'training_speed minutes': (lambda v: cli._cifar100_run(speed(v)), [NAN, INF, -1]),
     **{
