@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .data import check_stats, normalise
 from .integer import MODULES, OPERATIONS, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias
-from .integer import as_graph, check_integers
+from .integer import as_graph, check_integers, picked
 from .layers import evaluation_mode
 from .scoring import ACCOUNTINGS, score
 
@@ -1035,6 +1035,23 @@ def _window(module, name, args, kwargs):
     return max(k**2 if isinstance(k, int) else math.prod(k) for k in sizes)
 
 
+def _indexed(node, shape):
+    "Pairs (index, length of the dimension) of what a node takes places of: lists, and other nodes."
+    if node.target is picked:
+        given = dict(zip(('input', 'index', 'dim'), node.args)) | node.kwargs
+        return [(given['index'], shape[given['dim']])]
+    if getattr(node.target, '__name__', '') != 'getitem':
+        return []
+    parts = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if ... in parts:
+        gap = len(shape) - sum(p is not None and p is not ... for p in parts)
+        at = parts.index(...)
+        parts = parts[:at] + (slice(None),) * gap + parts[at + 1 :]
+    return [
+        (p, n) for p, n in zip([p for p in parts if p is not None], shape) if isinstance(p, (list, tuple, fx.Node))
+    ]
+
+
 class _Sizes(fx.Interpreter):
     "Runs a graph without values, and refuses those that are too large."
 
@@ -1052,9 +1069,21 @@ class _Sizes(fx.Interpreter):
     def get_attr(self, target, args, kwargs):
         return super().get_attr(target, args, kwargs).to('meta')
 
+    def check_places(self, n, shape):
+        "Refuses places that are not there: where values are missing torch does not look."
+        for index, length in _indexed(n, shape):
+            if isinstance(index, fx.Node) and index.op != 'get_attr':
+                raise MicronetError(f'{n.name} takes places that are computed, and a packed file names them')
+            places = self.fetch_attr(index.target) if isinstance(index, fx.Node) else torch.tensor(index)
+            first = 0 if n.target is picked else -length
+            if places.dtype == torch.bool or places.numel() and not first <= int(places.min()) <= int(places.max()) < length:
+                raise MicronetError(f'{n.name} takes the places {places.min()} to {places.max()} of {length}')
+
     def run_node(self, n):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         name = getattr(n.target, '__name__', n.target)
+        if args and isinstance(args[0], torch.Tensor):
+            self.check_places(n, args[0].shape)
         if name in ('chunk', 'split') and max(args[0].shape, default=0) > PIECES:
             raise MicronetError(f'{n.name} splits a tensor that is longer than {PIECES:,}')
         value = super().run_node(n)

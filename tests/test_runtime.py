@@ -164,7 +164,7 @@ def test_inputs_that_are_refused():
     for bad in (x.double(), x[:0], x.numpy(), torch.zeros(3)):
         with pytest.raises(MicronetError, match='takes float32'):
             Runner(graph)(bad)
-    with pytest.raises(MicronetError, match='does not run on torch.float32 1x5x16x16'):
+    with pytest.raises(MicronetError, match='does not run on torch.float32 2x5x16x16'):
         Runner(graph)(torch.randn(2, 5, 16, 16))
     with pytest.raises(MicronetError, match='float64'):
         Runner(copy.deepcopy(graph).double())

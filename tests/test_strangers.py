@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from fuzz import fuzz, sealed, structure_of
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from micronet_nb.activations import quantise_activations
@@ -242,6 +242,7 @@ def insert(*rows):
 
 
 GROWN = ['f', 'functional.adaptive_avg_pool2d', ['1', 4000]]  # 48 million numbers
+EVERY = {'c': [None, None, None]}  # the slice `:`
 
 
 @pytest.mark.parametrize(
@@ -264,10 +265,45 @@ GROWN = ['f', 'functional.adaptive_avg_pool2d', ['1', 4000]]  # 48 million numbe
         ([GROWN, ['f', 'functional.max_pool2d', ['1', 2999, 1, 1499]]], 'by 431,712,048,000,000 multiplications'),
         ([GROWN, ['f', 'functional.avg_pool2d', ['1'], {'kernel_size': 2999, 'stride': 1}]], '27,090,038,940,012'),
         ([GROWN, *[['f', 'torch.matmul', ['1', '1']]] * 9], 'by 1,152,000,000,000 multiplications'),
+        ([['f', 'operator.getitem', ['1', [[1, 1]]]]], 'takes the places 1 to 1 of 1'),
+        ([['f', 'operator.getitem', ['1', {'t': [EVERY, [0, 3, -1]]}]]], 'takes the places -1 to 3 of 3'),
+        ([['f', 'operator.getitem', ['1', {'t': [None, EVERY, [2, -4]]}]]], 'takes the places -4 to 2 of 3'),
     ],
 )
 def test_calls_of_a_graph(toy, rows, words):
     refused(forged(toy, insert(*rows)), words)
+
+
+class Chosen(nn.Module):
+    "Channels of channels."
+
+    def __init__(self, index):
+        super().__init__()
+        self.conv, self.index = nn.Conv2d(3, 4, 1), nn.Buffer(torch.tensor(index))
+
+    def forward(self, x):
+        return self.conv(x[:, [0, 2, 1]])[:, self.index]
+
+
+@pytest.mark.parametrize('index, words', [([0, 2], ''), ([0, 4], '0 to 4 of 4'), ([-5, 3], '-5 to 3 of 4')])
+@pytest.mark.parametrize('lowered', [False, True])
+def test_places_that_a_constant_names(tmp_path, index, words, lowered):
+    "They were read without a look, and the first image ended in an IndexError."
+    net = Chosen(index).eval()
+    if lowered:  # with places counted from the front alone
+        net = lower(Chosen([0, 3]).eval(), torch.randn(2, 3, 8, 8))
+        [places] = [b for _, b in net.named_buffers() if b.numel() == 2]
+        places.copy_(torch.tensor(index))
+    else:
+        net = fx.symbolic_trace(net)
+    net.meta.clear()  # so that `pack` knows no size
+    path = pack(net, tmp_path / 'chosen')
+    if words:
+        with pytest.raises(MicronetError, match=words):
+            unpack(path, (3, 8, 8))
+        return
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(unpack(path, (3, 8, 8))(x), net(x))
 
 
 @pytest.mark.parametrize('pixels', [[0.0] * 3, [1.0, 1.0, -1.0], [1.0, 1.0, float('nan')]])

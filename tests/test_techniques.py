@@ -347,12 +347,12 @@ def test_where_the_zeros_are_is_what_was_reached():
     torch.manual_seed(0)
     model = Everything()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.warns(UserWarning, match="passes by 58%"):
+    with pytest.warns(UserWarning, match="passes by 30%"):
         prune(model, 0.5)
     remove_pruning(model)
     whole = {n for n, p in model.named_parameters() if p.dim() > 1 and torch.equal(p, before[n])}
     assert whole == set(PASSED_BY)
-    assert param_sparsity(model) == (54 + 8 + 20) / sum((PASSED_BY | REACHED).values())
+    assert param_sparsity(model) == (sum(REACHED.values()) // 2) / sum((PASSED_BY | REACHED).values())
 
 
 def test_layers_that_a_plan_leaves_out_are_listed_and_no_warning_is_given():
