@@ -1047,9 +1047,7 @@ def _indexed(node, shape):
         gap = len(shape) - sum(p is not None and p is not ... for p in parts)
         at = parts.index(...)
         parts = parts[:at] + (slice(None),) * gap + parts[at + 1 :]
-    return [
-        (p, n) for p, n in zip([p for p in parts if p is not None], shape) if isinstance(p, (list, tuple, fx.Node))
-    ]
+    return [(p, n) for p, n in zip([p for p in parts if p is not None], shape) if isinstance(p, (list, tuple, fx.Node))]
 
 
 class _Sizes(fx.Interpreter):
@@ -1076,7 +1074,8 @@ class _Sizes(fx.Interpreter):
                 raise MicronetError(f'{n.name} takes places that are computed, and a packed file names them')
             places = self.fetch_attr(index.target) if isinstance(index, fx.Node) else torch.tensor(index)
             first = 0 if n.target is picked else -length
-            if places.dtype == torch.bool or places.numel() and not first <= int(places.min()) <= int(places.max()) < length:
+            outside = places.numel() and not first <= int(places.min()) <= int(places.max()) < length
+            if places.dtype == torch.bool or outside:
                 raise MicronetError(f'{n.name} takes the places {places.min()} to {places.max()} of {length}')
 
     def run_node(self, n):

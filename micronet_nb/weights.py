@@ -124,6 +124,19 @@ def unquantised(
     return w.detach()
 
 # %% ../nbs/11_weights.ipynb #44e12d7d
+def _possible(ordered, smallest, hi):
+    "(rows, hi): may k = 1, 2, ... be the integer of a row's smallest magnitude? Five of its magnitudes are asked."
+    k = torch.arange(1, hi + 1, dtype=torch.float64, device=ordered.device)
+    places = [-1, -2, -3, ordered.shape[1] // 2, 3 * ordered.shape[1] // 4]
+    places = [p for p in places if -ordered.shape[1] <= p < ordered.shape[1]]
+    possible = torch.ones(len(ordered), hi, dtype=torch.bool, device=ordered.device)
+    for ratio in (ordered[:, places].double() / smallest.double()).T:
+        product = ratio[:, None] * k  # each magnitude is rounded to 24 digits
+        possible &= (product - product.round()).abs() <= 3e-7 * hi
+        possible &= product <= hi * (1 + 1e-5)  # the largest value is at most hi scales
+    return possible
+
+
 def _grid_scale(x, hi):
     "(rows,) the scale a with x = a q bit for bit, for rows that lie on a grid already; 0 for the others."
     m, scale = x.abs(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
@@ -131,15 +144,17 @@ def _grid_scale(x, hi):
     few_values = (ordered[:, 1:] != ordered[:, :-1]).sum(1) <= hi  # no more than the grid has
     left = (few_values & (ordered[:, -1] > 0)).nonzero()[:, 0]
     smallest = torch.where(m > 0, m, torch.inf).amin(1, keepdim=True)
-    largest_k = hi * smallest[:, 0] / ordered[:, -1] * (1 + 1e-5)  # the largest value is at most hi scales
-    for k in range(1, hi + 1):
-        left = left[k <= largest_k[left]]
-        if not len(left):
-            break
-        q = (m[left] / smallest[left] * k).round()
-        a = _common_scale(m[left], q)
-        fits = (q <= hi).all(1) & (a[:, None] * q == m[left]).all(1)
-        scale[left[fits]], left = a[fits], left[~fits]
+    for rows in left.split(max(1, 2**22 // hi)):
+        possible = _possible(ordered[rows], smallest[rows], hi)
+        (_, k), ends = possible.nonzero(as_tuple=True), possible.sum(1).cumsum(0)
+        at = torch.cat([ends.new_zeros(1), ends[:-1]])  # where in k the next one of each row stands
+        while (some := at < ends).any():
+            rows, at, ends = rows[some], at[some], ends[some]
+            q = (m[rows] / smallest[rows] * (k[at, None] + 1)).round()
+            a = _common_scale(m[rows], q)
+            fits = (q <= hi).all(1) & (a[:, None] * q == m[rows]).all(1)
+            scale[rows[fits]] = a[fits]
+            at = torch.where(fits, ends, at + 1)
     return scale
 
 
