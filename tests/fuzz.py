@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from micronet_nb.core import MicronetError, sealed as with_digest, sha256
 from micronet_nb.data import Dataset
@@ -127,7 +128,7 @@ def answers(net, size):
     with torch.inference_mode():
         torch.manual_seed(0)
         out = net(torch.randn(1, *size))
-    return [t for t in (out if isinstance(out, (tuple, list)) else [out])]
+    return tree_leaves(out)
 
 
 def equal(a, b):
