@@ -6,9 +6,10 @@
 __all__ = ['MAGIC', 'has_int8', 'narrow', 'Int8Conv', 'as_floats', 'as_bytes', 'fits_bytes', 'ToBytes', 'Runner']
 
 # %% ../nbs/14_runtime.ipynb #60032e2a
-import functools, operator
+import functools, operator, time
 from dataclasses import dataclass, field
 
+import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import fx, nn
@@ -28,6 +29,7 @@ from micronet_nb.integer import (
     exact_sums,
     grid_of,
     in_evaluation,
+    kernel_ranges,
     module_of,
     shapes_and_orders,
 )
@@ -275,7 +277,9 @@ def takes_bytes(
     if not isinstance(m, IntConv2d) or m.weight_bits > 8 or m.padding_mode != 'zeros' or isinstance(m.padding, str):
         return False
     grid = grid_of(graph, node.args[0])
-    return grid is not None and fits_bytes(Quantise(*grid)) and exact_sums(m, grid)
+    if grid is None or not fits_bytes(Quantise(*grid)):
+        return False
+    return max(int(t.abs().max()) for t in kernel_ranges(m, *grid)) < (2**31 if m.wide else 2**24 + 1)
 
 # %% ../nbs/14_runtime.ipynb #40649bec
 def concat_pieces(
@@ -594,7 +598,7 @@ class Runner:
     def __init__(
         self,
         graph: nn.Module,  # from `lower` or `unpack`, or a net for `as_graph`; float32, on the CPU; keeps its mode
-        int8: bool = None,  # see `Int8Conv`
+        int8: bool = None,  # convolve on 8-bit units? None: what is faster, timed at the first call
         fma: bool = False,  # see `ToBytes`; the graph itself does not
         compiled: bool = False,  # see `ToBytes`
         batch: int = 25,  # images at a time, so that buffers stay in the processor's cache
@@ -605,6 +609,8 @@ class Runner:
         self.input_stats = getattr(graph, 'input_stats', None)  # of the pixels, where `fit` has left them
         self.options = dict(fma=fma, compiled=compiled)
         self.tasks = None  # planned at the first call
+        self.choices = None  # then: ms of each way of each task that has several, and of the whole; what was chosen
+        self.way = self.once
         nodes = self.graph.graph.nodes
         self.input = next(n for n in nodes if n.op == 'placeholder')
         self.output = next(n for n in nodes if n.op == 'output').args[0]
@@ -627,17 +633,49 @@ def plan(self: Runner, x):
     self.tasks = tasks
 
 
+def _milliseconds(ways, values, repeats=3):
+    "Of the fastest call of each way."
+    took = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, run in ways.items():
+            started = time.perf_counter()
+            run(*values)
+            took[name].append(1e3 * (time.perf_counter() - started))
+    return {name: min(times) for name, times in took.items()}
+
+
 @patch
-def once(self: Runner, x):
-    "The output for so many images."
+def choose(self: Runner, x):
+    "Times all ways on these images and keeps the fastest of each task, then of plan and graph; `choices` says so."
+    rows = {}
+
+    def timed(task, values):
+        if task.ways:
+            took = _milliseconds(task.ways, values)
+            task.run = task.ways[chosen := min(took, key=took.get)]
+            rows[task.node.name] = took | dict(chosen=chosen)
+
+    self.once(x, timed)
+    whole_net = {'tasks': self.once, 'graph': self.graph}
+    took = _milliseconds(whole_net, [x])
+    self.way = whole_net[chosen := min(took, key=took.get)]
+    rows['whole net'] = took | dict(chosen=chosen)
+    self.choices = pd.DataFrame.from_dict(rows, orient='index').rename_axis('node')
+
+
+@patch
+def once(self: Runner, x, before=None):
+    "The output for so many images; `before` is called with each task and its values."
     values = {self.input: x}
     for task in self.tasks:
+        if before:
+            before(task, [values[n] for n in task.reads])
         value = task.run(*[values[n] for n in task.reads])
         placed = [buffer.put(as_floats(value, task.low), place) for buffer, place in task.places]
         values[task.node] = placed[0] if placed else value
         for n in task.done:
             del values[n]
-    return as_floats(values[self.output], self.tasks[-1].low).clone()
+    return as_floats(values[self.output], low_of(self.graph, self.output)).clone()
 
 
 @patch
@@ -652,6 +690,8 @@ def __call__(
     if self.tasks is None:
         self.plan(x[:2])  # the order of dimensions in memory shows where none has the size 1
     try:
-        return torch.cat([self.once(part) for part in x.split(self.batch)])
+        if self.int8 is None and self.choices is None:
+            self.choose(x[: self.batch])
+        return torch.cat([self.way(part) for part in x.split(self.batch)])
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
         raise does_not_run(x, e) from e

@@ -605,7 +605,7 @@ class Run:
         if not self.steps_an_epoch:
             images = f'{len(self.images)} training images'
             raise MicronetError(f'{images} do not fill a batch of {batch_size}: choose a smaller batch_size')
-        self.step, self.history = 0, []
+        self.step, self.history, self.folder = 0, [], None  # folder of its checkpoints
         self.seconds, self.data_seconds = 0.0, 0.0
         self.began, self.waits = (0.0, 0.0), []  # both clocks when the epoch began; spans not yet read
         self.mix = _mixup(config, train)
@@ -870,7 +870,12 @@ def _same_buffers(run):
             torch.distributed.broadcast(b, src=0)
 
 # %% ../nbs/04_training.ipynb #091f10d4
-_LOWER_LR = 'lower lr or lengthen the warm-up; the last good checkpoint is kept'
+_LOWER_LR = 'lower lr or lengthen the warm-up'
+
+
+def _lower_lr(run):
+    "What to do, and what is left."
+    return f'{_LOWER_LR}; ' + (f'the last good checkpoint is kept in {run.folder}' if run.folder else 'nothing is kept')
 
 
 def _check_finite(run):
@@ -879,7 +884,7 @@ def _check_finite(run):
         return
     _set_lr(run, bad)
     place = f'epoch {bad // run.steps_an_epoch}, learning rate {run.lr:.4g}'
-    raise MicronetError(f'the loss is not finite since step {bad} ({place}): {_LOWER_LR}')
+    raise MicronetError(f'the loss is not finite since step {bad} ({place}): {_lower_lr(run)}')
 
 
 def _finite(
@@ -897,7 +902,7 @@ def _check_weights(run):
     for what, tensors in held.items():
         if not _least(run, int(_finite(tensors))):
             place = f'after step {run.step - 1} (learning rate {run.lr:.4g})'
-            raise MicronetError(f'{what} are not finite {place}: {_LOWER_LR}')
+            raise MicronetError(f'{what} are not finite {place}: {_lower_lr(run)}')
 
 # %% ../nbs/04_training.ipynb #a624489d
 def _now(device):
@@ -1186,6 +1191,7 @@ def fit(
     every, stop = number('every', every), None if stop is None else number('stop', stop)
     set_seed(config.seed)
     run = Run(model, train, config, teacher, callbacks, loss, stats or dataset_stats(train))
+    run.folder = folder
     _prepare(run)
     _resume(run, folder)
     run.started = run.saved = run.mark = time.perf_counter()

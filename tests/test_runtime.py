@@ -1,19 +1,22 @@
 "The runner: whatever the net, the batch and the order of calls, it gives the graph's bits."
 
 import copy
+import operator
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from micronet_nb import runtime
 from micronet_nb.activations import quantise_activations
 from micronet_nb.core import MicronetError
-from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias
+from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias, module_of
 from micronet_nb.lowering import lower
 from micronet_nb.models import create_model
 from micronet_nb.packing import pack, unpack
 from micronet_nb.pruning import prune
-from micronet_nb.runtime import Runner
+from micronet_nb.runtime import ANY_ORDER, Runner, as_floats, has_int8, low_of, narrow, takes_bytes
 from micronet_nb.weights import quantise_weights
 
 
@@ -49,8 +52,125 @@ def assert_same(runner, graph, x):
 )
 def test_the_bits_of_the_graph(name, bits):
     graph, x = lowered(name, *bits)
-    for int8 in (None, False):
+    for int8 in (None, False, *[True] * has_int8(8)):
         assert_same(Runner(graph, int8), graph, x)
+
+
+WAYS = [None, False, *[True] * (has_int8(8, shifted=True) and has_int8(8, True, True) and has_int8(8))]
+
+
+@pytest.mark.parametrize('affine', [False, True])
+@pytest.mark.parametrize('name', ['mobilenetv2_050', 'mobilenetv3_small_050', 'resnet18'])
+def test_inputs_with_a_sign_or_a_lower_end_of_their_own(name, affine):
+    "They are bytes, counted from the lowest; depthwise convolutions too, and sums beyond 2^24."
+    torch.manual_seed(2)
+    model, x = create_model(name, 10, small=True).eval(), torch.randn(5, 3, 16, 16)
+    quantise_weights(model, 8)
+    quantise_activations(model, x, 8, affine=affine)
+    graph = lower(model, x[:2])
+    convs = [n for n in graph.graph.nodes if n.op == 'call_module' and isinstance(module_of(graph, n), IntConv2d)]
+    assert sum(takes_bytes(graph, n) for n in convs) == len(convs)
+    assert any(low_of(graph, n.args[0]) < 0 for n in convs)
+    assert name != 'resnet18' or any(module_of(graph, n).wide for n in convs)
+    for int8 in WAYS:
+        assert_same(Runner(graph, int8), graph, x)
+
+
+@pytest.mark.parametrize('low', [0, -1, -20, -100, -127, -255])
+def test_bytes_are_rounded_half_to_even_and_counted_from_the_lowest(low):
+    "Every whole number, every half and what lies next to it, against Python's own rounding."
+    ends = torch.arange(2 * low, 2 * (low + 255) + 1).float() / 2
+    x = torch.cat([ends, ends.nextafter(ends + 1), ends.nextafter(ends - 1)]).clamp(low, low + 255)
+    expected = [round(v) - low for v in x.tolist()]
+    assert narrow(x.clone(), low).tolist() == expected and min(expected) == 0 and max(expected) == 255
+    out = torch.empty(len(x), dtype=torch.uint8)
+    assert narrow(x.clone(), low, out) is out and out.tolist() == expected
+    assert torch.equal(as_floats(out, low), torch.tensor(expected) + float(low))
+
+
+@pytest.mark.parametrize('relu', [False, True])
+def test_a_relu_before_a_window_that_begins_below_0(relu):
+    "There the clamp does not do what the relu does."
+    torch.manual_seed(0)
+    act = nn.ReLU() if relu else nn.Identity()
+    net = nn.Sequential(
+        Quantise(4), IntConv2d(3, 8, 1), ScaleBias(8), act, Quantise(4, low=-6), IntConv2d(8, 4, 3, padding=1)
+    )
+    for m in (net[1], net[5]):
+        m.weight.data = torch.randint(-8, 8, m.weight.shape).float()
+    net[2].weight.data = torch.rand(8) * 0.3
+    x = torch.randn(3, 3, 6, 6) * 9
+    assert (net[:5](x).min() < 0) != relu
+    for int8 in WAYS:
+        assert_same(Runner(net, int8), net, x)
+
+
+@pytest.mark.parametrize('q', [Quantise(8, low=-77), Quantise(6, True), Quantise(5)])
+def test_bytes_that_others_read_too(q):
+    "A concatenation, a sum, a slice and the result itself get the numbers that the bytes stand for."
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.conv = q, IntConv2d(4, 4, 3, padding=1)
+            self.conv.weight.data = torch.randint(-8, 8, self.conv.weight.shape).float()
+
+        def forward(self, x):
+            codes = self.q(x)
+            return torch.cat([codes, self.conv(codes), codes[:, 1:3], codes + x], 1)
+
+    torch.manual_seed(0)
+    net, x = Shared().eval(), torch.randn(3, 4, 7, 7) * 40
+    for int8 in WAYS:
+        assert_same(Runner(net, int8), net, x)
+    alone = nn.Sequential(q, IntConv2d(4, 2, 1), Quantise(8, True))  # the result is bytes
+    alone[1].weight.data = torch.randint(-8, 8, alone[1].weight.shape).float()
+    for int8 in WAYS:
+        assert_same(Runner(alone.eval(), int8), alone, x)
+
+
+TWO = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div}
+TWO |= {torch.maximum, torch.minimum}
+ELEMENTWISE = TWO | {torch.relu, torch.clamp, torch.neg, operator.neg, F.relu, F.relu6, F.hardtanh, F.hardsigmoid}
+ELEMENTWISE |= {F.hardswish, F.leaky_relu, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU}
+ANY_SIZE = [torch.Size(s) for s in ((2, 3, 5, 7), (3, 17, 9, 9), (1, 33, 1, 31))]
+
+
+@pytest.mark.parametrize('f', sorted(ANY_ORDER & ELEMENTWISE, key=str), ids=lambda f: f.__name__)
+def test_what_is_said_to_give_the_same_bits_in_any_order_of_memory(f):
+    torch.manual_seed(0)
+    for size in ANY_SIZE:
+        x = torch.randn(size) * 4
+        y = [torch.randn(size)] * (f in TWO)
+        call = f() if isinstance(f, type) else f
+        more = dict(min=-1.0, max=1.7) if f is torch.clamp else {}
+        in_other = [v.contiguous(memory_format=torch.channels_last) for v in (x, *y)]
+        assert torch.equal(call(x, *y, **more), call(*in_other, **more))
+        one_by_one = torch.stack([call(*vs, **more) for vs in zip(*(v.flatten()[:, None] for v in (x, *y)))])
+        assert torch.equal(call(x, *y, **more).flatten(), one_by_one.flatten())  # no vector, no tail
+
+
+def test_the_fastest_way_is_taken_and_told(monkeypatch):
+    "Whatever the clock says: by task, then for the whole net; the answers stay."
+    graph, x = lowered('wrn_10_1')
+    if not has_int8():
+        pytest.skip('this machine has no 8-bit units: there is one way')
+    for fast, chosen in (('8-bit units', 'tasks'), ('float32', 'tasks'), ('8-bit units', 'graph')):
+        clock = lambda ways, values: {n: 1.0 if n in (fast, chosen) else 2.0 for n in ways}
+        monkeypatch.setattr(runtime, '_milliseconds', clock)
+        runner = Runner(graph)
+        assert_same(runner, graph, x)
+        told = runner.choices
+        assert told.chosen['whole net'] == chosen and {*told.chosen[:-1]} == {fast} and len(told) == 9 + 1
+        took = []
+        for part in ('fused', 'plain'):
+            real = getattr(runtime.Int8Conv, part)
+            counted = lambda self, x, part=part, real=real: took.append(part) or real(self, x)
+            monkeypatch.setattr(runtime.Int8Conv, part, counted)
+        assert_same(runner, graph, x)
+        way = {'8-bit units': 'fused', 'float32': 'plain'}[fast]
+        assert took == ([way] * 9 if chosen == 'tasks' else [])
+        monkeypatch.undo()
 
 
 def test_plans_do_fuse():
