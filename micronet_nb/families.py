@@ -366,7 +366,7 @@ def _pack_stage(way):
 
 def _runner_stage(way):
     want = way.answers()
-    return dict(off=_within('Runner', Runner(way.graph)(way.fresh), want))
+    return dict(off=_within('Runner', Runner(way.graph, timed=False)(way.fresh), want))
 
 
 def _onnx_stage(way):

@@ -129,7 +129,7 @@ def _graph_steps(rows, graph, x):
         steps = dict(
             run_integer=lambda: run_integer(graph, x[:1]),
             pack=lambda: pack(graph, Path(folder) / 'net.safetensors'),
-            Runner=lambda: Runner(graph)(x),
+            Runner=lambda: Runner(graph, timed=False)(x),
             to_onnx=lambda: onnx_session(to_onnx(graph, Path(folder) / 'net.onnx'))(x),
         )
         for step, action in steps.items():

@@ -598,18 +598,19 @@ class Runner:
     def __init__(
         self,
         graph: nn.Module,  # from `lower` or `unpack`, or a net for `as_graph`; float32, on the CPU; keeps its mode
-        int8: bool = None,  # convolve on 8-bit units? None: what is faster, timed at the first call
+        int8: bool = None,  # convolve on 8-bit units? None: where they are exact and, if timed, faster
         fma: bool = False,  # see `ToBytes`; the graph itself does not
         compiled: bool = False,  # see `ToBytes`
         batch: int = 25,  # images at a time, so that buffers stay in the processor's cache
+        timed: bool = True,  # keep the fastest of all ways, the graph's own too? False: the tasks, on units where exact
     ):
         graph = graph if isinstance(graph, fx.GraphModule) else as_graph(graph)
         _check_graph(graph)
         self.graph, self.int8, self.batch = in_evaluation(graph), int8, whole('batch', batch, 1)
         self.input_stats = getattr(graph, 'input_stats', None)  # of the pixels, where `fit` has left them
-        self.options = dict(fma=fma, compiled=compiled)
+        self.options, self.timed = dict(fma=fma, compiled=compiled), timed and int8 is None
         self.tasks = None  # planned at the first call
-        self.choices = None  # then: ms of each way of each task that has several, and of the whole; what was chosen
+        self.choices = None  # if timed: ms of each way of each task that has several, and of the whole; what was chosen
         self.way = self.once
         nodes = self.graph.graph.nodes
         self.input = next(n for n in nodes if n.op == 'placeholder')
@@ -690,7 +691,7 @@ def __call__(
     if self.tasks is None:
         self.plan(x[:2])  # the order of dimensions in memory shows where none has the size 1
     try:
-        if self.int8 is None and self.choices is None:
+        if self.timed and self.choices is None:
             self.choose(x[: self.batch])
         return torch.cat([self.way(part) for part in x.split(self.batch)])
     except (RuntimeError, TypeError, ValueError, IndexError) as e:

@@ -870,14 +870,14 @@ MUTANTS = [
     ),
     Mutant(
         "the runner does not clamp below",
-        "y.round_().clamp_(0, self.top).to(torch.uint8)",
-        "y.round_().clamp_(max=self.top).to(torch.uint8)",
+        "narrow(y.clamp_(self.quantise.bottom, self.quantise.top)",
+        "narrow(y.clamp_(max=self.quantise.top)",
         "integers::test_bytes_are_clamped_at_both_ends",
     ),
     Mutant(
         "the runner does not clamp above",
-        ".round_().clamp_(0, self.top))",
-        ".round_().clamp_(0, 255))",
+        "torch.clamp(self.scaled(x, f), self.low, self.top, out=f)",
+        "torch.clamp(self.scaled(x, f), self.low, 255, out=f)",
         "integers::test_bytes_are_clamped_at_both_ends",
     ),
     Mutant(
@@ -885,6 +885,50 @@ MUTANTS = [
         "torch.mul(x, self.scale, out=f).add_(self.bias)",
         "torch.mul(x, self.scale, out=f)",
         "integers::test_bytes_are_clamped_at_both_ends runtime::test_a_net_made_by_hand",
+    ),
+    # Runner
+    Mutant(
+        "bytes are not counted from the lowest",
+        "return codes.sub_(low % 256) if low else codes",
+        "return codes",
+        "runtime::test_bytes_are_rounded_half_to_even_and_counted_from_the_lowest "
+        "runtime::test_inputs_with_a_sign_or_a_lower_end_of_their_own",
+    ),
+    Mutant(
+        "a relu is left out before any window",
+        "or relu and module_of(graph, q).bottom",
+        "",
+        "runtime::test_a_relu_before_a_window_that_begins_below_0",
+    ),
+    Mutant(
+        "other readers take bytes as they are",
+        "as_floats(v, lows[n])",
+        "as_floats(v)",
+        "runtime::test_bytes_that_others_read_too",
+    ),
+    Mutant(
+        "pieces of a concatenation are bytes as they are",
+        "buffer.put(as_floats(value, task.low), place)",
+        "buffer.put(as_floats(value), place)",
+        "runtime::test_bytes_that_others_read_too",
+    ),
+    Mutant(
+        "a result is bytes as they are",
+        "as_floats(values[self.output], low_of(self.graph, self.output))",
+        "as_floats(values[self.output])",
+        "runtime::test_bytes_that_others_read_too",
+    ),
+    Mutant(
+        "sums that the graph rounds go to the units",
+        "(2**31 if m.wide else 2**24 + 1)",
+        "2**31",
+        "runtime::test_sums_that_the_graph_itself_rounds_stay_with_it",
+    ),
+    Mutant(
+        "the slowest way is taken",
+        "task.run = task.ways[chosen := min(",
+        "task.run = task.ways[chosen := max(",
+        "runtime::test_the_fastest_way_is_taken_and_told",
     ),
     Mutant(
         "registers wrap one too far",

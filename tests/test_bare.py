@@ -227,7 +227,10 @@ def declared(key):
     return {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in settings()[key].split()}
 
 
-@pytest.mark.parametrize("where, extra", [("micronet_nb", ["nbdev", "cluster"]), ("tests", ["dev"]), ("nbs", ["dev", "bench"])])
+DECLARED = [("micronet_nb", ["nbdev", "cluster"]), ("tests", ["dev"]), ("nbs", ["dev", "bench"])]
+
+
+@pytest.mark.parametrize("where, extra", DECLARED)
 def test_what_is_imported_is_declared(where, extra):
     sources = (
         [c for p in NOTEBOOKS for c in reproduce.Notebook(p, json.loads(p.read_text(encoding="utf-8"))["cells"]).code]

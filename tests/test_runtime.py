@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from micronet_nb import runtime
 from micronet_nb.activations import quantise_activations
 from micronet_nb.core import MicronetError
-from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias, module_of
+from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias, as_graph, module_of
 from micronet_nb.lowering import lower
 from micronet_nb.models import create_model
 from micronet_nb.packing import pack, unpack
@@ -123,10 +123,32 @@ def test_bytes_that_others_read_too(q):
     net, x = Shared().eval(), torch.randn(3, 4, 7, 7) * 40
     for int8 in WAYS:
         assert_same(Runner(net, int8), net, x)
+
+    class Added(Shared):
+        def forward(self, x):
+            codes = self.q(x)
+            return self.conv(codes) + codes  # lies in no buffer
+
+    added = Added().eval()
+    for int8 in WAYS:
+        assert_same(Runner(added, int8), added, x)
     alone = nn.Sequential(q, IntConv2d(4, 2, 1), Quantise(8, True))  # the result is bytes
     alone[1].weight.data = torch.randint(-8, 8, alone[1].weight.shape).float()
     for int8 in WAYS:
         assert_same(Runner(alone.eval(), int8), alone, x)
+
+
+@pytest.mark.parametrize('wide', [False, True])
+def test_sums_that_the_graph_itself_rounds_stay_with_it(wide):
+    "700 products of 255 and 127 pass 2^24: exact in float64, which `wide` asks for, else rounded as they are added up."
+    net = nn.Sequential(Quantise(8), IntConv2d(700, 2, 1, weight_bits=8, wide=wide), ScaleBias(2)).eval()
+    net[1].weight.data = torch.tensor([127.0, -127.0]).view(2, 1, 1, 1).expand(2, 700, 1, 1).clone()
+    net[1].weight.data[:, ::7] = 1.0
+    graph, x = as_graph(net), torch.full((2, 700, 3, 3), 255.0) - torch.randint(0, 2, (2, 700, 3, 3)) * 2
+    conv = next(n for n in graph.graph.nodes if isinstance(module_of(graph, n), IntConv2d))
+    assert takes_bytes(graph, conv) == wide
+    for int8 in WAYS:
+        assert_same(Runner(net, int8), net, x)
 
 
 TWO = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div}
