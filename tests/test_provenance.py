@@ -115,6 +115,7 @@ NEEDED = {  # what the numbers depend on, by record
     "90_benchmarks.nets": {"model", "batch", "threads", "rounds"},
     "90_benchmarks.packing": {"best_of", "size", "bits"},
     "90_benchmarks.solver": {"model", "layers", "kernels", "bits"},
+    "91_speed.nets": {"sides", "threads", "rounds", "bits", "affine"},
     "index.example": {"model", "classes", "fit", "tune", "plan", "rate", "bits", "calibration", "trained_on"},
 }
 
