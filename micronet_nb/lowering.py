@@ -266,6 +266,7 @@ def add_node(self: Recorder, kind, target, op, args, kwargs, out):
 
 # %% ../nbs/13_lowering.ipynb #6501565b
 READS = {'__bool__', 'item', 'tolist', 'numpy', '__float__', '__int__', '__array__', '__index__'}  # values of a tensor
+LOOKS = {'_base'}  # attributes that say where a tensor comes from, and compute nothing
 SHAPED_LIKE = set(  # read nothing of a tensor but its shape and kind
     'new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like'.split()
 )
@@ -276,6 +277,8 @@ def on_call(self: Recorder, func, args, kwargs, out):
     "One function: a node where it works on the input, a constant where it does not."
     outs, tensors, name = tensors_in(out), tensors_in([args, kwargs]), name_of(func)
     cast = name in ('to', 'type_as') and id(args[0]) not in self.nodes  # of a constant, to the kind of an activation
+    if name in LOOKS:
+        return
     if name in SHAPED_LIKE or cast:
         self.keep_constants(outs)
     elif not self.depends(tensors):

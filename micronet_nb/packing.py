@@ -594,6 +594,7 @@ _SUMS = set('operator.add operator.sub operator.iadd operator.isub operator.neg 
 _PRODUCTS = {'operator.mul', 'operator.imul'}
 _SHAPED = set('view reshape expand torch.reshape'.split())  # take a shape as it is
 _JOINS = {'torch.cat', 'torch.stack'}
+_PLACES_AT = {'functional.max_pool2d': 6, 'functional.adaptive_max_pool2d': 2}  # where return_indices is among arguments
 NUMBER_BITS = 1000  # of numbers that are computed from sizes
 
 
@@ -628,7 +629,7 @@ def _called(name, node, operands):
     if name == 'dim':
         return 64
     whole = name.removeprefix('torch.')
-    with_places = node.kwargs.get('return_indices') or (name.endswith('max_pool2d') and node.args[-1] is True)
+    with_places = node.kwargs.get('return_indices') or any(node.args[_PLACES_AT.get(name, len(node.args)) :])
     return 'tensors' if whole in ('chunk', 'split') or with_places else 'tensor'
 
 
