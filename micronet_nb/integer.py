@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'OPERATIONS', 'Quantise', 'ScaleBias', 'check_integers', 'IntWeights', 'IntConv2d', 'IntLinear',
-           'Operation', 'operation', 'as_graph', 'shapes_of', 'int_sums', 'IntegerRun', 'run_integer', 'sum_widths']
+           'Operation', 'allowed', 'operation', 'as_graph', 'shapes_of', 'int_sums', 'IntegerRun', 'run_integer',
+           'sum_widths']
 
 # %% ../nbs/12_integer.ipynb #a222b348
-import functools, math, operator, re
+import functools, inspect, math, operator, re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -273,11 +274,29 @@ class Operation:
         return dict(zip(self.arguments, args[tensors:])) | kwargs
 
 
+def allowed(
+    test,  # of a declaration: a function of a value
+    value,  # from a net or a file
+) -> bool:
+    "May an argument have this value? Not where its test cannot judge it."
+    try:
+        return bool(test(value))
+    except Exception:
+        return False
+
+
 OPERATIONS = {}  # what the recorder of `13_lowering` calls it ('softmax', 'own.name') to its Operation
 
 # %% ../nbs/12_integer.ipynb #5cd1a9e4
 _HOMES = {'torch': torch, 'functional': F, 'special': torch.special, 'linalg': torch.linalg, 'fft': torch.fft}
 _HOMES['operator'] = operator
+
+
+def described(
+    x,  # an input
+) -> str:
+    "Dtype and shape of an input, for an error."
+    return f"{x.dtype} {'x'.join(map(str, x.shape))}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 def _home(function):
@@ -320,14 +339,18 @@ def operation(
     if function is None:
         options = dict(example=example, onnx=onnx, cost=cost, carries=carries, arguments=arguments, name=name)
         return lambda f: operation(f, **options)
+    if not callable(function):
+        raise MicronetError(f'{function!r} cannot be declared: an operation is a function')
     home, key = _home(function), getattr(function, '__name__', '')
     if home is None:
-        function, key = _seen(function), f'own.{key}'
+        function, key = _seen(function), name or f'own.{key}'
         function.operation = key
-    declared = Operation(function, name or home or key, tuple(example), onnx, carries, arguments or {})
+    declared = Operation(function, name or home or key, example, onnx, carries, {} if arguments is None else arguments)
+    _check_anew(function, before := OPERATIONS.get(key))
     _check_declared(declared, key)
-    _check_anew(function, OPERATIONS.get(key))
-    _check_cost(cost or {}, declared.name)
+    _check_cost({} if cost is None else cost, declared.name)
+    if before is not None:
+        CARRIES.discard(before.function)
     OPERATIONS[key] = declared
     CARRIES.update([function] * carries)
     _PRICED.update(cost or {})
@@ -363,14 +386,82 @@ def _check_cost(cost, name):
 
 
 def _check_declared(declared, key):
-    "Refuses a declaration without a name or an example, and a name that another function has."
-    if not re.fullmatch(r'\w+(\.\w+)+', declared.name, re.ASCII):
-        raise MicronetError(f'{declared.name!r} is no name of an operation: give the function one, with def')
-    if not declared.example or not isinstance(declared.example[0], torch.Tensor):
-        raise MicronetError(f'the example of {declared.name} begins with a tensor (n, ...): the activation it works on')
+    "Refuses a declaration without a name, a name that another function has, and an example that is none."
+    name = declared.name
+    if not isinstance(name, str) or not re.fullmatch(r'\w+(\.\w+)+', name, re.ASCII):
+        raise MicronetError(f'{name!r} is no name of an operation: give the function one, with def')
     for other_key, other in OPERATIONS.items():
-        if other.name == declared.name and other_key != key:
-            raise MicronetError(f'{declared.name} is the name of another operation: choose another with name=')
+        if other.name == name and other_key != key:
+            raise MicronetError(f'{name} is the name of another operation: choose another with name=')
+    if type(declared.carries) is not bool:
+        raise MicronetError(f'carries={declared.carries!r} of {name}: True or False')
+    if not (declared.onnx is None or callable(declared.onnx)):
+        raise MicronetError(f'onnx={declared.onnx!r} of {name}: a function of the export and the arguments, or None')
+    _check_example(declared)
+    _check_named(declared)
+
+
+def _tried(declared, how, *args, **kwargs):
+    "What a declared function makes of arguments."
+    try:
+        return declared.function(*args, **kwargs)
+    except Exception as e:  # a function of one's own may raise anything
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise MicronetError(f'{declared.name} does not run on its example{how}: {reason}') from e
+
+
+def _check_example(declared):
+    "Refuses an example that has no batch of floats in front, and a function that makes no such batch of it."
+    is_batch = lambda t: isinstance(t, torch.Tensor) and t.is_floating_point() and t.dim() > 0 and len(t) > 1
+    name, example = declared.name, declared.example
+    if not isinstance(example, (tuple, list)):
+        raise MicronetError(f'the example of {name} is a tuple of arguments, not {described(example)}: (x,) for one')
+    if not example or not is_batch(example[0]) or example[0].dim() < 2:
+        raise MicronetError(
+            f'the example of {name} begins with a tensor of floats (n, ...), n > 1: the activation that it works on'
+        )
+    kinds = [isinstance(v, torch.Tensor) for v in example]
+    if kinds != sorted(kinds, reverse=True):
+        raise MicronetError(f'the example of {name} has a tensor behind a number: tensors are the first arguments')
+    out = _tried(declared, '', *example)
+    if not is_batch(out) or len(out) != len(example[0]):
+        raise MicronetError(
+            f'{name} makes of its example {described(out)}: an operation makes one tensor of floats (n, ...)'
+        )
+
+
+def _check_named(declared):
+    "Refuses arguments that the function does not have, and tests that refuse the example."
+    name, tests = declared.name, declared.arguments
+    if not isinstance(tests, dict) or not all(map(callable, tests.values())):
+        raise MicronetError(f'arguments={tests!r} of {name}: a dict of each argument to a test of its value')
+    tensors = [v for v in declared.example if isinstance(v, torch.Tensor)]
+    rest = declared.example[len(tensors) :]
+    if len(rest) > len(tests):
+        raise MicronetError(
+            f'the example of {name} has {len(rest)} values behind its tensors, and arguments= has {len(tests)}: '
+            'name each there, in order, with a test of its value'
+        )
+    named = dict(zip(tests, rest))
+    for k, v in named.items():
+        if v is not None and not allowed(tests[k], v):
+            raise MicronetError(f'{k}={v!r} in the example of {name} is not what its test in arguments= allows')
+    want, got = (_tried(declared, '', *declared.example), _tried(declared, ' by name', *tensors, **named))
+    if not torch.equal(got, want):
+        raise MicronetError(f'arguments= of {name} has its names in another order than the function')
+    _check_signature(declared)
+
+
+def _check_signature(declared):
+    "Refuses names that the function does not have, where Python knows them."
+    try:
+        parameters = inspect.signature(declared.function).parameters
+    except (TypeError, ValueError):  # of torch's own
+        return
+    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        return
+    if unknown := [k for k in declared.arguments if k not in parameters]:
+        raise MicronetError(f'{declared.name} has no argument {unknown[0]!r}, which arguments= names')
 
 # %% ../nbs/12_integer.ipynb #794a6e1f
 _RNG = torch.Generator().manual_seed(0)  # its own: who imports this keeps the numbers that a seed has promised
@@ -658,13 +749,6 @@ def tensors_in(
 ) -> list:  # of torch.Tensor
     "All tensors of nested arguments."
     return [t for t in tree_leaves(nested) if isinstance(t, torch.Tensor)]
-
-
-def described(
-    x,  # an input
-) -> str:
-    "Dtype and shape of an input, for an error."
-    return f"{x.dtype} {'x'.join(map(str, x.shape))}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 def does_not_run(

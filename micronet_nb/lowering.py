@@ -27,6 +27,7 @@ from micronet_nb.integer import (
     IntWeights,
     Quantise,
     ScaleBias,
+    allowed,
     bound,
     check_finite,
     check_integers,
@@ -1128,9 +1129,18 @@ def _widened(low, node, source):
     return _emit(low, torch.cat, [x.node] * new[1], 1, scale=x.scale, bias=x.bias, name=x.name)
 
 
+def _finite(constant):
+    "A constant with the largest numbers of float32 in place of infinities: behind a softmax they are the same."
+    most = torch.finfo(torch.float32).max
+    return constant.clamp(-most, most) if isinstance(constant, torch.Tensor) else min(max(constant, -most), most)
+
+
 def _with_constant(low, node, source, function, constant, merged, factor=1):
     "A sum or a product with a constant: in scale and bias where it is one number a channel, else a function."
-    flat, axis = _constant(node, constant)
+    if function is torch.add and isinstance(constant, torch.Tensor) and bool(constant.isinf().any()):
+        constant, flat = _finite(constant), None  # a mask, which no scale and bias of few bits could hold
+    else:
+        flat, axis = _constant(node, constant)
     old, new = source.meta['shape'], node.meta['shape']
     if flat is not None and (old == new or len(old) == len(new) and len(flat) == new[1] and old[1] == 1):
         x = _widened(low, node, source)
@@ -1154,6 +1164,26 @@ def _add(low, node):
     other = _row(node, other) * factor
     merged = lambda x, constant: x.then(one, constant, name)
     return _with_constant(low, node, source, torch.add, other, merged, one)
+
+
+@rule('where')
+def _where(low, node):
+    "By a stored mask: a product with it, and a sum with what is chosen where it is false."
+    first, *rest = [*node.args, *node.kwargs.values()]
+    dtype = first.meta['dtype'] if isinstance(first, fx.Node) else first.dtype
+    mask, x, y = (first, *rest) if dtype == torch.bool else (rest[0], first, rest[1])  # as a method it is second
+    if isinstance(mask, fx.Node):
+        _refuse(node, 'it chooses by values of an activation; choose by a stored mask')
+    _batch_dim(node)
+    mask, name, total = _row(node, mask), node.meta['layer'], None
+    for v, chosen in ((x, mask), (y, ~mask)):
+        if isinstance(v, fx.Node):
+            part = low.graph.call_function(torch.mul, (low.plain(low.values[v]), low.stored(chosen.double(), name)))
+        else:
+            v = torch.as_tensor(_finite(_row(node, v)), dtype=torch.float64)
+            part = low.stored(chosen * v, name)
+        total = part if total is None else low.graph.call_function(torch.add, (total, part))
+    return Value(total)
 
 
 @rule('neg')
@@ -1221,6 +1251,8 @@ _IGNORED = {'inplace', 'out', '_stacklevel'}  # arguments that do not change wha
 def _as_declared(low, node):
     "The function of a declared operation on values as they are; one that moves values takes scale along."
     op = OPERATIONS[node.meta['op']]
+    if op.function is not node.target and hasattr(node.target, 'operation'):
+        _refuse(node, f'{op.name} has been declared anew since: let the net call that one, or give each its name=')
     _batch_dim(node)
     count = next((i for i, v in enumerate(node.args) if not isinstance(v, (fx.Node, torch.Tensor))), len(node.args))
     named = _named_arguments(node, op, node.args[count:])
@@ -1235,10 +1267,12 @@ def _as_declared(low, node):
 
 def _named_arguments(node, op, positional):
     "The arguments that are no activations, by name; what the declaration does not know must be left at nothing."
+    if more := [v for v in positional[len(op.arguments) :] if v is not None]:
+        _refuse(node, f'it is called with {more[0]!r}, for which the declaration of {op.name} has no argument')
     given = dict(zip(op.arguments, positional)) | {_OTHER_NAMES.get(k, k): v for k, v in node.kwargs.items()}
     given = {k: v for k, v in given.items() if k not in _IGNORED and v is not None}
     for k, v in given.items():
-        if k not in op.arguments or not op.arguments[k](v):
+        if k not in op.arguments or not allowed(op.arguments[k], v):
             _refuse(node, f'{k}={v!r} is no argument that the declaration of {op.name} allows')
     rank, dims = len(node.args[0].meta['shape']), given.get('dim', ())
     if _batch_dim(node.args[0]) in [d % rank for d in ([dims] if isinstance(dims, int) else dims)]:
@@ -1479,8 +1513,7 @@ def _softsign(input):
 
 @composed('masked_fill')
 def _masked_fill(input, mask, value):
-    lowest = torch.finfo(torch.float32).min
-    return input * (~mask).to(input.dtype) + mask.to(input.dtype) * max(float(value), lowest)
+    return input * (~mask).to(input.dtype) + mask.to(input.dtype) * _finite(float(value))
 
 # %% ../nbs/13_lowering.ipynb #15e91bad
 def _moments(input, dim, correction, keepdim):
@@ -2009,6 +2042,7 @@ def _verify(out, expected):
     "Refuses a graph that computes something else."
     if out.shape != expected.shape:
         raise MicronetError(f'the lowered graph gives {tuple(out.shape)} and the model {tuple(expected.shape)}')
+    check_finite(expected, 'what the net gives to the example')
     off = float((out - expected).abs().max())
     if not off <= 1e-6 * float(expected.abs().max()) + 1e-12:
         raise MicronetError(

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .data import check_stats, normalise
 from .integer import MODULES, OPERATIONS, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias
-from .integer import as_graph, check_integers, picked
+from .integer import allowed, as_graph, check_integers, picked
 from .layers import evaluation_mode
 from .scoring import ACCOUNTINGS, score
 
@@ -165,7 +165,7 @@ def _check_values_of(name, args, kwargs):
     tests = _declared(name)
     tensors = next((i for i, v in enumerate(args) if not isinstance(v, fx.Node)), len(args))
     for k, v in (dict(zip(tests, args[tensors:])) | kwargs).items():
-        if k in tests and v is not None and not tests[k](v):
+        if k in tests and v is not None and not allowed(tests[k], v):
             raise MicronetError(f'{name} has the argument {k}={str(v)[:60]}, which its declaration does not allow')
 
 # %% ../nbs/17_packing.ipynb #8c099e77
@@ -594,7 +594,10 @@ _SUMS = set('operator.add operator.sub operator.iadd operator.isub operator.neg 
 _PRODUCTS = {'operator.mul', 'operator.imul'}
 _SHAPED = set('view reshape expand torch.reshape'.split())  # take a shape as it is
 _JOINS = {'torch.cat', 'torch.stack'}
-_PLACES_AT = {'functional.max_pool2d': 6, 'functional.adaptive_max_pool2d': 2}  # where return_indices is among arguments
+_PLACES_AT = {
+    'functional.max_pool2d': 6,
+    'functional.adaptive_max_pool2d': 2,
+}  # where return_indices is among arguments
 NUMBER_BITS = 1000  # of numbers that are computed from sizes
 
 
@@ -1048,9 +1051,7 @@ def _indexed(node, shape):
         gap = len(shape) - sum(p is not None and p is not ... for p in parts)
         at = parts.index(...)
         parts = parts[:at] + (slice(None),) * gap + parts[at + 1 :]
-    return [
-        (p, n) for p, n in zip([p for p in parts if p is not None], shape) if isinstance(p, (list, tuple, fx.Node))
-    ]
+    return [(p, n) for p, n in zip([p for p in parts if p is not None], shape) if isinstance(p, (list, tuple, fx.Node))]
 
 
 class _Sizes(fx.Interpreter):
@@ -1077,7 +1078,11 @@ class _Sizes(fx.Interpreter):
                 raise MicronetError(f'{n.name} takes places that are computed, and a packed file names them')
             places = self.fetch_attr(index.target) if isinstance(index, fx.Node) else torch.tensor(index)
             first = 0 if n.target is picked else -length
-            if places.dtype == torch.bool or places.numel() and not first <= int(places.min()) <= int(places.max()) < length:
+            if (
+                places.dtype == torch.bool
+                or places.numel()
+                and not first <= int(places.min()) <= int(places.max()) < length
+            ):
                 raise MicronetError(f'{n.name} takes the places {places.min()} to {places.max()} of {length}')
 
     def run_node(self, n):
