@@ -759,6 +759,13 @@ def does_not_run(
     return MicronetError(f"the graph does not run on {described(x)}: {(str(error).splitlines() or ['?'])[0]}")
 
 # %% ../nbs/12_integer.ipynb #e8105e0c
+def _layout(x):
+    "The order of a value's dimensions in memory, a list; of a part of a larger value its strides, a tuple."
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    part = not x.permute(order).is_contiguous() and all(s for s, n in zip(x.stride(), x.shape) if n > 1)
+    return x.stride() if part and order[0] == 0 else order
+
+
 class _Shapes(fx.Interpreter):
     "Runs a graph and keeps the shape of every value, and the order of its dimensions in memory."
 
@@ -768,7 +775,8 @@ class _Shapes(fx.Interpreter):
         self.extra_traceback = False
 
     def run_node(self, n):
-        before = [(t, t._version) for t in tensors_in(self.fetch_args_kwargs_from_env(n))]
+        given = tensors_in(self.fetch_args_kwargs_from_env(n))
+        before = [(t, t._version) for t in given if not t.is_inference()]  # which nobody can write into here
         value = super().run_node(n)
         if any(t._version != v for t, v in before):
             raise MicronetError(
@@ -776,7 +784,7 @@ class _Shapes(fx.Interpreter):
             )
         if isinstance(value, torch.Tensor):
             self.shapes[n] = tuple(value.shape)
-            self.orders[n] = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+            self.orders[n] = _layout(value)
         return value
 
 
@@ -785,7 +793,7 @@ class _Shapes(fx.Interpreter):
 def shapes_and_orders(
     graph: fx.GraphModule,  # any
     x: torch.Tensor,  # (n, ...) input
-) -> tuple:  # (node to shape, node to list of dimensions, the outermost first)
+) -> tuple:  # (node to shape, node to its `_layout`)
     "Shape of every value; order of its dimensions in memory."
     run = _Shapes(graph)
     try:
