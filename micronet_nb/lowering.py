@@ -43,7 +43,7 @@ from micronet_nb.integer import (
     module_of,
     tensors_in,
 )
-from .layers import first_inputs, layer_class
+from .layers import first_inputs, layer_class, require_one_input
 
 # %% ../nbs/13_lowering.ipynb #06e5b915
 class Recorder(TorchFunctionMode):
@@ -2084,6 +2084,7 @@ def lower(
     """
     if scales not in (torch.float16, torch.float32, torch.float64):
         raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
+    require_one_input(model, 'lower')
     example = first_inputs(example)
     _check_example(example)
     x = example.detach().cpu().double()
@@ -2147,6 +2148,7 @@ def refusals(
     _check_example(x)
     x, refused = x.detach().cpu().double(), []
     try:
+        require_one_input(model, 'lower')
         net = _copied(model)
         recorder = _Survey(net, torch.cat([x, x]) if len(x) == 1 else x)
         refused = recorder.refused
