@@ -131,7 +131,7 @@ MASKS = dict(
 
 
 class Masked(nn.Module):
-    "Attention with a mask of 0 and -inf, as a net stores it; `mask` None: torch's fused attention."
+    "Attention with a mask of 0 and -inf, as a net stores it; None: torch's fused attention; 'causal': with its own."
 
     def __init__(self, mask):
         super().__init__()
@@ -142,12 +142,14 @@ class Masked(nn.Module):
         q, k, v = self.qkv(x).chunk(3, -1)
         if self.how is None:
             return F.scaled_dot_product_attention(q, k, v, self.mask)
+        if self.how == 'causal':
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.how(q @ k.transpose(1, 2), self.mask).softmax(-1) @ v
 
 
-@pytest.mark.parametrize('mask', [None, *MASKS])
+@pytest.mark.parametrize('mask', [None, 'causal', *MASKS])
 def test_what_a_mask_of_infinities_hides_is_hidden(mask, tmp_path):
-    net, x = Masked(MASKS.get(mask)).eval(), tokens()
+    net, x = Masked(MASKS.get(mask, mask)).eval(), tokens()
     quantise_weights(net, 8), quantise_activations(net, x, 8)
     graph = agree(net, x, tmp_path)
     other = torch.cat([x[:, :3], tokens(seed=7)[:, 3:]], 1)  # the same first tokens, which see nothing of the others

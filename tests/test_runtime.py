@@ -181,7 +181,9 @@ class Halves(nn.Module):
         gate, value = self.a(x.permute(0, 2, 3, 1)).chunk(2, -1)
         x = self.b(nn.functional.gelu(gate) * torch.exp(value))
         x = self.c(x.permute(0, 3, 1, 2))
-        x = torch.cat([torch.tanh(x[:, 4:20]), nn.functional.gelu(x[:, ::2]), torch.sigmoid(x[..., 1:])[..., :1] + x], 1)
+        x = torch.cat(
+            [torch.tanh(x[:, 4:20]), nn.functional.gelu(x[:, ::2]), torch.sigmoid(x[..., 1:])[..., :1] + x], 1
+        )
         return nn.functional.gelu(x[:, 8:40]).flatten(1)
 
 
