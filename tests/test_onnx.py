@@ -405,7 +405,7 @@ def test_quantisers_behind_floats_make_the_integers_of_the_graph_or_their_neighb
 
 
 def test_a_runtime_that_computes_otherwise_is_found(monkeypatch):
-    "A norm with another epsilon: refused; with any neighbour allowed, what lies behind is exact for the file's integers."
+    "A norm with another epsilon: refused. With any neighbour allowed: what lies behind is exact for these integers."
     graph, x = normed()
 
     def other(e, m, x):
