@@ -347,10 +347,14 @@ def _quantise_stage(way):
     return dict(inputs=len(activation_quantisers(way.net)), unquantised=float(untouched(way.net).share.sum()))
 
 # %% ../nbs/26_families.ipynb #26a00022
-def _lower_stage(way):
-    exact = lower(way.net, way.images, torch.float64)
+def _off_in_float64(way):
+    "How far the graph is off the net, both in float64; neither is kept."
     want = copy.deepcopy(way.net).double()(way.fresh.double())
-    off = dict(off=_within('lower', exact(way.fresh.double()), want))
+    return _within('lower', lower(way.net, way.images, torch.float64)(way.fresh.double()), want)
+
+
+def _lower_stage(way):
+    off = dict(off=_off_in_float64(way))
     for scales in (torch.float16, torch.float32):
         try:
             way.graph = lower(way.net, way.images, scales)

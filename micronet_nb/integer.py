@@ -10,6 +10,7 @@ __all__ = ['MODULES', 'OPERATIONS', 'Quantise', 'ScaleBias', 'check_integers', '
 # %% ../nbs/12_integer.ipynb #a222b348
 import functools, inspect, math, operator, re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -760,11 +761,34 @@ def does_not_run(
     return MicronetError(f"the graph does not run on {described(x)}: {(str(error).splitlines() or ['?'])[0]}")
 
 # %% ../nbs/12_integer.ipynb #e8105e0c
+class Part(NamedTuple):
+    "How a part of a larger value lies in memory, whatever the number of images."
+
+    order: list  # of its dimensions, the outermost first
+    whole: list  # how large the larger value is in each of them; None: as large as the part
+    step: int  # from a number to the next
+
+    def strides(self, shape):
+        "Those of a part of this shape."
+        strides, step = [0] * len(shape), self.step
+        for d, n in zip(reversed(self.order), reversed(self.whole)):
+            strides[d] = step
+            step *= shape[d] if n is None else n
+        return tuple(strides)
+
+
 def _layout(x):
-    "The order of a value's dimensions in memory, a list; of a part of a larger value its strides, a tuple."
+    "The order of a value's dimensions in memory, the outermost first; a `Part` where it is one of a larger value."
     order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    part = not x.permute(order).is_contiguous() and all(s for s, n in zip(x.stride(), x.shape) if n > 1)
-    return x.stride() if part and order[0] == 0 else order
+    if x.permute(order).is_contiguous():
+        return order
+    wide = [d for d in order if x.shape[d] > 1]
+    steps = [x.stride(d) for d in wide]
+    if 0 in steps or any(a % b or a // b < x.shape[d] for a, b, d in zip(steps, steps[1:], wide[1:])):
+        return order
+    whole = [None if a // b == x.shape[d] else a // b for a, b, d in zip(steps, steps[1:], wide[1:])]
+    narrow = [d for d in order if x.shape[d] == 1]
+    return Part(narrow + wide, [None] * (len(narrow) + 1) + whole, steps[-1])
 
 
 class _Shapes(fx.Interpreter):

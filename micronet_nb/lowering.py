@@ -2090,6 +2090,7 @@ def lower(
     x = example.detach().cpu().double()
     recorded, expected = capture(_copied(model), torch.cat([x, x]) if len(x) == 1 else x)
     graph = _build(recorded)
+    del recorded  # and with it a copy of the net
     _into_floats(graph)
     _widen(graph)
     run = LargestInputs(graph.double())

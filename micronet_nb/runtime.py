@@ -19,6 +19,7 @@ from micronet_nb.integer import (
     GATES,
     IntConv2d,
     IntLinear,
+    Part,
     Quantise,
     ScaleBias,
     as_graph,
@@ -317,11 +318,13 @@ def as_bytes(
 
 # %% ../nbs/14_runtime.ipynb #84479a81
 def _in_order(x, order):
-    "A value with its dimensions in this order in memory, or with these strides (a tuple); None: in the usual order."
+    "A value with its dimensions in this order in memory, or as this `Part` lies; None: in the usual order."
     if not isinstance(x, torch.Tensor):
         return x
-    if isinstance(order, tuple):
-        return x if x.stride() == order else torch.empty_strided(x.shape, order, dtype=x.dtype).copy_(x)
+    if isinstance(order, Part):
+        strides = order.strides(x.shape)
+        there = all(a == b for a, b, n in zip(x.stride(), strides, x.shape) if n > 1)
+        return x if there else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
     if order is None or order == sorted(order):
         return x.contiguous()
     return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])

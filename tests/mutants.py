@@ -1388,9 +1388,15 @@ MUTANTS = [
     ),
     Mutant(
         "half a value lies by itself in a Runner",
-        "return x.stride() if part and order[0] == 0 else order",
+        "return Part(narrow + wide, [None] * (len(narrow) + 1) + whole, steps[-1])",
         "return order",
         "runtime::test_floats_of_a_part_have_the_bits_of_the_graph",
+    ),
+    Mutant(
+        "a part lies as it did with two images",
+        "whole = [None if a // b == x.shape[d] else a // b",
+        "whole = [a // b",
+        "runtime::test_parts_with_the_images_in_the_middle",
     ),
     Mutant(
         "inference tensors have versions",

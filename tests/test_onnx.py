@@ -410,10 +410,10 @@ def test_a_runtime_that_computes_otherwise_is_found(monkeypatch):
 
     def other(e, m, x):
         weight, bias = m.weight, m.bias
-        return e('LayerNormalization', x, weight, bias, axis=-1, epsilon=0.03)
+        return e('LayerNormalization', x, weight, bias, axis=-1, epsilon=0.01)
 
     monkeypatch.setitem(RULES, nn.LayerNorm, other)
     with pytest.raises(MicronetError, match='onnxruntime makes .* of 32,000 integers that are not those of the graph'):
         beside_onnx(graph, x)
-    table = beside_onnx(graph, x, slack=3.0)
+    table = beside_onnx(graph, x, slack=8.0)
     assert table.other.iloc[0] > 1000 and int(table.other.iloc[1:].sum()) < 50
