@@ -931,7 +931,10 @@ def _cat(low, node):
     tensors, dim = a['tensors'], (a['dim'] if a['axis'] is None else a['axis']) % len(node.meta['shape'])
     if dim == _batch_dim(node):
         _refuse(node, 'it mixes images of the batch')
+    tensors = [t for t in tensors if math.prod(t.meta['shape'] if isinstance(t, fx.Node) else t.shape)]  # none is empty
     xs = [low.values[t] if isinstance(t, fx.Node) else Value(_once_an_image(low, node, t)) for t in tensors]
+    if len(tensors) == 1 and isinstance(tensors[0], fx.Node):
+        return xs[0]
     if all(x.single and bool(x.scale == xs[0].scale) for x in xs):
         return _emit(low, torch.cat, [x.node for x in xs], dim, scale=xs[0].scale)
     if any(not x.narrow and x.axis != dim for x in xs) or len(xs) > sum(isinstance(t, fx.Node) for t in tensors):
@@ -1263,6 +1266,19 @@ def _as_declared(low, node):
         args = [low.plain(v) if isinstance(v, Value) else low.stored(_row(node, v), node.meta['layer']) for v in inputs]
         return _emit(low, op.function, *args, **named)
     return _emit(low, op.function, *[v.node for v in values], scale=scale, **named)
+
+
+@rule('clamp')
+def _clamp(low, node):
+    "Ends that are stored tensors of one number are numbers; an end at infinity is none."
+    a = bound(node, 'input min max')
+    ends = {k: float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in a.items() if k != 'input'}
+    if any(isinstance(v, (torch.Tensor, fx.Node)) for v in ends.values()):
+        return _as_declared(low, node)
+    _batch_dim(node)
+    ends = {k: v for k, v in ends.items() if v is not None and v != (-math.inf if k == 'min' else math.inf)}
+    x = low.values[a['input']]
+    return _emit(low, OPERATIONS['clamp'].function, low.plain(x), **ends) if ends else x
 
 
 def _named_arguments(node, op, positional):
@@ -1992,6 +2008,8 @@ class SideBySide(fx.Interpreter):
         if n.op not in ('call_module', 'call_function'):
             return want
         call = self.rounded.get_submodule(n.target) if n.op == 'call_module' else n.target
+        if not want.numel():
+            return want
         single = lambda v: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v
         got = call(*tree_map(single, args), **tree_map(single, kwargs))
         off, limit = float((got.double() - want).abs().max()), self.limit(n, args, want)

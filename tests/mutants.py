@@ -1375,6 +1375,12 @@ MUTANTS = [
         "tokens::test_what_a_graph_with_attention_costs_more_than_its_net",
     ),
     Mutant(
+        "an end at infinity is an end",
+        "if v is not None and v != (-math.inf if k == 'min' else math.inf)",
+        "if v is not None",
+        "operations::test_ends_that_are_stored_numbers_and_ends_at_infinity",
+    ),
+    Mutant(
         "a net takes as many tensors as it likes",
         "if len(needed) > 1:",
         "if False:",

@@ -576,3 +576,32 @@ def test_a_name_in_files_stands_for_one_function():
     with pytest.raises(MicronetError, match='own.gate_of_two is declared already, by mine'):
         declared('yours')
     OPERATIONS.pop('own.gate_of_two')
+
+
+def test_ends_that_are_stored_numbers_and_ends_at_infinity(tmp_path):
+    class Clipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('low', torch.tensor(-0.5))
+            self.register_buffer('none', torch.tensor(math.inf))
+
+        def forward(self, x):
+            x = torch.clamp(x, self.low, self.none)  # one end
+            return torch.clamp(x, -self.none, self.none).clip(max=1.25) * 2  # no end, and the other one
+
+    graph = agree(Clipped(), tokens(), tmp_path)
+    ends = [n.kwargs for n in graph.graph.nodes if n.target is torch.clamp]
+    assert ends == [{'min': -0.5}, {'max': 1.25}] and graph(tokens()).equal(tokens().clamp(-0.5, 1.25) * 2)
+
+
+def test_empty_pieces_are_none(tmp_path):
+    class Pieces(nn.Module):
+        "Prefix tokens, of which there are none."
+
+        def forward(self, x):
+            prefix, x = x[:, :0], torch.exp(x)
+            x = torch.cat([prefix, x], 1)
+            return torch.cat([torch.tanh(prefix), x[:, :3], x[:, 3:]], 1)
+
+    graph = agree(Pieces(), tokens(), tmp_path)
+    assert [len(n.args[0]) for n in graph.graph.nodes if n.target is torch.cat] == [2]
