@@ -31,6 +31,7 @@ from micronet_nb.layers import (
     input_batches,
     matching,
     per_layer,
+    require_one_input,
     require_shapes,
     tell_untouched,
     untouched,
@@ -262,6 +263,7 @@ def calibrate(
 ) -> dict:  # layer name to Sample, in the order in which the layers first ran
     "Samples the inputs of every Conv2d and Linear. Slide 'Activation Quantization'."
     require_shapes(model, 'calibration')
+    require_one_input(model, 'calibration')
     limit, seed = whole('limit', limit, 1), whole('seed', seed)
     samples, layers, quantisers = {}, _places(model, before), activation_quantisers(model)
     hooks, device = [], next(model.parameters(), torch.empty(0)).device
@@ -592,6 +594,7 @@ def quantise_products(
     """
     bits = whole('bits', bits, 1, 15)
     require_shapes(model, 'calibration')
+    require_one_input(model, 'calibration')
     remove_product_quantisers(model)
     with evaluation_mode(model):
         samples = _sampled_products(model, batches, whole('limit', limit, 1), whole('seed', seed))

@@ -11,6 +11,7 @@ __all__ = ['SIZES', 'TOLERANCE', 'STAGES', 'smallest_of', 'smallest_models', 'ra
 import argparse, contextlib, copy, importlib, math, multiprocessing, re, sys, tempfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 from .core import MicronetError, commit, committed_dir, progress, record, stage
 import pandas as pd
@@ -23,7 +24,7 @@ from .activations import activation_quantisers, quantise_activations
 from .integer import run_integer
 from .layers import compressible, plain_layers, unpack_attention, untouched
 from .lowering import lower
-from .onnx import onnx_session, to_onnx
+from .onnx import beside_onnx, onnx_session, to_onnx
 from .packing import pack, unpack
 from .pruning import prune
 from .runtime import Runner
@@ -226,6 +227,13 @@ def _all_behind(outs):
     return order
 
 
+@contextlib.contextmanager
+def _grad_everywhere():
+    "Gradients, where a net computes constants without them, too."
+    with torch.enable_grad(), mock.patch.multiple(torch.no_grad, __enter__=lambda _: None, __exit__=lambda *_: None):
+        yield
+
+
 def stored_by_autograd(
     net: nn.Module,  # without batch norms, in evaluation mode; changed
     image: torch.Tensor,  # (1, ...)
@@ -234,7 +242,7 @@ def stored_by_autograd(
     net.train().eval()  # some nets keep what they have computed until they train again
     for t in (*net.parameters(), *net.buffers()):
         t.requires_grad_(t.is_floating_point())
-    with torch.enable_grad(), _in_products(net):
+    with _grad_everywhere(), _in_products(net):
         x = image.clone().requires_grad_()
         order = _all_behind([o for o in _as_tensors(net(x)) if o.grad_fn is not None])
     moving = set()
@@ -276,7 +284,8 @@ def off_by(
     return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))
 
 
-TOLERANCE = {'lower': 1e-6, 'integer': 0.0, 'pack': 0.0, 'Runner': 0.0, 'ONNX': 1e-2}  # stage to what it may be off by
+TOLERANCE = {'lower': 1e-6, 'integer': 0.0, 'pack': 0.0, 'Runner': 0.0, 'ONNX': 1e-2}
+TOLERANCE['ONNX beside'] = 1e-4  # stage to what it may be off by
 
 # %% ../nbs/26_families.ipynb #26a0001e
 class Way:
@@ -338,10 +347,14 @@ def _quantise_stage(way):
     return dict(inputs=len(activation_quantisers(way.net)), unquantised=float(untouched(way.net).share.sum()))
 
 # %% ../nbs/26_families.ipynb #26a00022
-def _lower_stage(way):
-    exact = lower(way.net, way.images, torch.float64)
+def _off_in_float64(way):
+    "How far the graph is off the net, both in float64; neither is kept."
     want = copy.deepcopy(way.net).double()(way.fresh.double())
-    off = dict(off=_within('lower', exact(way.fresh.double()), want))
+    return _within('lower', lower(way.net, way.images, torch.float64)(way.fresh.double()), want)
+
+
+def _lower_stage(way):
+    off = dict(off=_off_in_float64(way))
     for scales in (torch.float16, torch.float32):
         try:
             way.graph = lower(way.net, way.images, scales)
@@ -371,7 +384,12 @@ def _runner_stage(way):
 
 def _onnx_stage(way):
     want, path = way.answers(), way.file('net.onnx')
-    return dict(off=_within('ONNX', onnx_session(to_onnx(way.graph, path))(way.fresh), want))
+    got, beside = onnx_session(to_onnx(way.graph, path))(way.fresh), beside_onnx(way.graph, way.fresh)
+    neighbours = int(beside.other.sum())  # integers on the other side of a boundary, which may move all behind them
+    off = off_by(got, want) if neighbours else _within('ONNX', got, want)
+    if not beside.attrs['off'] <= TOLERANCE['ONNX beside']:
+        raise MicronetError(f"given its integers, its answer is off by {beside.attrs['off']:.2g} of the largest number")
+    return dict(off=off, neighbours=neighbours)
 
 
 STAGES = dict(score=_score_stage, prune=_prune_stage, quantise=_quantise_stage, lower=_lower_stage)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'OPERATIONS', 'Quantise', 'ScaleBias', 'check_integers', 'IntWeights', 'IntConv2d', 'IntLinear',
-           'Operation', 'operation', 'as_graph', 'shapes_of', 'int_sums', 'IntegerRun', 'run_integer', 'sum_widths']
+           'Operation', 'allowed', 'operation', 'as_graph', 'shapes_of', 'int_sums', 'IntegerRun', 'run_integer',
+           'sum_widths']
 
 # %% ../nbs/12_integer.ipynb #a222b348
-import functools, math, operator, re
+import functools, inspect, math, operator, re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .core import MicronetError
-from .layers import evaluation_mode, require_shapes
+from .layers import evaluation_mode, require_one_input, require_shapes
 from .scoring import ELEMENTWISE, FREE
 
 # %% ../nbs/12_integer.ipynb #74327e34
@@ -273,11 +275,29 @@ class Operation:
         return dict(zip(self.arguments, args[tensors:])) | kwargs
 
 
+def allowed(
+    test,  # of a declaration: a function of a value
+    value,  # from a net or a file
+) -> bool:
+    "May an argument have this value? Not where its test cannot judge it."
+    try:
+        return bool(test(value))
+    except Exception:
+        return False
+
+
 OPERATIONS = {}  # what the recorder of `13_lowering` calls it ('softmax', 'own.name') to its Operation
 
 # %% ../nbs/12_integer.ipynb #5cd1a9e4
 _HOMES = {'torch': torch, 'functional': F, 'special': torch.special, 'linalg': torch.linalg, 'fft': torch.fft}
 _HOMES['operator'] = operator
+
+
+def described(
+    x,  # an input
+) -> str:
+    "Dtype and shape of an input, for an error."
+    return f"{x.dtype} {'x'.join(map(str, x.shape))}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 def _home(function):
@@ -320,14 +340,18 @@ def operation(
     if function is None:
         options = dict(example=example, onnx=onnx, cost=cost, carries=carries, arguments=arguments, name=name)
         return lambda f: operation(f, **options)
+    if not callable(function):
+        raise MicronetError(f'{function!r} cannot be declared: an operation is a function')
     home, key = _home(function), getattr(function, '__name__', '')
     if home is None:
-        function, key = _seen(function), f'own.{key}'
+        function, key = _seen(function), name or f'own.{key}'
         function.operation = key
-    declared = Operation(function, name or home or key, tuple(example), onnx, carries, arguments or {})
+    declared = Operation(function, name or home or key, example, onnx, carries, {} if arguments is None else arguments)
+    _check_anew(function, before := OPERATIONS.get(key))
     _check_declared(declared, key)
-    _check_anew(function, OPERATIONS.get(key))
-    _check_cost(cost or {}, declared.name)
+    _check_cost({} if cost is None else cost, declared.name)
+    if before is not None:
+        CARRIES.discard(before.function)
     OPERATIONS[key] = declared
     CARRIES.update([function] * carries)
     _PRICED.update(cost or {})
@@ -363,14 +387,82 @@ def _check_cost(cost, name):
 
 
 def _check_declared(declared, key):
-    "Refuses a declaration without a name or an example, and a name that another function has."
-    if not re.fullmatch(r'\w+(\.\w+)+', declared.name, re.ASCII):
-        raise MicronetError(f'{declared.name!r} is no name of an operation: give the function one, with def')
-    if not declared.example or not isinstance(declared.example[0], torch.Tensor):
-        raise MicronetError(f'the example of {declared.name} begins with a tensor (n, ...): the activation it works on')
+    "Refuses a declaration without a name, a name that another function has, and an example that is none."
+    name = declared.name
+    if not isinstance(name, str) or not re.fullmatch(r'\w+(\.\w+)+', name, re.ASCII):
+        raise MicronetError(f'{name!r} is no name of an operation: give the function one, with def')
     for other_key, other in OPERATIONS.items():
-        if other.name == declared.name and other_key != key:
-            raise MicronetError(f'{declared.name} is the name of another operation: choose another with name=')
+        if other.name == name and other_key != key:
+            raise MicronetError(f'{name} is the name of another operation: choose another with name=')
+    if type(declared.carries) is not bool:
+        raise MicronetError(f'carries={declared.carries!r} of {name}: True or False')
+    if not (declared.onnx is None or callable(declared.onnx)):
+        raise MicronetError(f'onnx={declared.onnx!r} of {name}: a function of the export and the arguments, or None')
+    _check_example(declared)
+    _check_named(declared)
+
+
+def _tried(declared, how, *args, **kwargs):
+    "What a declared function makes of arguments."
+    try:
+        return declared.function(*args, **kwargs)
+    except Exception as e:  # a function of one's own may raise anything
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise MicronetError(f'{declared.name} does not run on its example{how}: {reason}') from e
+
+
+def _check_example(declared):
+    "Refuses an example that has no batch of floats in front, and a function that makes no such batch of it."
+    is_batch = lambda t: isinstance(t, torch.Tensor) and t.is_floating_point() and t.dim() > 0 and len(t) > 1
+    name, example = declared.name, declared.example
+    if not isinstance(example, (tuple, list)):
+        raise MicronetError(f'the example of {name} is a tuple of arguments, not {described(example)}: (x,) for one')
+    if not example or not is_batch(example[0]) or example[0].dim() < 2:
+        raise MicronetError(
+            f'the example of {name} begins with a tensor of floats (n, ...), n > 1: the activation that it works on'
+        )
+    kinds = [isinstance(v, torch.Tensor) for v in example]
+    if kinds != sorted(kinds, reverse=True):
+        raise MicronetError(f'the example of {name} has a tensor behind a number: tensors are the first arguments')
+    out = _tried(declared, '', *example)
+    if not is_batch(out) or len(out) != len(example[0]):
+        raise MicronetError(
+            f'{name} makes of its example {described(out)}: an operation makes one tensor of floats (n, ...)'
+        )
+
+
+def _check_named(declared):
+    "Refuses arguments that the function does not have, and tests that refuse the example."
+    name, tests = declared.name, declared.arguments
+    if not isinstance(tests, dict) or not all(map(callable, tests.values())):
+        raise MicronetError(f'arguments={tests!r} of {name}: a dict of each argument to a test of its value')
+    tensors = [v for v in declared.example if isinstance(v, torch.Tensor)]
+    rest = declared.example[len(tensors) :]
+    if len(rest) > len(tests):
+        raise MicronetError(
+            f'the example of {name} has {len(rest)} values behind its tensors, and arguments= has {len(tests)}: '
+            'name each there, in order, with a test of its value'
+        )
+    named = dict(zip(tests, rest))
+    for k, v in named.items():
+        if v is not None and not allowed(tests[k], v):
+            raise MicronetError(f'{k}={v!r} in the example of {name} is not what its test in arguments= allows')
+    want, got = (_tried(declared, '', *declared.example), _tried(declared, ' by name', *tensors, **named))
+    if not torch.equal(got, want):
+        raise MicronetError(f'arguments= of {name} has its names in another order than the function')
+    _check_signature(declared)
+
+
+def _check_signature(declared):
+    "Refuses names that the function does not have, where Python knows them."
+    try:
+        parameters = inspect.signature(declared.function).parameters
+    except (TypeError, ValueError):  # of torch's own
+        return
+    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        return
+    if unknown := [k for k in declared.arguments if k not in parameters]:
+        raise MicronetError(f'{declared.name} has no argument {unknown[0]!r}, which arguments= names')
 
 # %% ../nbs/12_integer.ipynb #794a6e1f
 _RNG = torch.Generator().manual_seed(0)  # its own: who imports this keeps the numbers that a seed has promised
@@ -626,6 +718,7 @@ def as_graph(
 ) -> fx.GraphModule:
     "A model as a graph of modules and functions, in evaluation mode; one with hooks is refused."
     require_shapes(model, 'tracing')
+    require_one_input(model, 'a graph')
     _check_hooks(model, type(model).__name__)
     try:
         with evaluation_mode(model):
@@ -660,13 +753,6 @@ def tensors_in(
     return [t for t in tree_leaves(nested) if isinstance(t, torch.Tensor)]
 
 
-def described(
-    x,  # an input
-) -> str:
-    "Dtype and shape of an input, for an error."
-    return f"{x.dtype} {'x'.join(map(str, x.shape))}" if isinstance(x, torch.Tensor) else type(x).__name__
-
-
 def does_not_run(
     x,  # the input
     error: Exception,  # what was raised
@@ -675,6 +761,36 @@ def does_not_run(
     return MicronetError(f"the graph does not run on {described(x)}: {(str(error).splitlines() or ['?'])[0]}")
 
 # %% ../nbs/12_integer.ipynb #e8105e0c
+class Part(NamedTuple):
+    "How a part of a larger value lies in memory, whatever the number of images."
+
+    order: list  # of its dimensions, the outermost first
+    whole: list  # how large the larger value is in each of them; None: as large as the part
+    step: int  # from a number to the next
+
+    def strides(self, shape):
+        "Those of a part of this shape."
+        strides, step = [0] * len(shape), self.step
+        for d, n in zip(reversed(self.order), reversed(self.whole)):
+            strides[d] = step
+            step *= shape[d] if n is None else n
+        return tuple(strides)
+
+
+def _layout(x):
+    "The order of a value's dimensions in memory, the outermost first; a `Part` where it is one of a larger value."
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    if x.permute(order).is_contiguous():
+        return order
+    wide = [d for d in order if x.shape[d] > 1]
+    steps = [x.stride(d) for d in wide]
+    if 0 in steps or any(a % b or a // b < x.shape[d] for a, b, d in zip(steps, steps[1:], wide[1:])):
+        return order
+    whole = [None if a // b == x.shape[d] else a // b for a, b, d in zip(steps, steps[1:], wide[1:])]
+    narrow = [d for d in order if x.shape[d] == 1]
+    return Part(narrow + wide, [None] * (len(narrow) + 1) + whole, steps[-1])
+
+
 class _Shapes(fx.Interpreter):
     "Runs a graph and keeps the shape of every value, and the order of its dimensions in memory."
 
@@ -684,7 +800,8 @@ class _Shapes(fx.Interpreter):
         self.extra_traceback = False
 
     def run_node(self, n):
-        before = [(t, t._version) for t in tensors_in(self.fetch_args_kwargs_from_env(n))]
+        given = tensors_in(self.fetch_args_kwargs_from_env(n))
+        before = [(t, t._version) for t in given if not t.is_inference()]  # which nobody can write into here
         value = super().run_node(n)
         if any(t._version != v for t, v in before):
             raise MicronetError(
@@ -692,7 +809,7 @@ class _Shapes(fx.Interpreter):
             )
         if isinstance(value, torch.Tensor):
             self.shapes[n] = tuple(value.shape)
-            self.orders[n] = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+            self.orders[n] = _layout(value)
         return value
 
 
@@ -701,7 +818,7 @@ class _Shapes(fx.Interpreter):
 def shapes_and_orders(
     graph: fx.GraphModule,  # any
     x: torch.Tensor,  # (n, ...) input
-) -> tuple:  # (node to shape, node to list of dimensions, the outermost first)
+) -> tuple:  # (node to shape, node to its `_layout`)
     "Shape of every value; order of its dimensions in memory."
     run = _Shapes(graph)
     try:

@@ -7,7 +7,7 @@ __all__ = ['LAYERS', 'compressible', 'is_transposed', 'image_batches', 'labelled
            'unpack_attention']
 
 # %% ../nbs/03_layers.ipynb #038aa329
-import contextlib, warnings
+import contextlib, inspect, warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -92,6 +92,24 @@ def require_shapes(
         kind = 'parameter' if isinstance(t, nn.Parameter) else 'buffer'
         tensor = f'{name!r}, a {kind} of a lazy module'
         raise MicronetError(f'{caller} needs the shape of {tensor}: run the model on one batch first')
+
+# %% ../nbs/03_layers.ipynb #b57ac178
+def require_one_input(
+    model: nn.Module,  # any model
+    caller: str,  # what runs it, for the message
+):
+    "Refuses a model that cannot be called with one tensor."
+    try:
+        parameters = inspect.signature(getattr(model, 'forward', model)).parameters.values()
+    except (TypeError, ValueError):  # of no Python function
+        return
+    given = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in given]
+    if len(needed) > 1:
+        raise MicronetError(
+            f"{caller} gives a net one tensor, and {type(model).__name__} takes {len(needed)} ({', '.join(needed)}): "
+            'wrap it in a module that takes one and makes these of it'
+        )
 
 # %% ../nbs/03_layers.ipynb #2f69e63f
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from micronet_nb.integer import (
     IntWeights,
     Quantise,
     ScaleBias,
+    allowed,
     bound,
     check_finite,
     check_integers,
@@ -42,7 +43,7 @@ from micronet_nb.integer import (
     module_of,
     tensors_in,
 )
-from .layers import first_inputs, layer_class
+from .layers import first_inputs, layer_class, require_one_input
 
 # %% ../nbs/13_lowering.ipynb #06e5b915
 class Recorder(TorchFunctionMode):
@@ -266,6 +267,7 @@ def add_node(self: Recorder, kind, target, op, args, kwargs, out):
 
 # %% ../nbs/13_lowering.ipynb #6501565b
 READS = {'__bool__', 'item', 'tolist', 'numpy', '__float__', '__int__', '__array__', '__index__'}  # values of a tensor
+LOOKS = {'_base'}  # attributes that say where a tensor comes from, and compute nothing
 SHAPED_LIKE = set(  # read nothing of a tensor but its shape and kind
     'new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like'.split()
 )
@@ -276,6 +278,8 @@ def on_call(self: Recorder, func, args, kwargs, out):
     "One function: a node where it works on the input, a constant where it does not."
     outs, tensors, name = tensors_in(out), tensors_in([args, kwargs]), name_of(func)
     cast = name in ('to', 'type_as') and id(args[0]) not in self.nodes  # of a constant, to the kind of an activation
+    if name in LOOKS:
+        return
     if name in SHAPED_LIKE or cast:
         self.keep_constants(outs)
     elif not self.depends(tensors):
@@ -927,7 +931,10 @@ def _cat(low, node):
     tensors, dim = a['tensors'], (a['dim'] if a['axis'] is None else a['axis']) % len(node.meta['shape'])
     if dim == _batch_dim(node):
         _refuse(node, 'it mixes images of the batch')
+    tensors = [t for t in tensors if math.prod(t.meta['shape'] if isinstance(t, fx.Node) else t.shape)]  # none is empty
     xs = [low.values[t] if isinstance(t, fx.Node) else Value(_once_an_image(low, node, t)) for t in tensors]
+    if len(tensors) == 1 and isinstance(tensors[0], fx.Node):
+        return xs[0]
     if all(x.single and bool(x.scale == xs[0].scale) for x in xs):
         return _emit(low, torch.cat, [x.node for x in xs], dim, scale=xs[0].scale)
     if any(not x.narrow and x.axis != dim for x in xs) or len(xs) > sum(isinstance(t, fx.Node) for t in tensors):
@@ -1125,9 +1132,18 @@ def _widened(low, node, source):
     return _emit(low, torch.cat, [x.node] * new[1], 1, scale=x.scale, bias=x.bias, name=x.name)
 
 
+def _finite(constant):
+    "A constant with the largest numbers of float32 in place of infinities: behind a softmax they are the same."
+    most = torch.finfo(torch.float32).max
+    return constant.clamp(-most, most) if isinstance(constant, torch.Tensor) else min(max(constant, -most), most)
+
+
 def _with_constant(low, node, source, function, constant, merged, factor=1):
     "A sum or a product with a constant: in scale and bias where it is one number a channel, else a function."
-    flat, axis = _constant(node, constant)
+    if function is torch.add and isinstance(constant, torch.Tensor) and bool(constant.isinf().any()):
+        constant, flat = _finite(constant), None  # a mask, which no scale and bias of few bits could hold
+    else:
+        flat, axis = _constant(node, constant)
     old, new = source.meta['shape'], node.meta['shape']
     if flat is not None and (old == new or len(old) == len(new) and len(flat) == new[1] and old[1] == 1):
         x = _widened(low, node, source)
@@ -1151,6 +1167,26 @@ def _add(low, node):
     other = _row(node, other) * factor
     merged = lambda x, constant: x.then(one, constant, name)
     return _with_constant(low, node, source, torch.add, other, merged, one)
+
+
+@rule('where')
+def _where(low, node):
+    "By a stored mask: a product with it, and a sum with what is chosen where it is false."
+    first, *rest = [*node.args, *node.kwargs.values()]
+    dtype = first.meta['dtype'] if isinstance(first, fx.Node) else first.dtype
+    mask, x, y = (first, *rest) if dtype == torch.bool else (rest[0], first, rest[1])  # as a method it is second
+    if isinstance(mask, fx.Node):
+        _refuse(node, 'it chooses by values of an activation; choose by a stored mask')
+    _batch_dim(node)
+    mask, name, total = _row(node, mask), node.meta['layer'], None
+    for v, chosen in ((x, mask), (y, ~mask)):
+        if isinstance(v, fx.Node):
+            part = low.graph.call_function(torch.mul, (low.plain(low.values[v]), low.stored(chosen.double(), name)))
+        else:
+            v = torch.as_tensor(_finite(_row(node, v)), dtype=torch.float64)
+            part = low.stored(chosen * v, name)
+        total = part if total is None else low.graph.call_function(torch.add, (total, part))
+    return Value(total)
 
 
 @rule('neg')
@@ -1218,6 +1254,8 @@ _IGNORED = {'inplace', 'out', '_stacklevel'}  # arguments that do not change wha
 def _as_declared(low, node):
     "The function of a declared operation on values as they are; one that moves values takes scale along."
     op = OPERATIONS[node.meta['op']]
+    if op.function is not node.target and hasattr(node.target, 'operation'):
+        _refuse(node, f'{op.name} has been declared anew since: let the net call that one, or give each its name=')
     _batch_dim(node)
     count = next((i for i, v in enumerate(node.args) if not isinstance(v, (fx.Node, torch.Tensor))), len(node.args))
     named = _named_arguments(node, op, node.args[count:])
@@ -1230,12 +1268,27 @@ def _as_declared(low, node):
     return _emit(low, op.function, *[v.node for v in values], scale=scale, **named)
 
 
+@rule('clamp')
+def _clamp(low, node):
+    "Ends that are stored tensors of one number are numbers; an end at infinity is none."
+    a = bound(node, 'input min max')
+    ends = {k: float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in a.items() if k != 'input'}
+    if any(isinstance(v, (torch.Tensor, fx.Node)) for v in ends.values()):
+        return _as_declared(low, node)
+    _batch_dim(node)
+    ends = {k: v for k, v in ends.items() if v is not None and v != (-math.inf if k == 'min' else math.inf)}
+    x = low.values[a['input']]
+    return _emit(low, OPERATIONS['clamp'].function, low.plain(x), **ends) if ends else x
+
+
 def _named_arguments(node, op, positional):
     "The arguments that are no activations, by name; what the declaration does not know must be left at nothing."
+    if more := [v for v in positional[len(op.arguments) :] if v is not None]:
+        _refuse(node, f'it is called with {more[0]!r}, for which the declaration of {op.name} has no argument')
     given = dict(zip(op.arguments, positional)) | {_OTHER_NAMES.get(k, k): v for k, v in node.kwargs.items()}
     given = {k: v for k, v in given.items() if k not in _IGNORED and v is not None}
     for k, v in given.items():
-        if k not in op.arguments or not op.arguments[k](v):
+        if k not in op.arguments or not allowed(op.arguments[k], v):
             _refuse(node, f'{k}={v!r} is no argument that the declaration of {op.name} allows')
     rank, dims = len(node.args[0].meta['shape']), given.get('dim', ())
     if _batch_dim(node.args[0]) in [d % rank for d in ([dims] if isinstance(dims, int) else dims)]:
@@ -1476,8 +1529,7 @@ def _softsign(input):
 
 @composed('masked_fill')
 def _masked_fill(input, mask, value):
-    lowest = torch.finfo(torch.float32).min
-    return input * (~mask).to(input.dtype) + mask.to(input.dtype) * max(float(value), lowest)
+    return input * (~mask).to(input.dtype) + mask.to(input.dtype) * _finite(float(value))
 
 # %% ../nbs/13_lowering.ipynb #15e91bad
 def _moments(input, dim, correction, keepdim):
@@ -1956,6 +2008,8 @@ class SideBySide(fx.Interpreter):
         if n.op not in ('call_module', 'call_function'):
             return want
         call = self.rounded.get_submodule(n.target) if n.op == 'call_module' else n.target
+        if not want.numel():
+            return want
         single = lambda v: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v
         got = call(*tree_map(single, args), **tree_map(single, kwargs))
         off, limit = float((got.double() - want).abs().max()), self.limit(n, args, want)
@@ -2006,6 +2060,7 @@ def _verify(out, expected):
     "Refuses a graph that computes something else."
     if out.shape != expected.shape:
         raise MicronetError(f'the lowered graph gives {tuple(out.shape)} and the model {tuple(expected.shape)}')
+    check_finite(expected, 'what the net gives to the example')
     off = float((out - expected).abs().max())
     if not off <= 1e-6 * float(expected.abs().max()) + 1e-12:
         raise MicronetError(
@@ -2047,11 +2102,13 @@ def lower(
     """
     if scales not in (torch.float16, torch.float32, torch.float64):
         raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
+    require_one_input(model, 'lower')
     example = first_inputs(example)
     _check_example(example)
     x = example.detach().cpu().double()
     recorded, expected = capture(_copied(model), torch.cat([x, x]) if len(x) == 1 else x)
     graph = _build(recorded)
+    del recorded  # and with it a copy of the net
     _into_floats(graph)
     _widen(graph)
     run = LargestInputs(graph.double())
@@ -2110,6 +2167,7 @@ def refusals(
     _check_example(x)
     x, refused = x.detach().cpu().double(), []
     try:
+        require_one_input(model, 'lower')
         net = _copied(model)
         recorder = _Survey(net, torch.cat([x, x]) if len(x) == 1 else x)
         refused = recorder.refused

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .data import check_stats, normalise
 from .integer import MODULES, OPERATIONS, IntConv2d, IntLinear, IntWeights, Quantise, ScaleBias
-from .integer import as_graph, check_integers, picked
+from .integer import allowed, as_graph, check_integers, picked
 from .layers import evaluation_mode
 from .scoring import ACCOUNTINGS, score
 
@@ -165,7 +165,7 @@ def _check_values_of(name, args, kwargs):
     tests = _declared(name)
     tensors = next((i for i, v in enumerate(args) if not isinstance(v, fx.Node)), len(args))
     for k, v in (dict(zip(tests, args[tensors:])) | kwargs).items():
-        if k in tests and v is not None and not tests[k](v):
+        if k in tests and v is not None and not allowed(tests[k], v):
             raise MicronetError(f'{name} has the argument {k}={str(v)[:60]}, which its declaration does not allow')
 
 # %% ../nbs/17_packing.ipynb #8c099e77
@@ -594,6 +594,10 @@ _SUMS = set('operator.add operator.sub operator.iadd operator.isub operator.neg 
 _PRODUCTS = {'operator.mul', 'operator.imul'}
 _SHAPED = set('view reshape expand torch.reshape'.split())  # take a shape as it is
 _JOINS = {'torch.cat', 'torch.stack'}
+_PLACES_AT = {
+    'functional.max_pool2d': 6,
+    'functional.adaptive_max_pool2d': 2,
+}  # where return_indices is among arguments
 NUMBER_BITS = 1000  # of numbers that are computed from sizes
 
 
@@ -628,7 +632,7 @@ def _called(name, node, operands):
     if name == 'dim':
         return 64
     whole = name.removeprefix('torch.')
-    with_places = node.kwargs.get('return_indices') or (name.endswith('max_pool2d') and node.args[-1] is True)
+    with_places = node.kwargs.get('return_indices') or any(node.args[_PLACES_AT.get(name, len(node.args)) :])
     return 'tensors' if whole in ('chunk', 'split') or with_places else 'tensor'
 
 

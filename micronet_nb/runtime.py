@@ -20,6 +20,7 @@ from micronet_nb.integer import (
     GATES,
     IntConv2d,
     IntLinear,
+    Part,
     Quantise,
     ScaleBias,
     as_graph,
@@ -395,9 +396,13 @@ NEW_MEMORY = (ANY_ORDER - {operator.getitem}) | _LAYERS | {*GATES.values()}  # n
 
 # %% ../nbs/14_runtime.ipynb #84479a81
 def _in_order(x, order):
-    "A value with its dimensions in this order in memory; None: in the usual one."
+    "A value with its dimensions in this order in memory, or as this `Part` lies; None: in the usual order."
     if not isinstance(x, torch.Tensor):
         return x
+    if isinstance(order, Part):
+        strides = order.strides(x.shape)
+        there = all(a == b for a, b, n in zip(x.stride(), strides, x.shape) if n > 1)
+        return x if there else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
     if order is None or order == sorted(order):
         return x.contiguous()
     return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
@@ -420,7 +425,7 @@ def _order_matters(graph, node):
 def plain_task(
     graph: fx.GraphModule,  # any
     node: fx.Node,  # of it
-    orders: dict = None,  # node to the order of its dimensions in the graph's own memory; None: the usual one
+    orders: dict = None,  # node to how it lies in the graph's own memory, see `_in_order`; None: the usual order
 ) -> Task:
     "What the graph itself does."
     reads, orders = node.all_input_nodes, orders or {}

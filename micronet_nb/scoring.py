@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .core import MicronetError
-from .layers import compressible, evaluation_mode, per_layer, require_shapes
+from .layers import compressible, evaluation_mode, per_layer, require_one_input, require_shapes
 
 # %% ../nbs/05_scoring.ipynb #844dabf7
 ELEMENTWISE = {  # operation: (multiplies, adds) an element of the output
@@ -533,6 +533,7 @@ def _image(model, input_size):
         raise MicronetError(f'a net to count must be an nn.Module, not {type(model).__name__}: wrap it in one')
     size = sizes_of(input_size)
     require_shapes(model, 'scoring')
+    require_one_input(model, 'scoring')
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
     return torch.full((1, *size), 0.5, dtype=like.dtype, device=like.device)
 

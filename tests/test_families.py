@@ -11,6 +11,7 @@ from torch import nn
 from micronet_nb import families
 from micronet_nb.core import MicronetError
 from micronet_nb.families import STAGES, products_by_score, products_by_torch, stored_by_autograd, without_batch_norms
+from micronet_nb.scoring import score
 
 
 class Small(nn.Module):
@@ -49,6 +50,25 @@ def test_stored_numbers_at_the_border(net):
     assert stored_by_autograd(without_batch_norms(net), IMAGE) == (12 + 16, 12 + 16 + 4)
 
 
+def test_constants_that_are_computed_without_gradients_are_stored():
+    "Four sines of a buffer: the net says that they need no gradient."
+
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("rates", torch.rand(4))
+
+        def forward(self, x):
+            with torch.no_grad():
+                waves = torch.sin(self.rates)
+            return x.flatten(2)[..., :4] + waves
+
+    assert stored_by_autograd(Waves(), IMAGE) == (0, 4) and score(Waves(), (3, 2, 3)).storage == 4
+    with torch.no_grad():
+        assert not (IMAGE.requires_grad_() * 2).requires_grad  # it means again what it says
+    IMAGE.requires_grad_(False)
+
+
 def test_a_wrong_count_is_refused(monkeypatch):
     way = families.Way("test_vit")
     monkeypatch.setattr(families, "products_by_torch", lambda *args: 7)
@@ -69,6 +89,23 @@ def test_a_wrong_answer_is_refused(stage, monkeypatch):
     monkeypatch.setattr(way, "answers", lambda: 1.05 * way.graph(way.fresh))
     with torch.no_grad(), pytest.raises(MicronetError, match="off by"):
         STAGES[stage](way)
+
+
+def test_a_quantiser_that_is_another_in_onnx_is_refused(monkeypatch):
+    "Where integers are neighbours, the answers are not compared: what is refused then is a step of its own."
+    way = families.Way("test_efficientnet")
+    STAGES["quantise"](way)
+    STAGES["lower"](way)
+    few = families.beside_onnx(way.graph, way.fresh)
+    monkeypatch.setattr(families, "beside_onnx", lambda *args: few)
+    few.iloc[0, few.columns.get_loc("other")] = 3
+    monkeypatch.setattr(way, "answers", lambda: 1.05 * way.graph(way.fresh))
+    with torch.no_grad():
+        told = STAGES["ONNX"](way)
+        assert told["neighbours"] == 3 and 0.04 < told["off"] < 0.05
+        few.attrs["off"] = 1e-3
+        with pytest.raises(MicronetError, match="given its integers, its answer is off by 0.001"):
+            STAGES["ONNX"](way)
 
 
 def test_a_sweep_goes_on_where_it_was(monkeypatch, tmp_path):

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.parametrize import register_parametrization
 
-from micronet_nb.activations import ActivationQuantiser, attach_quantiser, quantise_activations
+from micronet_nb.activations import ActivationQuantiser, attach_quantiser, quantise_activations, quantise_products
 from micronet_nb.adders import _one_by_one, accumulator_ranges, adder, partial_bounds
 from micronet_nb.core import MicronetError
 from micronet_nb.integer import (
@@ -23,6 +23,7 @@ from micronet_nb.integer import (
     sum_widths,
 )
 from micronet_nb.lowering import SideBySide, capture, dtype_holds, lower, powers
+from micronet_nb.onnx import to_onnx
 from micronet_nb.packing import pack, unpack
 from micronet_nb.pruning import prune
 from micronet_nb.runtime import Runner
@@ -557,6 +558,41 @@ def test_nets_of_other_results(made, told):
         lower(Wrapped(made).eval(), images())
     with pytest.raises(MicronetError, match='one tensor to one tensor'):
         Runner(Wrapped(made).eval())
+
+
+class TwoInputs(nn.Module):
+    "An image and a row beside it."
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, image, row):
+        return self.conv(image).flatten(1) + row
+
+
+@pytest.mark.parametrize(
+    'verb',
+    [
+        lambda net, x: lower(net, x),
+        lambda net, x: lower(net, (x, torch.zeros(2, 1))),
+        lambda net, x: score(net, (3, 8, 8)),
+        lambda net, x: quantise_activations(net, x, 8),
+        lambda net, x: quantise_products(net, x, 8),
+        lambda net, x: Runner(net),
+        lambda net, x: pack(net, 'net'),
+        lambda net, x: to_onnx(net, 'net', input_size=(3, 8, 8)),
+        lambda net, x: Runner(fx.symbolic_trace(net))(x),
+        lambda net, x: pack(fx.symbolic_trace(net), 'net'),
+        lambda net, x: to_onnx(fx.symbolic_trace(net), 'net', input_size=(3, 8, 8)),
+    ],
+)
+def test_a_net_of_several_inputs_is_refused_everywhere(verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = r'takes 2 \(image, row\): wrap it in a module that takes one|a Runner takes a graph of one tensor'
+    with pytest.raises(MicronetError, match=told):
+        verb(TwoInputs().eval(), torch.randn(2, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_head_for_training_only():

@@ -11,7 +11,7 @@ from micronet_nb.core import MicronetError
 from micronet_nb.integer import IntConv2d, IntLinear, Quantise, ScaleBias
 from micronet_nb.lowering import lower
 from micronet_nb.models import create_model
-from micronet_nb.onnx import carrier, onnx_session, to_onnx
+from micronet_nb.onnx import RULES, beside_onnx, carrier, onnx_session, to_onnx
 from micronet_nb.packing import pack, unpack
 from micronet_nb.pruning import prune
 from micronet_nb.weights import quantise_weights
@@ -382,3 +382,38 @@ def test_averages_over_windows_of_different_sizes(size, tmp_path):
     graph = lower(net, x)
     out = onnx_session(to_onnx(graph, tmp_path / "net.onnx", input_size=(3, 9, 10)))(x)
     assert torch.allclose(out, net(x), atol=1e-5) and out.shape == net(x).shape
+
+
+def normed():
+    "A norm, a gate and a softmax, each with a quantiser behind it, and layers of whole numbers between."
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.Softmax(-1), nn.Linear(16, 4)
+    )
+    x = torch.randn(64, 16)
+    net = net.eval()
+    quantise_weights(net, 4), quantise_activations(net, x, 8)
+    return lower(net, x), torch.randn(2000, 16)
+
+
+@pytest.mark.parametrize('form', ['qdq', 'float'])
+def test_quantisers_behind_floats_make_the_integers_of_the_graph_or_their_neighbours(form):
+    graph, x = normed()
+    table = beside_onnx(graph, x, form)
+    assert table.integers.tolist() == [2000 * 16] * 3 and int(table.other.sum()) < 50
+    assert table.attrs['off'] < 1e-6
+
+
+def test_a_runtime_that_computes_otherwise_is_found(monkeypatch):
+    "A norm with another epsilon: refused. With any neighbour allowed: what lies behind is exact for these integers."
+    graph, x = normed()
+
+    def other(e, m, x):
+        weight, bias = m.weight, m.bias
+        return e('LayerNormalization', x, weight, bias, axis=-1, epsilon=0.01)
+
+    monkeypatch.setitem(RULES, nn.LayerNorm, other)
+    with pytest.raises(MicronetError, match='onnxruntime makes .* of 32,000 integers that are not those of the graph'):
+        beside_onnx(graph, x)
+    table = beside_onnx(graph, x, slack=8.0)
+    assert table.other.iloc[0] > 1000 and int(table.other.iloc[1:].sum()) < 50

@@ -1,5 +1,6 @@
 "Operations between integer layers: each declaration holds in every room, and one of your own needs no other place."
 
+import math
 import re
 import subprocess
 import sys
@@ -11,10 +12,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
-from micronet_nb.activations import ActivationQuantiser, quantise_activations
+from micronet_nb.activations import ActivationQuantiser, quantise_activations, quantise_products
 from micronet_nb.core import MicronetError
 from micronet_nb.integer import CARRIES, OPERATIONS, IntegerRun, IntLinear, ScaleBias
-from micronet_nb.integer import int_products, operation, run_integer
+from micronet_nb.integer import grid_of, int_products, operation, run_integer
 from micronet_nb.lowering import lower
 from micronet_nb.onnx import onnx_session, to_onnx, try_operation
 from micronet_nb.packing import decode_node, pack, unpack
@@ -115,6 +116,76 @@ def test_attention_however_it_is_spelt(attend, bits, tmp_path):
     graph = agree(net, x, tmp_path)
     layers = [type(m).__name__ for m in graph.modules()]
     assert layers.count('LayerNorm') == 2 and ('IntLinear' in layers) == bool(bits)
+
+
+HIDDEN = ~torch.ones(6, 6, dtype=torch.bool).tril()  # from a token: those behind it
+INFINITE = torch.zeros(6, 6).masked_fill(HIDDEN, -math.inf)
+MASKS = dict(
+    added=lambda scores, mask: scores + mask,
+    in_front=lambda scores, mask: mask + scores,
+    filled=lambda scores, mask: scores.masked_fill(mask < 0, -math.inf),
+    where=lambda scores, mask: torch.where(mask < 0, -math.inf, scores),
+    where_not=lambda scores, mask: torch.where(mask == 0, scores, torch.tensor(-math.inf)),
+    method=lambda scores, mask: scores.where(mask == 0, -math.inf),
+)
+
+
+class Masked(nn.Module):
+    "Attention with a mask of 0 and -inf, as a net stores it; None: torch's fused attention; 'causal': with its own."
+
+    def __init__(self, mask):
+        super().__init__()
+        self.qkv, self.how = nn.Linear(8, 24), mask
+        self.register_buffer('mask', INFINITE)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.how is None:
+            return F.scaled_dot_product_attention(q, k, v, self.mask)
+        if self.how == 'causal':
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.how(q @ k.transpose(1, 2), self.mask).softmax(-1) @ v
+
+
+@pytest.mark.parametrize('mask', [None, 'causal', *MASKS])
+def test_what_a_mask_of_infinities_hides_is_hidden(mask, tmp_path):
+    net, x = Masked(MASKS.get(mask, mask)).eval(), tokens()
+    quantise_weights(net, 8), quantise_activations(net, x, 8)
+    graph = agree(net, x, tmp_path)
+    other = torch.cat([x[:, :3], tokens(seed=7)[:, 3:]], 1)  # the same first tokens, which see nothing of the others
+    assert graph(other)[:, :3].equal(graph(x)[:, :3]) and not graph(other)[:, 3:].equal(graph(x)[:, 3:])
+
+
+def test_a_net_that_gives_infinities_is_refused():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('mask', INFINITE)
+
+        def forward(self, x):
+            return x @ x.transpose(1, 2) + self.mask
+
+    with pytest.raises(MicronetError, match='what the net gives to the example has 45 values that are NaN or infinite'):
+        lower(Shifted(), tokens())  # 3 images with 15 places above the diagonal
+
+
+def test_a_choice_by_values_of_an_activation_is_refused():
+    class Chosen(nn.Module):
+        def forward(self, x):
+            return torch.where(x > 0, x, 0.0)
+
+    with pytest.raises(MicronetError, match="'gt' in Chosen cannot be lowered"):
+        lower(Chosen(), tokens())
+
+
+def test_products_quantised_within_attention_are_lowered(tmp_path):
+    "Both factors of both products, on grids: the products are those of whole numbers."
+    torch.manual_seed(0)
+    net, x = Block(fused).eval(), tokens()
+    assert list(quantise_products(net, x, 8)) == ['']
+    graph = agree(net, x, tmp_path)
+    products = [n for n in graph.graph.nodes if n.target is torch.matmul]
+    assert [[grid_of(graph, i) for i in n.args] for n in products] == [[(8, True)] * 2, [(8, False), (8, True)]]
 
 
 @pytest.mark.parametrize('same', [True, False])
@@ -318,6 +389,149 @@ def test_a_declaration_prices_nothing_but_its_own(cost, word):
     assert 'special_i1' not in OPERATIONS or 'special_i1' not in ELEMENTWISE
 
 
+X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def scaled_by(x, factor, shift=0.0):
+    return x * factor + shift
+
+
+is_float = lambda v: isinstance(v, float)
+
+
+@pytest.mark.parametrize(
+    'function, said, words',
+    [
+        (3, dict(example=(X,)), '3 cannot be declared: an operation is a function'),
+        (scaled_by, dict(example=X), 'is a tuple of arguments, not torch.float32 2x3x4x4: '),
+        (scaled_by, dict(example=None), 'is a tuple of arguments, not NoneType'),
+        (scaled_by, dict(example=(2.0, X)), 'begins with a tensor of floats'),
+        (scaled_by, dict(example=(X.int(), 2.0)), 'begins with a tensor of floats'),
+        (scaled_by, dict(example=(X[:1], 2.0)), r'begins with a tensor of floats \(n, ...\), n > 1'),
+        (scaled_by, dict(example=(X.sum(), 2.0)), 'begins with a tensor of floats'),
+        (scaled_by, dict(example=(X,)), 'does not run on its example: .*factor'),
+        (scaled_by, dict(example=(X, 2.0)), 'has 1 values behind its tensors, and arguments= has 0'),
+        (scaled_by, dict(example=(X, 2.0, X)), 'has a tensor behind a number'),
+        (scaled_by, dict(example=(X, X), arguments=dict(gain=is_float)), "has no argument 'gain'"),
+        (scaled_by, dict(example=(X, 2.0), arguments=dict(gain=is_float)), "example by name: .*'gain'"),
+        (scaled_by, dict(example=(X, 2.0, 1.0), arguments=dict(shift=is_float, factor=is_float)), 'in another order'),
+        (
+            scaled_by,
+            dict(example=(X, 2), arguments=dict(factor=is_float)),
+            'factor=2 in the example of own.scaled_by is',
+        ),
+        (scaled_by, dict(example=(X, 2.0), arguments=dict(factor=3)), 'a dict of each argument to a test'),
+        (scaled_by, dict(example=(X, 2.0), arguments=['factor']), 'a dict of each argument to a test'),
+        (torch.relu, dict(example=(X,), onnx='Relu'), "onnx='Relu' of torch.relu: a function of the export"),
+        (torch.relu, dict(example=(X,), carries='yes'), "carries='yes' of torch.relu: True or False"),
+        (torch.relu, dict(example=(X,), name=3), '3 is no name of an operation'),
+        (lambda x: None, dict(example=(X,), name='own.f'), 'own.f makes of its example NoneType: '),
+        (
+            lambda x: (x, x),
+            dict(example=(X,), name='own.f'),
+            'own.f makes of its example tuple: an operation makes one',
+        ),
+        (lambda x: x.sum(), dict(example=(X,), name='own.f'), 'own.f makes of its example torch.float32 : '),
+        (lambda x: x.transpose(0, 1), dict(example=(X,), name='own.f'), 'makes of its example torch.float32 3x2x4x4'),
+        (lambda x: x.argmax(1), dict(example=(X,), name='own.f'), 'makes of its example torch.int64 2x4x4'),
+        (lambda x: 1 // 0, dict(example=(X,), name='own.f'), 'own.f does not run on its example: integer division'),
+    ],
+)
+def test_a_wrong_declaration_is_one_sentence(function, said, words):
+    before = {key: vars(op) for key, op in OPERATIONS.items()}
+    with pytest.raises(MicronetError, match=words) as told:
+        operation(function, **said)
+    assert '\n' not in str(told.value) and {key: vars(op) for key, op in OPERATIONS.items()} == before
+
+
+@pytest.fixture
+def declared():
+    "Declares for one test."
+    before, carry = dict(OPERATIONS), set(CARRIES)
+    yield operation
+    for table, kept in ((OPERATIONS, before), (CARRIES, carry)):
+        table.clear()
+        table.update(kept)
+
+
+def raises(e, x):
+    raise ZeroDivisionError('nothing to divide')
+
+
+@pytest.mark.parametrize(
+    'said, f, words',
+    [
+        (dict(onnx=raises), lambda x: x + 1, r'has arguments that its rule does not know \(ZeroDivisionError: not'),
+        (dict(onnx=lambda e, x: None), lambda x: x + 1, 'the rule of .* returns NoneType, not the name of a value'),
+        (dict(onnx=lambda e: e('Relu', 'x')), lambda x: x + 1, 'cannot be exported to ONNX: .*too many positional'),
+        ({}, lambda x: x / (len(x) - 1 or x[3]), 'own.f does not run on one image alone: index 3 is out of bounds'),
+        (
+            dict(carries=True),
+            lambda x: x + 0.5,
+            'own.f is said to carry whole numbers, and makes torch.float32 of them',
+        ),
+        (
+            dict(carries=True),
+            lambda x: F.softmax(x, 1),
+            'own.f is said to carry whole numbers, and does not run on any',
+        ),
+    ],
+)
+def test_what_is_tried_and_fails_is_one_sentence(said, f, words, declared):
+    with pytest.raises(MicronetError, match=words) as told:
+        try_operation(declared(f, example=(X,), name='own.f', **said))
+    assert '\n' not in str(told.value)
+
+
+def test_a_declaration_that_was_replaced_is_called_no_more(declared):
+    "Two functions that a maker makes have one name and one place; lambdas have no other."
+
+    class Call(nn.Module):
+        def __init__(self, f):
+            super().__init__()
+            self.f = f
+
+        def forward(self, x):
+            return self.f(x)
+
+    def times(k):
+        return declared(lambda x: x * k, example=(X,), name='own.times')
+
+    two, three = times(2), times(3)
+    assert lower(Call(three), X)(X).equal(X * 3)
+    with pytest.raises(MicronetError, match='own.times has been declared anew since: let the net call that one'):
+        lower(Call(two), X)
+    four = declared(lambda x: x * 4, example=(X,), name='own.fourfold')  # another name, another operation
+    assert lower(Call(three), X)(X).equal(X * 3) and lower(Call(four), X)(X).equal(X * 4)
+
+
+def test_a_declaration_that_carries_no_more(declared):
+    declared(torch.erfc, example=(X,), carries=True)
+    declared(torch.erfc, example=(X,))
+    assert torch.erfc not in CARRIES and not OPERATIONS['erfc'].carries
+
+
+def test_an_argument_that_a_declaration_does_not_name_is_refused(declared):
+    f = declared(scaled_by, example=(X, 2.0), arguments=dict(factor=is_float))
+
+    class Call(nn.Module):
+        def forward(self, x):
+            return f(x, 2.0, 1.0)
+
+    with pytest.raises(
+        MicronetError, match='called with 1.0, for which the declaration of own.scaled_by has no argument'
+    ):
+        lower(Call(), X)
+
+
+def test_a_test_that_cannot_judge_a_value_of_a_file_refuses_it(declared):
+    declared(scaled_by, example=(X, 2.0), arguments=dict(factor=lambda v: 0 < v < 9))
+    graph = fx.Graph()
+    row = ['f', 'own.scaled_by', ['1'], {'factor': {'t': [1]}}]
+    with pytest.raises(MicronetError, match='own.scaled_by has the argument factor=.* which its declaration does not'):
+        decode_node(graph, row, [graph.placeholder('x')], [])
+
+
 def test_importing_draws_nothing():
     "A seed set before the first use of the library gives the same numbers as after it."
     code = 'import torch, micronet_nb as mn; torch.manual_seed(0); mn.lower, mn.to_onnx; print(torch.rand(1))'
@@ -362,3 +576,32 @@ def test_a_name_in_files_stands_for_one_function():
     with pytest.raises(MicronetError, match='own.gate_of_two is declared already, by mine'):
         declared('yours')
     OPERATIONS.pop('own.gate_of_two')
+
+
+def test_ends_that_are_stored_numbers_and_ends_at_infinity(tmp_path):
+    class Clipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('low', torch.tensor(-0.5))
+            self.register_buffer('none', torch.tensor(math.inf))
+
+        def forward(self, x):
+            x = torch.clamp(x, self.low, self.none)  # one end
+            return torch.clamp(x, -self.none, self.none).clip(max=1.25) * 2  # no end, and the other one
+
+    graph = agree(Clipped(), tokens(), tmp_path)
+    ends = [n.kwargs for n in graph.graph.nodes if n.target is torch.clamp]
+    assert ends == [{'min': -0.5}, {'max': 1.25}] and graph(tokens()).equal(tokens().clamp(-0.5, 1.25) * 2)
+
+
+def test_empty_pieces_are_none(tmp_path):
+    class Pieces(nn.Module):
+        "Prefix tokens, of which there are none."
+
+        def forward(self, x):
+            prefix, x = x[:, :0], torch.exp(x)
+            x = torch.cat([prefix, x], 1)
+            return torch.cat([torch.tanh(prefix), x[:, :3], x[:, 3:]], 1)
+
+    graph = agree(Pieces(), tokens(), tmp_path)
+    assert [len(n.args[0]) for n in graph.graph.nodes if n.target is torch.cat] == [2]

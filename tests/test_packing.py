@@ -1113,3 +1113,13 @@ def test_released_net_through_the_commands(tmp_path, capsys):
     capsys.readouterr()
     assert micronet_score([str(path)]) == 0
     assert f"{told['storage']:,.4f}" in capsys.readouterr().out
+
+
+def test_a_pool_with_ceil_mode_is_one_tensor(tmp_path):
+    "As `lower` writes it: ceil_mode is the last argument, and no wish for indices."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Conv2d(4, 4, 1), nn.Flatten()).eval()
+    x = torch.randn(4, 3, 7, 8)
+    quantise_weights(net, 4), quantise_activations(net, x, 4)
+    graph = lower(net, x)
+    assert unpack(pack(graph, tmp_path / 'net'))(x).equal(graph(x)) and graph(x).shape == (4, 4 * 2 * 3)

@@ -310,3 +310,67 @@ def test_inputs_that_are_refused():
         Runner(graph)(torch.randn(2, 5, 16, 16))
     with pytest.raises(MicronetError, match='float64'):
         Runner(copy.deepcopy(graph).double())
+
+
+class Halves(nn.Module):
+    "A gate of one half of the channels, whose kernel sees how the half lies in memory; pieces of other layouts beside."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 64), nn.Linear(32, 16), nn.Conv2d(16, 32, 1)
+
+    def forward(self, x):
+        gate, value = self.a(x.permute(0, 2, 3, 1)).chunk(2, -1)
+        x = self.b(nn.functional.gelu(gate) * torch.exp(value))
+        x = self.c(x.permute(0, 3, 1, 2))
+        x = torch.cat(
+            [torch.tanh(x[:, 4:20]), nn.functional.gelu(x[:, ::2]), torch.sigmoid(x[..., 1:])[..., :1] + x], 1
+        )
+        return nn.functional.gelu(x[:, 8:40]).flatten(1)
+
+
+@pytest.mark.parametrize('bits', [None, 8])
+def test_floats_of_a_part_have_the_bits_of_the_graph(bits):
+    torch.manual_seed(0)
+    net, x = Halves().eval(), torch.randn(5, 3, 8, 8)
+    if bits:
+        quantise_weights(net, bits), quantise_activations(net, x, bits)
+    graph = lower(net, x, torch.float32)
+    runner = Runner(graph)
+    for n in (2, 5, 1):
+        assert runner(x[:n]).equal(graph(x[:n])) and Runner(graph)(x[:n]).equal(graph(x[:n]))
+
+
+def test_parts_with_the_images_in_the_middle():
+    "A plan is made with two images; what lies outside of them lies further apart where there are more."
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 64), nn.Linear(32, 3)
+
+        def forward(self, x):
+            gate, value = self.a(x.transpose(0, 1)).chunk(2, -1)  # (tokens, n, channels)
+            return self.b(nn.functional.gelu(gate) + value).transpose(0, 1)
+
+    torch.manual_seed(0)
+    x = torch.randn(7, 5, 4)
+    graph = lower(Turned().eval(), x)
+    runner = Runner(graph)
+    for n in (3, 7, 2, 1):
+        assert runner(x[:n]).equal(graph(x[:n]))
+
+
+def test_a_graph_that_was_lowered_in_inference_mode_runs():
+    class Places(Halves):
+        "With a stored tensor that is a value of the graph."
+
+        def forward(self, x):
+            return super().forward(x + self.b.weight[:2].reshape(1, 8, 8))
+
+    x = torch.randn(3, 3, 8, 8)
+    with torch.inference_mode():
+        graph = lower(Places().eval(), x)
+        want = graph(x)
+        assert Runner(graph)(x).equal(want)
+    assert Runner(graph)(x).equal(want)

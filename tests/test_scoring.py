@@ -861,7 +861,7 @@ LAZY = nn.Sequential(nn.LazyConv2d(4, 3))
         (nn.Conv2d(3, 4, 1), 32, 'input_size is'),
         (nn.Conv2d(3, 4, 1), (3, 32.0, 32.5), 'input_size is'),
         (LAZY, (3, 8, 8), "scoring needs the shape of '0.weight', a parameter of a lazy module"),
-        (Inside(), (3, 8, 8), 'Inside does not run on an image of 3x8x8: TypeError'),
+        (Inside(), (3, 8, 8), 'scoring gives a net one tensor, and Inside takes 2 '),
         (Do(lambda m, x: x.nothing), (3, 8, 8), 'AttributeError'),
         (torch.relu, (3, 8, 8), 'must be an nn.Module'),
         (Do(lambda m, x: {'a': None}), (3, 8, 8), 'does not depend on its input'),

@@ -6,6 +6,7 @@ from torch import nn
 from micronet_nb.activations import quantise_activations, quantise_products, remove_product_quantisers
 from micronet_nb.compressing import compress
 from micronet_nb.layers import compressible, unpack_attention
+from micronet_nb.lowering import lower
 from micronet_nb.post_training import reconstruct
 from micronet_nb.pruning import param_sparsity, prune
 from micronet_nb.scoring import score
@@ -88,3 +89,27 @@ def test_compress_reaches_attention():
     small = compress(net, torch.cat([x] * 4), "8-bit", quiet=True)
     assert "block.self_attn.in_proj" in small.report.layers.index and len(small.report.untouched) == 0
     assert type(net.block.self_attn) is nn.MultiheadAttention  # the net that was given is left as it was
+
+
+class Attend(nn.Module):
+    "Attention of one head behind a norm: 6 tokens of 8 numbers."
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_what_a_graph_with_attention_costs_more_than_its_net():
+    "A multiplication at 16 bits counts a half. 48 inputs of each layer, 36 scores, which softmax has at 32 in the net."
+    torch.manual_seed(0)
+    net, x = Attend().eval(), torch.randn(4, 6, 8)
+    quantise_weights(net, 4), quantise_activations(net, x, 8)
+    kinds = [score(m, (6, 8)).layers.groupby("kind").multiplies.sum() for m in (net, lower(net, x, torch.float32))]
+    assert [k["scale"] for k in kinds] == [(6 * 24 + 6 * 8) / 2, (6 * 24 + 6 * 8) / 2 + (48 + 36 + 48) / 2]
+    assert [k["softmax"] for k in kinds] == [3 * 36, 2 * 36]
+    rest = [k.drop(["scale", "softmax"]) for k in kinds]
+    assert rest[0].equals(rest[1]) and len(rest[0]) >= 3
