@@ -903,7 +903,8 @@ def _measured(graph, scales, images, size):
                 ids = _compact(scales.ids[n])
                 over = [d for d in range(ids.dim()) if ids.shape[d] == 1]
                 ends = [f(values[n], over, True) if over else values[n] for f in (torch.amin, torch.amax)]
-                _raise(largest, ids, torch.maximum(-ends[0], ends[1]))
+                if node in scales.at:  # in front of a clip they are no layer's input yet
+                    _raise(largest, ids, torch.maximum(-ends[0], ends[1]))
                 for end, limit in zip(ends, scales.clips.get(node, ())):
                     if limit:  # 0 is an end that no factor moves
                         _raise(reached, ids, end / limit)

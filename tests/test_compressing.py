@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import micronet_nb as mn
 from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, option_table
 from micronet_nb.core import MicronetError
-from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, learn_rounding, reconstruct
-from micronet_nb.post_training import second_order, solve_layer
+from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, equalise, learn_rounding
+from micronet_nb.post_training import reconstruct, second_order, solve_layer
 from micronet_nb.training import paired, wilson
 
 
@@ -254,6 +254,125 @@ def test_a_damaged_layer_is_named_and_a_foreign_one_is_not_read(tmp_path):
         reconstruct(copy.deepcopy(start), x, 3, folder=tmp_path, quiet=True)
     reconstruct(copy.deepcopy(start), x, 4, folder=tmp_path, quiet=True)  # other settings: another folder
     assert len([*tmp_path.iterdir()]) == 2
+
+
+class Ways(nn.Module):
+    "Norms, a depthwise layer, a shortcut, a gate, a layer used twice, a flattened end; every activation is a ReLU."
+
+    def __init__(self, end=F.relu):
+        super().__init__()
+        self.stem, self.norm, self.deep = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.wide, self.twice = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.gate, self.head, self.end = nn.Conv2d(8, 8, 1), nn.Linear(8 * 4, 5), end
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.wide(F.leaky_relu(self.deep(F.pad(x, (1, 0, 0, 1))), 0.1)[:, :, 1:, :-1])
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        x = F.relu(self.twice(F.relu(self.twice(self.end(x)))))
+        return self.head(F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 2).flatten(1))
+
+
+def ways(**how):
+    "Such a net in double precision, its channels of different size, and images."
+    torch.manual_seed(0)
+    net, x = Ways(**how).double(), torch.randn(12, 3, 14, 14).double()
+    for _ in range(5):
+        net(x * 3 + 1)
+    with torch.no_grad():
+        for t in (net.norm.weight, net.norm.bias, net.twice.weight):
+            t.mul_(torch.logspace(-1.5, 1, len(t)).view(-1, *[1] * (t.dim() - 1)))
+    return net.eval(), x
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+def test_an_equalised_net_answers_the_same(per):
+    net, x = ways()
+    new = copy.deepcopy(net)
+    table = equalise(new, x, per=per)
+    other = 5 * torch.randn(20, 3, 14, 14).double()  # for every input, not for these images only
+    with torch.no_grad():
+        assert (new(other) - net(other)).abs().max() < 1e-9
+    assert table.channels.to_dict() == dict(stem=3, deep=8, wide=8, gate=8, twice=8, head=32)
+    assert table.scaled.to_dict() == dict(stem=0, deep=8, wide=8, gate=8, twice=8, head=32)
+    assert table.why["stem"] == "it is the image" and (table.after[1:] < table.before[1:] + 0.3).all()
+    rows = new.stem.weight.detach().flatten(1).abs().amax(1)
+    assert bool((rows.max() / rows.min() < 1.01) == (per == "tensor"))  # in front of a norm rows are alike
+
+
+@pytest.mark.parametrize("end", [F.hardswish, F.relu6, torch.sigmoid, lambda x: x + 1, lambda x: F.softmax(x, 1)])
+def test_what_lets_no_scale_through_ends_it(end):
+    net, x = ways(end=end)
+    new = copy.deepcopy(net)
+    table = equalise(new, x)
+    with torch.no_grad():
+        assert (new(3 * x) - net(3 * x)).abs().max() < 1e-9
+    assert table.scaled.to_dict() == dict(stem=0, deep=0, wide=8, gate=0, twice=0, head=0)  # `twice` sees both sides
+    assert table.why["deep"] and table.why["twice"]
+    assert torch.equal(new.twice.weight, net.twice.weight)
+
+
+def test_below_a_clip_a_share_of_it_is_left():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1, groups=8)).double().eval(), torch.randn(9, 3, 6, 6)
+    with torch.no_grad():
+        net[0].weight.mul_(torch.logspace(-1, 1, 8).view(-1, 1, 1, 1))
+    inside = lambda m: m[0](x.double()).clamp(min=0).amax((0, 2, 3))
+    new = copy.deepcopy(net)
+    table = equalise(new, x.double(), clips=0.5)
+    quiet = inside(net) <= 3
+    assert 0 < table.scaled["2"] == int(quiet.sum()) < 8 and table.why["2"] == "a clip is met"
+    assert torch.allclose(inside(new)[quiet], torch.full((1,), 3.0).double())  # half of 6, and no louder
+    assert torch.equal(inside(new)[~quiet], inside(net)[~quiet])
+    assert torch.allclose(new(x.double()), net(x.double()), atol=1e-9)
+
+
+class Tied(nn.Module):
+    "A weight that a second function reads."
+
+    def __init__(self, hidden=False):
+        super().__init__()
+        self.a, self.b, self.hidden = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), hidden
+
+    def forward(self, x):
+        y = self.b(F.relu(self.a(x)))
+        return y * float(self.b.weight.detach().abs().sum()) if self.hidden else y + F.conv2d(y.sin(), self.b.weight)
+
+
+def test_a_weight_that_serves_twice_stays_and_what_the_graph_hides_is_refused():
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 5, 5).double()
+    net = Tied().double()
+    new = copy.deepcopy(net)
+    table = equalise(new, x)
+    assert torch.equal(new.b.weight, net.b.weight) and table.scaled["b"] == 0 and table.why["b"]
+    assert (new(x) - net(x)).abs().max() < 1e-9
+    net = Tied(hidden=True).double()
+    was = copy.deepcopy(net.state_dict())
+    with pytest.raises(MicronetError, match="answers differently"):
+        equalise(net, x)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in was.items())
+
+
+def test_masks_stay_where_channels_are_scaled():
+    net, x = ways()
+    mn.prune(net, 0.5)
+    new = copy.deepcopy(net)
+    assert equalise(new, x).scaled["wide"] == 8
+    assert torch.equal(new.wide.weight == 0, net.wide.weight == 0)
+    assert (new(x) - net(x)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name, layers", [("resnet10t", 14), ("convnext_atto", 12 + 3 + 1)])
+def test_equalised_nets_of_timm(name, layers):
+    "All layers but the first; those behind a norm of a token: one a block, those between stages, the head."
+    torch.manual_seed(0)
+    net, x = timm.create_model(name).eval().double(), torch.randn(2, 3, 64, 64).double()
+    new = copy.deepcopy(net)
+    table = equalise(new, x)
+    with torch.no_grad():
+        assert (new(x) - net(x)).abs().max() < 1e-9
+    assert int((table.scaled > 0).sum()) == layers
 
 
 def table_of(rows, rest=0.0):
