@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'columns', 'Moments', 'Grid', 'second_order', 'descend', 'learn_rounding', 'Solved', 'solve_layer', 'Walk',
-           'reconstruct', 'solved_start', 'even_batches', 'run_nodes', 'equalise']
+           'reconstruct', 'solved_start', 'even_batches', 'run_nodes', 'equalise', 'blocks_of', 'reconstruct_blocks']
 
 # %% ../nbs/23_post_training.ipynb #87c20845
 import copy, hashlib, math, threading
@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from .activations import activation_quantisers, remove_activation_quantisers
+from .activations import _FakeQuantise, activation_quantisers, attach_quantiser, remove_activation_quantisers
 from .core import MicronetError, atomic_path, make_folder, number, progress, whole
 from .integer import bound, tensors_in
 from .layers import LAYERS, compressible, computes_otherwise, dense_weight, evaluation_mode
@@ -30,7 +30,7 @@ from .layers import input_batches, is_transposed, require_shapes, tell_untouched
 from .lowering import capture
 from .pruning import magnitude_mask, mask_of, plan_rates, put_masks, remove_pruning
 from .quantisers import grid, solve_scales
-from .weights import WeightQuantiser, plan_bits, remove_weight_quantisers, unquantised, weight_bits
+from .weights import WeightQuantiser, plan_bits, quantiser_of, remove_weight_quantisers, unquantised, weight_bits
 
 # %% ../nbs/23_post_training.ipynb #fde804fa
 def _pair(v):
@@ -471,26 +471,32 @@ class _Kept:
     def __init__(self, folder, key):
         self.folder = folder and make_folder(Path(folder) / key[:16])
 
-    def get(self, number, name):
+    def read(self, number, name, make=lambda t: t):
+        "What is made of the tensors of a layer or block; None: they are not there."
         if not self.folder or not (path := self.folder / f'{number:04d}.safetensors').exists():
             return None
         try:
-            t = load_file(path)
-            return Solved(
-                t['q'], Grid(t['keep'], int(t['bits']), t.get('scale')), float(t['error']), float(t['nearest'])
-            )
+            return make(load_file(path))
         except (SafetensorError, KeyError) as e:
             raise MicronetError(
                 f'{path} ({name}) cannot be read ({e}): delete it, and the layer is solved anew'
             ) from None
+
+    def write(self, number, tensors):
+        if self.folder:
+            with atomic_path(self.folder / f'{number:04d}.safetensors') as path:
+                save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path)
+
+    def get(self, number, name):
+        grid_of = lambda t: Grid(t['keep'], int(t['bits']), t.get('scale'))
+        return self.read(number, name, lambda t: Solved(t['q'], grid_of(t), float(t['error']), float(t['nearest'])))
 
     def put(self, number, solved):
         if self.folder:
             t = dict(q=solved.q, keep=solved.to.keep, bits=torch.tensor(solved.to.bits))
             t |= {} if solved.to.scale is None else dict(scale=solved.to.scale)
             t |= {k: torch.tensor(getattr(solved, k), dtype=torch.float64) for k in ('error', 'nearest')}
-            with atomic_path(self.folder / f'{number:04d}.safetensors') as path:
-                save_file({k: v.contiguous() for k, v in t.items()}, path)
+            self.write(number, t)
 
 # %% ../nbs/23_post_training.ipynb #7eab92ee
 def _grouped(module, w):
@@ -1093,3 +1099,277 @@ def _equalised(model, scales, ranges):
     left = {n: 'it did not run, or is none that is known' for n in compressible(model) if n not in rows}
     rows |= {n: dict(channels=0, scaled=0, before=math.nan, after=math.nan, why=why) for n, why in left.items()}
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name='layer'))
+
+# %% ../nbs/23_post_training.ipynb #5a41d495
+def _cuts(nodes):
+    "Places behind which one tensor carries everything on: how many nodes lie before."
+    at = {n: i for i, n in enumerate(nodes)}
+    last = {n: max((at.get(u, len(nodes)) for u in n.users), default=-1) for n in nodes}
+    live, cuts = set(), []
+    for i, n in enumerate(nodes):
+        live = {m for m in live if last[m] > i} | {n}
+        if live == {n}:
+            cuts.append(i + 1)
+    return cuts
+
+
+def blocks_of(
+    graph: fx.Graph,  # from `capture`
+    least: int = 3,  # layers that are joined where each is a block of its own
+) -> list:  # of lists of nodes
+    "The nodes of a net in blocks, each of which reads one tensor and gives one."
+    nodes = [n for n in graph.nodes if n.op in ('placeholder', 'call_function', 'call_module')]
+    count = lambda block: sum(n.meta['op'] in _LAYER for n in block)
+    blocks, start = [], 1
+    for stop in _cuts(nodes)[1:]:
+        piece, start = nodes[start:stop], stop
+        few = blocks and count(piece) <= 1 and count(blocks[-1]) < least
+        if blocks and (few or not count(piece) or not count(blocks[-1])):
+            blocks[-1] += piece
+        else:
+            blocks.append(piece)
+    return blocks
+
+# %% ../nbs/23_post_training.ipynb #f3888218
+class _Learned(nn.Module):
+    "The weight of a layer while it is learned: each between its integer and the next on the way to the original's."
+
+    def __init__(self, layer, original):
+        super().__init__()
+        q = quantiser_of(layer)
+        self.ends, self.scale = grid(q.bits), q.scale.detach().clone()
+        now = (unquantised(layer).detach() / self.scale).round().clamp(*self.ends)
+        self.low = (original.weight.detach() / self.scale).clamp(now - 0.9, now + 0.9).floor()
+        self.up = nn.Parameter(torch.logit(((now > self.low).float() * 0.8 + 0.2) / 1.2))  # shares 0.1 and 0.9
+        self.stretch, self.shift = nn.Parameter(torch.zeros_like(self.scale)), nn.Parameter(torch.zeros(len(now)))
+        mask = mask_of(layer)
+        self.keep = torch.ones_like(now, dtype=torch.bool) if mask is None else mask.mask.bool()
+        self.unit = 1.0  # of the shift: how far the layer's outputs deviate
+
+    def share(self):
+        return (1.2 * self.up.sigmoid() - 0.1).clamp(0, 1)
+
+    def forward(self, hard=False):
+        share = (self.up > 0).float() if hard else self.share()
+        q = (self.low + share).clamp(*self.ends) * self.scale * self.stretch.exp()
+        return torch.where(self.keep, q, 0.0)
+
+
+class _LearnedInput(nn.Module):
+    "A quantiser of inputs whose scale is learned."
+
+    def __init__(self, quantiser):
+        super().__init__()
+        self.ends, self.scale, self.stretch = quantiser.ends, quantiser.scale.detach().clone(), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return _FakeQuantise.apply(x, self.scale * self.stretch.exp(), *self.ends)
+
+
+def _run_block(nodes, entry, x, weights, inputs, hard=True):
+    "What each node of a block gives for a batch, with learned weights and quantisers of inputs in their places."
+    values = {entry: x}
+    for node in nodes:
+        name, m = node.meta['layer'], node.meta['module']
+        if node.meta['op'] not in _LAYER or name not in inputs and quantiser_of(m) is None:
+            run_nodes([node], values)
+            continue
+        x, *others = (values[a] if isinstance(a, fx.Node) else a for a in node.args)
+        x, learned = inputs[name](x) if name in inputs else x, weights.get(name)
+        if quantiser_of(m) is not None:  # as it is by now, not as it was captured
+            others[:2] = m.weight if learned is None else learned(hard), m.bias
+        values[node] = node.target(x, *others, **node.kwargs)
+        if learned is not None:
+            wide = (-1, 1, 1) if node.meta['op'] == 'conv2d' else (-1,)
+            values[node] = values[node] + (learned.shift * learned.unit).view(wide)
+    return values
+
+# %% ../nbs/23_post_training.ipynb #ba0a3988
+_PUSH = 1.0  # of what pushes shares to their ends, beside the error as a share of the first
+
+
+@dataclass
+class _Block:
+    "What is learned on: a block of the net, what it is given and what it should give, batch by batch."
+
+    nodes: list
+    entry: fx.Node
+    weights: dict  # layer name to _Learned
+    inputs: dict  # layer name to _LearnedInput
+    x: list
+    target: list
+
+    def error(self):
+        "Mean squared error with hard rounding, as a share of the target's variance."
+        with torch.no_grad():
+            errors = [F.mse_loss(self(x), y) for x, y in zip(self.x, self.target)]
+        return float(sum(errors)) / len(errors) / max(float(torch.cat(self.target).var()), 1e-30)
+
+    def __call__(self, x, hard=True):
+        return _run_block(self.nodes, self.entry, x, self.weights, self.inputs, hard)[self.nodes[-1]]
+
+    def begin(self):
+        "Units of the shifts."
+        with torch.no_grad():
+            values = _run_block(self.nodes, self.entry, self.x[0], self.weights, self.inputs)
+        for node in self.nodes:
+            if node.meta['op'] in _LAYER and (w := self.weights.get(node.meta['layer'])) is not None:
+                w.unit = float(values[node].std())
+
+    def learn(self, iterations, lr, seed):
+        "Scales and shifts first, then rounding with them; each half stays if the error with hard rounding is less."
+        weights = [*self.weights.values()]
+        slow = [w.stretch for w in (*weights, *self.inputs.values())] + [w.shift for w in weights]
+        steady, both = [dict(params=slow, lr=lr)], [dict(params=[w.up for w in weights], lr=lr), dict(params=slow, lr=lr / 10)]
+        for hard, groups in ((True, steady), (False, both)):
+            before = self.error()
+            kept = [(p, p.detach().clone()) for g in both for p in g['params']]
+            self._descend(groups, iterations - iterations // 2 if hard else iterations // 2, seed, hard)
+            if not self.error() < before:
+                for p, was in kept:
+                    p.data = was
+
+    def _descend(self, groups, iterations, seed, hard):
+        "Adam, with a rate that falls to 0; soft rounding is pushed to its ends, as in `learn_rounding`."
+        adam, order = torch.optim.Adam(groups), torch.Generator().manual_seed(seed)
+        fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: 1 - i / max(iterations, 1))
+        weights, unit = [*self.weights.values()], self.error() * float(torch.cat(self.target).var())
+        for i in range(iterations):
+            at = int(torch.randint(len(self.x), (), generator=order))
+            loss = F.mse_loss(self(self.x[at], hard), self.target[at]) / max(unit, 1e-20)
+            if not hard and i > iterations // 5:
+                sharp = 20 - 18 * (i - iterations / 5) / (0.8 * iterations)
+                soft = sum((1 - (2 * w.share() - 1).abs().pow(sharp)).sum() for w in weights)
+                loss = loss + _PUSH * soft / sum(w.up.numel() for w in weights) ** 0.5
+            adam.zero_grad()
+            loss.backward(inputs=[p for g in adam.param_groups for p in g['params']])  # and not the net's own
+            adam.step()
+            fall.step()
+
+# %% ../nbs/23_post_training.ipynb #ad2d839a
+@torch.no_grad()
+def _take_over(block, layers, quantisers, norms):
+    "What a block has learned goes into the net."
+    for name, w in block.weights.items():
+        layer, q = layers[name], quantiser_of(layers[name])
+        dense = dense_weight(layer)
+        dense.copy_(torch.where(w.keep, w(True), dense))
+        q.scale.copy_(w.scale * w.stretch.exp())
+        _shift(layer, norms.get(name), w.shift * w.unit)
+    for name, i in block.inputs.items():
+        quantisers[name].scale.copy_(i.scale * i.stretch.exp())
+
+
+def _state(block, layers, quantisers, norms):
+    "All that learning a block may change, by name."
+    state = {}
+    for name in block.weights:
+        layer = layers[name]
+        place = norms[name] if name in norms else layer.bias
+        state |= {f'{name} weight': dense_weight(layer), f'{name} scale': quantiser_of(layer).scale}
+        state |= {} if place is None else {f'{name} shift': place}
+    return state | {f'{name} input': quantisers[name].scale for name in block.inputs}
+
+
+def _learned_block(block, number, layers, quantisers, norms, kept, how):
+    "A block is learned, or read where it is kept; its row of the table."
+    block.begin()
+    name, before = next(iter(block.weights)), block.error()
+    if (state := kept.read(number, name)) is None:
+        block.learn(how['iterations'], how['lr'], how['seed'])
+        after = block.error()
+        if after < before:
+            _take_over(block, layers, quantisers, norms)
+        state = {k: t.detach() for k, t in _state(block, layers, quantisers, norms).items()}
+        kept.write(number, state | dict(after=torch.tensor(after, dtype=torch.float64)))
+    else:
+        after = float(state['after'])
+        for n in block.weights:
+            if f'{n} shift' in state:
+                _shift(layers[n], norms.get(n), torch.zeros(len(layers[n].weight)))  # a bias, where there is none
+        with torch.no_grad():
+            for k, t in _state(block, layers, quantisers, norms).items():
+                t.copy_(state[k])
+    return dict(block=name, layers=len(block.weights), before=before, after=after, taken=after < before)
+
+# %% ../nbs/23_post_training.ipynb #8158c7d2
+def _captured(model, example):
+    "Blocks of a net as it is without the quantisers of its inputs, and the node of its input."
+    quantisers = activation_quantisers(model)
+    remove_activation_quantisers(model)
+    try:
+        graph, _ = capture(model, example)
+    finally:
+        for name, q in quantisers.items():
+            attach_quantiser(model.get_submodule(name), q)
+    return graph, next(iter(graph.nodes))
+
+
+def _learnable(model, graph):
+    "Layers that run once, with a quantiser of 2 bits or more."
+    met = [n.meta['layer'] for n in graph.nodes if n.meta.get('op') in _LAYER]
+    layers = {n: m for n, m in compressible(model).items() if isinstance(m, (nn.Conv2d, nn.Linear)) and met.count(n) == 1}
+    return {n for n, m in layers.items() if (q := quantiser_of(m)) and q.bits > 1}
+
+
+@torch.no_grad()
+def _targets(nodes, entry, x, clean, follow):
+    "What a block of the original makes of its own inputs, and what it should give: between that and what it makes of x."
+    run = lambda v: run_nodes(nodes, {entry: v})[nodes[-1]]
+    clean = [run(v) for v in clean]
+    return clean, clean if follow == 1 else [follow * a + (1 - follow) * run(v) for a, v in zip(clean, x)]
+
+
+def _learned_in_turn(model, original, images, kept, how, quiet):
+    "Each block is learned on what those before it give; the table."
+    batches = even_batches(images, min(how['batch_size'], max(len(images), 2)))
+    (graph, entry), (other, start) = (_captured(m, batches[0]) for m in (model, original))
+    norms, layers, quantisers = _survey(model, images[:1])[1], compressible(model), activation_quantisers(model)
+    pairs, todo = [*zip(*(blocks_of(g, how['least']) for g in (graph, other)))], _learnable(model, graph)
+    x, clean, rows, bar = [*batches], [*batches], [], None if quiet else progress(None, 'blocks', len(pairs), 'block')
+    for number, (nodes, same) in enumerate(pairs):
+        names = {n.meta['layer']: None for n in nodes if n.meta['op'] in _LAYER}
+        clean, target = _targets(same, start, x, clean, how['follow'])
+        inputs = {n: quantisers[n] for n in names if n in quantisers}
+        if chosen := {n: _Learned(layers[n], compressible(original)[n]) for n in names if n in todo}:
+            learned = {n: _LearnedInput(q) for n, q in inputs.items()}
+            block = _Block(nodes, entry, chosen, learned, x, target)
+            rows.append(_learned_block(block, number, layers, quantisers, norms, kept, how))
+        with torch.no_grad():
+            x = [_Block(nodes, entry, {}, inputs, [], [])(v) for v in x]
+        entry, start = nodes[-1], same[-1]
+        bar is None or bar.update()
+    bar is None or bar.close()
+    return pd.DataFrame(rows).set_index('block')
+
+# %% ../nbs/23_post_training.ipynb #c0526427
+def reconstruct_blocks(
+    model: nn.Module,  # with weight quantisers, best of `reconstruct`; changed in place
+    images,  # (n, c, h, w) as the model sees them; no labels
+    original: nn.Module,  # the net in full precision
+    iterations: int = 200,  # of Adam, a block: half for scales and shifts alone, half with the rounding
+    batch_size: int = 16,  # images an iteration
+    lr: float = 0.01,  # learning rate of the rounding; scales and shifts: a tenth
+    follow: float = 1.0,  # how far a block makes good what those before it did wrong, see `reconstruct`
+    least: int = 3,  # see `blocks_of`
+    seed: int = 0,  # of the order of batches
+    folder=None,  # where learned blocks are kept, so that a killed call goes on; None: nowhere
+    quiet: bool = False,  # no progress bar
+) -> pd.DataFrame:  # a row a block: layers, error before and after (share of the variance), taken: was it better?
+    """Rounding, scales and shifts of a quantised net learned block by block (BRECQ, Li et al. 2021).
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 50)).eval()
+    >>> small, x = copy.deepcopy(net), torch.randn(32, 3, 8, 8)
+    >>> reconstruct(small, x, 3, quiet=True).bits.to_dict()
+    {'0': 3, '2': 3}
+    >>> reconstruct_blocks(small, x, net, 50, quiet=True).layers.to_list()
+    [2]
+    """
+    how = dict(iterations=whole('iterations', iterations, 1), batch_size=whole('batch_size', batch_size, 2))
+    how |= dict(lr=number('lr', lr, 0), follow=number('follow', follow, 0, 1), seed=whole('seed', seed), least=whole('least', least, 1))
+    if not any((q := quantiser_of(m)) and q.bits > 1 for m in compressible(model).values()):
+        raise MicronetError('no layer has a quantiser of 2 bits or more: call reconstruct or quantise_weights first')
+    images = torch.cat([*input_batches(images)]).to(next(model.parameters()).device)
+    with evaluation_mode(model), evaluation_mode(original):
+        kept = _Kept(folder, folder and _key(model, images, how | dict(original=_key(original, images[:1], 0))))
+        return _learned_in_turn(model, original, images, kept, how, quiet)

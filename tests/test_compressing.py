@@ -314,7 +314,10 @@ def test_what_lets_no_scale_through_ends_it(end):
 
 def test_below_a_clip_a_share_of_it_is_left():
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1, groups=8)).double().eval(), torch.randn(9, 3, 6, 6)
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1, groups=8)).double().eval(),
+        torch.randn(9, 3, 6, 6),
+    )
     with torch.no_grad():
         net[0].weight.mul_(torch.logspace(-1, 1, 8).view(-1, 1, 1, 1))
     inside = lambda m: m[0](x.double()).clamp(min=0).amax((0, 2, 3))
