@@ -30,7 +30,14 @@ from .layers import input_batches, is_transposed, require_shapes, tell_untouched
 from .lowering import capture
 from .pruning import magnitude_mask, mask_of, plan_rates, put_masks, remove_pruning
 from .quantisers import grid, solve_scales
-from .weights import WeightQuantiser, plan_bits, quantiser_of, remove_weight_quantisers, unquantised, weight_bits
+from micronet_nb.weights import (
+    WeightQuantiser,
+    plan_bits,
+    quantiser_of,
+    remove_weight_quantisers,
+    unquantised,
+    weight_bits,
+)
 
 # %% ../nbs/23_post_training.ipynb #fde804fa
 def _pair(v):
@@ -778,7 +785,10 @@ class _Scales:
         "Of a clip: as they came; who comes near its ends is measured."
         low, high = _CLIPS[node.meta['op']]
         a = bound(node, 'input low high', low=low, high=high)
-        low, high = (next((a[k] for k in ks if a.get(k) is not None), None) for ks in (('min_val', 'min', 'low'), ('max_val', 'max', 'high')))
+        low, high = (
+            next((a[k] for k in ks if a.get(k) is not None), None)
+            for ks in (('min_val', 'min', 'low'), ('max_val', 'max', 'high'))
+        )
         ends = [s * math.inf if v is None else v for s, v in ((-1, low), (1, high))]
         if any(isinstance(v, (torch.Tensor, fx.Node)) for v in ends) or not ends[0] <= 0 <= ends[1]:
             return None
@@ -941,7 +951,9 @@ class _Ranges:
                 continue
             w = part.tensors[0].detach().double().cpu().abs()
             w = w.flatten(2).amax(2) if w.dim() > 2 else w
-            self.layers.append((part, w, entering.view(part.groups, -1).repeat_interleave(len(w) // part.groups, 0), out))
+            self.layers.append(
+                (part, w, entering.view(part.groups, -1).repeat_interleave(len(w) // part.groups, 0), out)
+            )
         self.groups = [self._group(g) for p in scales.parts.values() if len(g := self._free(p.outputs))]
 
     def _free(self, ids):
@@ -1083,7 +1095,9 @@ def _carried_out_or_undone(model, ranges, example, before):
         return
     for t, was in kept:
         t.copy_(was)
-    raise MicronetError('the net answers differently with its channels scaled, and stays as it was: leave `equalise` out')
+    raise MicronetError(
+        'the net answers differently with its channels scaled, and stays as it was: leave `equalise` out'
+    )
 
 
 def _equalised(model, scales, ranges):
@@ -1160,7 +1174,11 @@ class _LearnedInput(nn.Module):
 
     def __init__(self, quantiser):
         super().__init__()
-        self.ends, self.scale, self.stretch = quantiser.ends, quantiser.scale.detach().clone(), nn.Parameter(torch.zeros(()))
+        self.ends, self.scale, self.stretch = (
+            quantiser.ends,
+            quantiser.scale.detach().clone(),
+            nn.Parameter(torch.zeros(())),
+        )
 
     def forward(self, x):
         return _FakeQuantise.apply(x, self.scale * self.stretch.exp(), *self.ends)
@@ -1220,7 +1238,10 @@ class _Block:
         "Scales and shifts first, then rounding with them; each half stays if the error with hard rounding is less."
         weights = [*self.weights.values()]
         slow = [w.stretch for w in (*weights, *self.inputs.values())] + [w.shift for w in weights]
-        steady, both = [dict(params=slow, lr=lr)], [dict(params=[w.up for w in weights], lr=lr), dict(params=slow, lr=lr / 10)]
+        steady, both = (
+            [dict(params=slow, lr=lr)],
+            [dict(params=[w.up for w in weights], lr=lr), dict(params=slow, lr=lr / 10)],
+        )
         for hard, groups in ((True, steady), (False, both)):
             before = self.error()
             kept = [(p, p.detach().clone()) for g in both for p in g['params']]
@@ -1308,7 +1329,9 @@ def _captured(model, example):
 def _learnable(model, graph):
     "Layers that run once, with a quantiser of 2 bits or more."
     met = [n.meta['layer'] for n in graph.nodes if n.meta.get('op') in _LAYER]
-    layers = {n: m for n, m in compressible(model).items() if isinstance(m, (nn.Conv2d, nn.Linear)) and met.count(n) == 1}
+    layers = {
+        n: m for n, m in compressible(model).items() if isinstance(m, (nn.Conv2d, nn.Linear)) and met.count(n) == 1
+    }
     return {n for n, m in layers.items() if (q := quantiser_of(m)) and q.bits > 1}
 
 
@@ -1366,7 +1389,12 @@ def reconstruct_blocks(
     [2]
     """
     how = dict(iterations=whole('iterations', iterations, 1), batch_size=whole('batch_size', batch_size, 2))
-    how |= dict(lr=number('lr', lr, 0), follow=number('follow', follow, 0, 1), seed=whole('seed', seed), least=whole('least', least, 1))
+    how |= dict(
+        lr=number('lr', lr, 0),
+        follow=number('follow', follow, 0, 1),
+        seed=whole('seed', seed),
+        least=whole('least', least, 1),
+    )
     if not any((q := quantiser_of(m)) and q.bits > 1 for m in compressible(model).values()):
         raise MicronetError('no layer has a quantiser of 2 bits or more: call reconstruct or quantise_weights first')
     images = torch.cat([*input_batches(images)]).to(next(model.parameters()).device)

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 import micronet_nb as mn
 from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, option_table
 from micronet_nb.core import MicronetError
+from micronet_nb.lowering import capture
 from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, equalise, learn_rounding
-from micronet_nb.post_training import reconstruct, second_order, solve_layer
+from micronet_nb.post_training import blocks_of, reconstruct, reconstruct_blocks, second_order, solve_layer
+from micronet_nb.pruning import put_masks
 from micronet_nb.training import paired, wilson
 
 
@@ -416,6 +418,77 @@ def test_budgets_mend_the_price_that_a_plan_knows_nothing_of():
     assert lost <= 4.0 and plan.cost.sum() == min(x for x, k in ((6.0, 4.0), (7.0, 2.0)) if k <= 4.0)
     with pytest.raises(MicronetError, match="the widest choices lose 1.5, and 1 are allowed"):
         _Budget(make, lambda plan: plan.kl.sum(), table_of(CHOICES), 1.0).damage()
+
+
+def test_plans_are_mended_by_what_choices_do_together():
+    rows = [(n, w, a) for n in "ab" for w in (4, 8) for a in (4, 8)]
+    t = pd.DataFrame(rows, columns=["layer", "weight_bits", "input_bits"]).assign(rate=0.0, error=0.0, nonzero=1)
+    t["kl_weights"], t["kl_input"] = t.weight_bits.map({4: 3.0, 8: 0.0}), t.input_bits.map({4: 1.0, 8: 0.0})
+    t = t.assign(kl=t.kl_weights + t.kl_input, cost=t.weight_bits + t.input_bits)
+    t.attrs["rest"], seen = 0.0, []
+
+    def together(plan):
+        "Two inputs of 4 bits do 50 times what each does, weights what they do alone."
+        w, a = (
+            3.0 * (plan.weight_bits == 4).sum(),
+            (50.0 if (plan.input_bits == 4).all() else 1.0) * plan.kl_input.sum(),
+        )
+        seen.append(plan)
+        return w + a, w, a
+
+    work = _Budget(lambda plan: plan, lambda plan: plan.cost.sum(), t, 24.0, together)
+    plan, got = work.price()
+    assert (seen[0].input_bits == 4).all() and (plan.input_bits == 8).all() and (plan.weight_bits == 4).all()
+    assert got == 24.0 and work.turns[0] == {"got": 24.0, "predicted": 2.0, "kl": 100.0} and work.turns[-1]["kl"] == 6.0
+    assert len(seen) == 2  # the third plan is the second again
+
+
+class Split(nn.Module):
+    "Two ways that meet, between single layers."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.d, self.e = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.a(x)))
+        x = F.relu(self.d(self.b(x) + self.c(x)))
+        return self.e(x.mean((2, 3)))
+
+
+def test_blocks_end_where_one_tensor_carries_everything():
+    graph, _ = capture(Split().eval(), torch.randn(2, 3, 6, 6))
+    of = lambda least: [
+        [n.meta["layer"] for n in b if n.meta["op"] in ("conv2d", "linear")] for b in blocks_of(graph, least)
+    ]
+    assert of(1) == [["a"], ["b", "c"], ["d"], ["e"]]
+    assert of(3) == [["a"], ["b", "c", "d"], ["e"]]
+
+
+def test_a_block_is_learned_and_nothing_else_is_touched():
+    torch.manual_seed(0)
+    net, x = Split().eval(), torch.randn(32, 3, 6, 6)
+    small = copy.deepcopy(net)
+    mn.quantise_activations(small, x, 5)
+    put_masks(small, {"c": torch.rand(4, 4, 3, 3) > 0.5})
+    reconstruct(small, x, 3, original=net, quiet=True)
+    new, keys = copy.deepcopy(small), set(small.state_dict())
+    table = reconstruct_blocks(new, x, net, 40, quiet=True)
+    assert table.layers.to_list() == [1, 3, 1] and table.taken.any() and (table.after <= table.before).all()
+    first = lambda m: F.relu(m.norm(m.a(x))).detach()
+    for m, told in ((small, table.before), (new, table.after)):  # the first block's error, by hand
+        assert float((first(m) - first(net)).square().mean() / first(net).var()) == pytest.approx(
+            told.iloc[0], rel=1e-3
+        )
+    assert not new.c.weight[~new.c.parametrizations.weight[0].mask].any()  # what the mask hides
+    for m in (new.a, new.c):
+        integers = m.weight / m.parametrizations.weight[-1].scale
+        assert torch.allclose(integers, integers.round(), atol=1e-4) and integers.abs().max() <= 3.001
+    assert keys == set(new.state_dict()) and all(p.grad is None for m in (new, net) for p in m.parameters())
+    again = copy.deepcopy(small)
+    reconstruct_blocks(again, x, net, 40, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), again.state_dict().values()))
 
 
 def test_alone_is_what_the_whole_net_gives():
