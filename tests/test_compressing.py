@@ -18,7 +18,7 @@ from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, 
 from micronet_nb.core import MicronetError
 from micronet_nb.lowering import capture
 from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, equalise, learn_rounding
-from micronet_nb.post_training import blocks_of, reconstruct, reconstruct_blocks, second_order, solve_layer
+from micronet_nb.post_training import _Learned, blocks_of, reconstruct, reconstruct_blocks, second_order, solve_layer
 from micronet_nb.pruning import put_masks
 from micronet_nb.training import paired, wilson
 
@@ -333,26 +333,33 @@ def test_below_a_clip_a_share_of_it_is_left():
 
 
 class Tied(nn.Module):
-    "A weight that a second function reads."
+    "A weight or a bias that a second function reads, or that the graph does not show to be read."
 
-    def __init__(self, hidden=False):
+    def __init__(self, kind):
         super().__init__()
-        self.a, self.b, self.hidden = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), hidden
+        self.a, self.b, self.kind = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), kind
 
     def forward(self, x):
-        y = self.b(F.relu(self.a(x)))
-        return y * float(self.b.weight.detach().abs().sum()) if self.hidden else y + F.conv2d(y.sin(), self.b.weight)
+        y = F.relu(self.a(x))
+        y = self.b(y * self.a.bias.view(1, -1, 1, 1) if self.kind == "bias" else y)
+        if self.kind == "twice":
+            return y + F.conv2d(y.sin(), self.b.weight)
+        return y * float(self.b.weight.detach().abs().sum()) if self.kind == "hidden" else y
 
 
-def test_a_weight_that_serves_twice_stays_and_what_the_graph_hides_is_refused():
+@pytest.mark.parametrize("kind", ["twice", "bias"])
+def test_a_weight_that_serves_twice_stays(kind):
     torch.manual_seed(0)
-    x = torch.randn(8, 3, 5, 5).double()
-    net = Tied().double()
+    x, net = torch.randn(8, 3, 5, 5).double(), Tied(kind).double()
     new = copy.deepcopy(net)
     table = equalise(new, x)
-    assert torch.equal(new.b.weight, net.b.weight) and table.scaled["b"] == 0 and table.why["b"]
-    assert (new(x) - net(x)).abs().max() < 1e-9
-    net = Tied(hidden=True).double()
+    assert torch.equal(new.a.weight, net.a.weight) and torch.equal(new.b.weight, net.b.weight)
+    assert table.scaled["b"] == 0 and table.why["b"]
+
+
+def test_what_the_graph_hides_is_refused():
+    torch.manual_seed(0)
+    x, net = torch.randn(8, 3, 5, 5).double(), Tied("hidden").double()
     was = copy.deepcopy(net.state_dict())
     with pytest.raises(MicronetError, match="answers differently"):
         equalise(net, x)
@@ -481,7 +488,8 @@ def test_a_block_is_learned_and_nothing_else_is_touched():
         assert float((first(m) - first(net)).square().mean() / first(net).var()) == pytest.approx(
             told.iloc[0], rel=1e-3
         )
-    assert not new.c.weight[~new.c.parametrizations.weight[0].mask].any()  # what the mask hides
+    hidden = ~new.c.parametrizations.weight[0].mask
+    assert not new.c.weight[hidden].any() and not _Learned(new.c, net.c)()[hidden].any()  # soft rounding, too
     for m in (new.a, new.c):
         integers = m.weight / m.parametrizations.weight[-1].scale
         assert torch.allclose(integers, integers.round(), atol=1e-4) and integers.abs().max() <= 3.001
