@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .activations import _quantiser_for, activation_quantisers, calibrate
-from .activations import quantise_activations, remove_activation_quantisers
+from .activations import attach_quantiser, quantise_activations, remove_activation_quantisers
 from .core import MicronetError, progress, require_writable, whole
 from .distillation import kd_loss, kl
 from micronet_nb.layers import (
@@ -227,8 +227,9 @@ def _layer_options(name, layer, sample, h, mean, alone, rates, weight_widths, in
     table = []
     for row, error in zip(rows, errors.tolist()):
         for bits, (_, rounding) in inputs.items():
-            both = of_weights * error / float(errors[probe]) + of_input * rounding / max(inputs[least][1], 1e-30)
-            table.append(dict(layer=name, **row, input_bits=bits, kl=both))
+            parts = of_weights * error / float(errors[probe]), of_input * rounding / max(inputs[least][1], 1e-30)
+            choice = dict(layer=name, **row, input_bits=bits, kl=sum(parts))
+            table.append(choice | dict(kl_weights=parts[0], kl_input=parts[1]))
     return pd.DataFrame(table)
 
 
@@ -469,6 +470,15 @@ class _Task:
         predicted = float(plan.kl.sum()) if 'kl' in plan else None
         return _Made(new, solved, graph, _packed_size(graph), predicted, bool(self.tune))
 
+    @torch.no_grad()
+    def together(self, made):
+        "KL of a made net, of its weights alone and of its inputs alone, on the images held out."
+        weights, inputs = copy.deepcopy(made.net), copy.deepcopy(self.original)
+        remove_activation_quantisers(weights)
+        for name, q in activation_quantisers(made.net).items():
+            attach_quantiser(inputs.get_submodule(name), copy.deepcopy(q))
+        return [float(kl(self.clean, _logits(m, self.judged)).mean()) for m in (made.net, weights, inputs)]
+
     def measure(self, name, made):
         "What a made net takes of a budget."
         if name == 'bytes':
@@ -490,12 +500,23 @@ def _widest(table):
 class _Budget:
     "Plans until what comes out keeps a budget."
 
-    def __init__(self, make, measure, table, limit):
+    def __init__(self, make, measure, table, limit, together=None, turns=None):
         self.make, self.measure, self.table, self.limit = make, measure, table, limit
+        self.together = together  # KL of a made net, of its weights and of its inputs
+        self.turns = [] if turns is None else turns  # what each plan has come to
+
+    def mend(self, plan, made, got):
+        "Choices cost what they do together: the plan's KL of weights and of inputs becomes what was measured."
+        whole, *parts = self.together(made)
+        self.turns.append(dict(got=got, predicted=float(plan.kl.sum()), kl=whole))
+        for kind, measured in zip(('kl_weights', 'kl_input'), parts):
+            self.table[kind] *= min(max(max(measured, NOISE) / max(float(plan[kind].sum()), NOISE), 0.01), 100.0)
+        self.table['kl'] = self.table.kl_weights + self.table.kl_input
+        return whole
 
     def price(self, turns=4):
-        "The dearest net, and what it measures, whose measured price is within the limit; the plan's prices are mended."
-        best, got = None, 0.0
+        "The net with the least KL within the limit, or the dearest where none is measured; plan and prices are mended."
+        best, got, worth, seen = None, 0.0, -math.inf, []
         for turn in range(turns):
             try:
                 plan = allocate(self.table, self.limit)
@@ -503,12 +524,17 @@ class _Budget:
                 if turn == 0 or best:
                     break
                 raise
+            choice = plan[['rate', 'weight_bits', 'input_bits']]
+            if best and any(choice.equals(other) for other in seen):
+                break
+            seen.append(choice)
             made = self.make(plan)
             got = self.measure(made)
             self.table.attrs['rest'] = got - float(plan.cost.sum())  # what the plan knows nothing of
-            if got <= self.limit and (best is None or got > best[1]):
-                best = made, got
-            if 0.98 * self.limit <= got <= self.limit:
+            value = -self.mend(plan, made, got) if self.together else got
+            if got <= self.limit and value > worth:
+                best, worth = (made, got), value
+            if 0.98 * self.limit <= got <= self.limit and not self.together:
                 break
         if best is None:
             allocate(self.table, self.limit)
@@ -642,18 +668,18 @@ def compress(
     tune = fine_tune and partial(_tune, config=fine_tune, data=data, quiet=quiet)
     task = _Task(original, *_halves(*_collected(images, labels), held_out), scoring, tune, quiet)
     _check_judges(name, limit, task)
-    made, got = (
-        _within(task, name, limit, options) if name else (task.make(_preset_plan(original, preset, task.samples)), 0)
-    )
+    turns, plan = [], None if name else _preset_plan(original, preset, task.samples)
+    made, got = _within(task, name, limit, options, turns) if name else (task.make(plan), 0)
     file = pack(made.graph, path or Path(tempfile.mkdtemp(prefix='micronet-')) / 'net.safetensors')
-    asked = dict(name=name, asked=limit, got=got, predicted_kl=made.predicted) if name else {}
+    asked = dict(name=name, asked=limit, got=got, predicted_kl=made.predicted, turns=turns) if name else {}
     return Compressed(made.net, made.graph, file, _report(task, made, file, asked))
 
 
-def _within(task, name, limit, options):
-    "The net that keeps a budget, and what it takes of it."
+def _within(task, name, limit, options, turns):
+    "The net that keeps a budget, and what it takes of it; `turns` gets what each plan came to."
     table = option_table(task.original, task.images, BUDGETS[name], quiet=task.quiet, **task.scoring, **options)
-    work = _Budget(task.make, partial(task.measure, name), table, limit)
+    together = None if task.tune else task.together  # a net that is tuned after each plan takes long enough
+    work = _Budget(task.make, partial(task.measure, name), table, limit, together, turns)
     return work.damage() if name in ('disagreement', 'accuracy_loss') else work.price()
 
 

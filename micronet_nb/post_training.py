@@ -4,29 +4,40 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'columns', 'Moments', 'Grid', 'second_order', 'descend', 'learn_rounding', 'Solved', 'solve_layer', 'Walk',
-           'reconstruct', 'solved_start']
+           'reconstruct', 'solved_start', 'even_batches', 'run_nodes', 'equalise', 'blocks_of', 'reconstruct_blocks']
 
 # %% ../nbs/23_post_training.ipynb #87c20845
-import copy, hashlib, threading
+import copy, hashlib, math, threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
-from .activations import remove_activation_quantisers
+from .activations import _FakeQuantise, activation_quantisers, attach_quantiser, remove_activation_quantisers
 from .core import MicronetError, atomic_path, make_folder, number, progress, whole
-from .layers import compressible, computes_otherwise, dense_weight, evaluation_mode
+from .integer import bound, tensors_in
+from .layers import LAYERS, compressible, computes_otherwise, dense_weight, evaluation_mode
 from .layers import input_batches, is_transposed, require_shapes, tell_untouched, untouched
+from .lowering import capture
 from .pruning import magnitude_mask, mask_of, plan_rates, put_masks, remove_pruning
 from .quantisers import grid, solve_scales
-from .weights import WeightQuantiser, plan_bits, remove_weight_quantisers, unquantised
+from micronet_nb.weights import (
+    WeightQuantiser,
+    plan_bits,
+    quantiser_of,
+    remove_weight_quantisers,
+    unquantised,
+    weight_bits,
+)
 
 # %% ../nbs/23_post_training.ipynb #fde804fa
 def _pair(v):
@@ -467,26 +478,32 @@ class _Kept:
     def __init__(self, folder, key):
         self.folder = folder and make_folder(Path(folder) / key[:16])
 
-    def get(self, number, name):
+    def read(self, number, name, make=lambda t: t):
+        "What is made of the tensors of a layer or block; None: they are not there."
         if not self.folder or not (path := self.folder / f'{number:04d}.safetensors').exists():
             return None
         try:
-            t = load_file(path)
-            return Solved(
-                t['q'], Grid(t['keep'], int(t['bits']), t.get('scale')), float(t['error']), float(t['nearest'])
-            )
+            return make(load_file(path))
         except (SafetensorError, KeyError) as e:
             raise MicronetError(
                 f'{path} ({name}) cannot be read ({e}): delete it, and the layer is solved anew'
             ) from None
+
+    def write(self, number, tensors):
+        if self.folder:
+            with atomic_path(self.folder / f'{number:04d}.safetensors') as path:
+                save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path)
+
+    def get(self, number, name):
+        grid_of = lambda t: Grid(t['keep'], int(t['bits']), t.get('scale'))
+        return self.read(number, name, lambda t: Solved(t['q'], grid_of(t), float(t['error']), float(t['nearest'])))
 
     def put(self, number, solved):
         if self.folder:
             t = dict(q=solved.q, keep=solved.to.keep, bits=torch.tensor(solved.to.bits))
             t |= {} if solved.to.scale is None else dict(scale=solved.to.scale)
             t |= {k: torch.tensor(getattr(solved, k), dtype=torch.float64) for k in ('error', 'nearest')}
-            with atomic_path(self.folder / f'{number:04d}.safetensors') as path:
-                save_file({k: v.contiguous() for k, v in t.items()}, path)
+            self.write(number, t)
 
 # %% ../nbs/23_post_training.ipynb #7eab92ee
 def _grouped(module, w):
@@ -623,3 +640,764 @@ def solved_start(
     reconstruct(new, images, 32, rates, original=model, folder=folder, quiet=True)
     remove_pruning(new)
     return new
+
+# %% ../nbs/23_post_training.ipynb #7d42e938
+class _Channels:
+    "Numbers of channels and which have one scale: those that are joined. The scale of number 0 is 1."
+
+    def __init__(self):
+        self.parents, self.why = [0], {}  # why a channel has been joined with 0
+
+    def new(self, n):
+        "Numbers (n,) that no other channel has."
+        first = len(self.parents)
+        self.parents.extend(range(first, first + n))
+        return torch.arange(first, first + n)
+
+    def root(self, i):
+        "The smallest number of those that a channel is joined with."
+        while (up := self.parents[i]) != i:
+            if up not in self.why:  # a shorter way, but none past a reason
+                self.parents[i] = self.parents[up]
+            i = up
+        return i
+
+    def roots(self, ids):
+        return torch.tensor([self.root(i) for i in ids.flatten().tolist()]).view(ids.shape)
+
+    def join(self, a, b):
+        "Channels of two tensors of one shape, pair by pair; with what is joined with 0 the reason goes along."
+        for i, j in {*zip(a.flatten().tolist(), b.flatten().tolist())}:
+            i, j = sorted((self.root(i), self.root(j)))
+            if i != j:
+                self.parents[j] = i
+                if not i:
+                    self.why[j] = 'it is added to what has no scale'
+
+    def fix(self, ids, why):
+        "These channels keep their scale."
+        for i in ids.unique().tolist():
+            if root := self.root(i):
+                self.why[root], self.parents[root] = why, 0
+
+    def reasons(self, ids):
+        "Why some of these keep their scale, in words."
+        ends = set()
+        for i in ids.flatten().tolist():
+            while self.parents[i] != i and i not in self.why:
+                i = self.parents[i]
+            ends |= {self.why[i]} if i in self.why else set()
+        return '; '.join(sorted(ends))
+
+# %% ../nbs/23_post_training.ipynb #80e621d9
+def _compact(ids):
+    "One place of each dimension along which a tensor is expanded."
+    for d in range(ids.dim()):
+        ids = ids.narrow(d, 0, 1) if ids.stride(d) == 0 else ids
+    return ids
+
+
+def _along(ids, axis):
+    "The numbers along one dimension; None where they differ along another."
+    table = _compact(ids).movedim(axis, 0).flatten(1).expand(ids.shape[axis], -1)
+    return table[:, 0] if bool((table == table[:, :1]).all()) else None
+
+
+def _spread(ids, axis, shape):
+    "Numbers of channels (C,) as a tensor of a shape that takes no memory."
+    return ids.view([-1 if d == axis % len(shape) else 1 for d in range(len(shape))]).expand(shape)
+
+
+@dataclass
+class _Part:
+    "A layer or a norm: scales come in and go out."
+
+    name: str
+    tensors: tuple  # weight and bias; of a norm also the running mean; each may be None
+    inputs: torch.Tensor  # numbers of the channels that come in; None: no scale does
+    outputs: torch.Tensor  # the same, that go out
+    groups: int = 1
+
+# %% ../nbs/23_post_training.ipynb #94e2e999
+_PROPORTIONAL = {'relu', 'leaky_relu', 'prelu', 'abs', 'neg', 'same', 'dropout'}  # f(sx) = s f(x) for s > 0
+_CLIPS = {'relu6': (0.0, 6.0), 'hardtanh': (-1.0, 1.0), 'clamp': (None, None)}
+_BY_CHANNEL = {'max_pool2d', 'avg_pool2d', 'adaptive_avg_pool2d', 'pad'}
+_REDUCING = {'mean', 'sum', 'amax'}
+_MOVING = {'reshape', 'transpose', 'permute', 'getitem', 'cat'}
+_LAYER, _SUM = ('conv2d', 'linear'), ('add', 'sub')
+_NORMS = dict(batch_norm='input running_mean running_var weight bias training momentum eps')
+_NORMS |= dict.fromkeys(('layer_norm', 'group_norm'), 'input shape weight bias eps')
+
+
+class _Scales:
+    "The numbers of all channels of a captured net, and its layers and norms."
+
+    def __init__(self, model, graph):
+        self.channels, self.ids, self.parts, self.clips, self.at = _Channels(), {}, {}, {}, {}
+        self.stored = {id(t) for t in (*model.parameters(), *model.buffers())}
+        for node in graph.nodes:
+            sources = node.all_input_nodes
+            if node.op == 'output':
+                self.fix(sources, 'it is the answer')
+                continue
+            ids = self.passed(node) if sources else self._still(node, 'it is the image')
+            if ids is None:
+                why = f'{node.meta["op"]} lets no scale through'
+                self.fix(sources, why)
+                ids = self._still(node, why)
+            self.ids[node] = ids
+        self._fix_shared(graph)
+
+    def fix(self, nodes, why):
+        for node in nodes:
+            self.channels.fix(_compact(self.ids[node]), why)
+
+    def _still(self, node, why):
+        "One number for all of a node, that has no scale."
+        ids = self.channels.new(1)
+        self.channels.fix(ids, why)
+        return ids.expand(node.meta['shape'])
+
+    def passed(self, node):
+        "The numbers of what a node gives; None where no scale goes through."
+        op, ids = node.meta['op'], self.ids.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        if op in _PROPORTIONAL:
+            return ids
+        if op in _REDUCING:
+            a = bound(node, 'input dim keepdim', keepdim=False)
+            low, high = (f(ids, () if a['dim'] is None else a['dim'], a['keepdim']) for f in (torch.amin, torch.amax))
+            return low if torch.equal(low, high) else None
+        if op in _MOVING and not tensors_in([node.args, node.kwargs]):
+            return node.target(*fx.map_arg(node.args, self.ids.__getitem__), **node.kwargs)
+        if op in (*_SUM, 'mul', 'div'):
+            return self._of_two(node, op)
+        how = dict.fromkeys(_LAYER, self._layer) | dict.fromkeys(_NORMS, self._norm)
+        how |= dict.fromkeys(_CLIPS, self._clip) | dict.fromkeys(_BY_CHANNEL, self._by_channel)
+        return how[op](node) if op in how else None
+
+    def _by_channel(self, node):
+        "Of a pool, or a border of zeros."
+        shape, c = node.meta['shape'], _along(self.ids[node.args[0]], 1)
+        filled = node.meta['op'] == 'pad' and bound(node, 'input pad mode value', mode='constant')['value']
+        return None if filled or c is None or shape[1] != len(c) else _spread(c, 1, shape)
+
+    def _clip(self, node):
+        "Of a clip: as they came; who comes near its ends is measured."
+        low, high = _CLIPS[node.meta['op']]
+        a = bound(node, 'input low high', low=low, high=high)
+        low, high = (
+            next((a[k] for k in ks if a.get(k) is not None), None)
+            for ks in (('min_val', 'min', 'low'), ('max_val', 'max', 'high'))
+        )
+        ends = [s * math.inf if v is None else v for s, v in ((-1, low), (1, high))]
+        if any(isinstance(v, (torch.Tensor, fx.Node)) for v in ends) or not ends[0] <= 0 <= ends[1]:
+            return None
+        self.clips[node] = ends
+        return self.ids[node.args[0]]
+
+# %% ../nbs/23_post_training.ipynb #61277757
+@patch
+def _of_two(self: _Scales, node, op):
+    "Of a sum, whose parts get one scale; or of a product, of which one factor has a scale."
+    (left, right), shape = (tuple(node.args) + (None, None))[:2], node.meta['shape']
+    if not isinstance(left, fx.Node) or node.kwargs.get('alpha', 1) != 1:
+        return None
+    a = self.ids[left].expand(shape)
+    if not isinstance(right, fx.Node):
+        return None if op in _SUM else a
+    b = self.ids[right].expand(shape)
+    if op in _SUM:
+        self.channels.join(*torch.broadcast_tensors(_compact(a), _compact(b)))
+        return a
+    of_a, of_b = (bool(self.channels.roots(_compact(ids).unique()).any()) for ids in (a, b))
+    return None if of_b and (of_a or op == 'div') else b if of_b else a
+
+
+@patch
+def _known(self: _Scales, *tensors):
+    "Are these stored in the net, where there are any?"
+    return all(t is None or id(t) in self.stored for t in tensors)
+
+
+@patch
+def _layer(self: _Scales, node):
+    "Of a layer: columns take what comes in, rows have scales of their own."
+    a, m = bound(node, 'input weight bias stride padding dilation groups', groups=1), node.meta['module']
+    weight, ids = a['weight'], self.ids[a['input']]
+    if isinstance(m, LAYERS) and mask_of(m) is not None and len(m.parametrizations.weight) == 1:
+        weight = dense_weight(m)
+    axis = 1 if node.meta['op'] == 'conv2d' else ids.dim() - 1
+    if not self._known(weight, a['bias']) or ids.dim() not in (weight.dim(), weight.dim() + axis - 1):
+        return None
+    if (entering := _along(ids, axis)) is None:
+        return None
+    part = self._part(node, weight, (weight, a['bias']), entering, a['groups'])
+    return _spread(part.outputs, axis, node.meta['shape'])
+
+
+@patch
+def _norm(self: _Scales, node):
+    "Of a norm: one has scales behind it, and one with running statistics takes others in."
+    op = node.meta['op']
+    a = bound(node, _NORMS[op])
+    weight, mean, entering = a['weight'], a.get('running_mean'), None
+    if weight is None or weight.dim() > 1 or not self._known(weight, a['bias'], mean):
+        return None
+    if op == 'batch_norm':
+        entering = None if mean is None or a['training'] else _along(self.ids[a['input']], 1)
+        if entering is None:
+            return None
+    else:
+        self.fix([a['input']], f'{op} has statistics of all channels together')
+    part = self._part(node, weight, (weight, a['bias'], mean), entering)
+    return _spread(part.outputs, -1 if op == 'layer_norm' else 1, node.meta['shape'])
+
+
+@patch
+def _part(self: _Scales, node, weight, tensors, entering, groups=1):
+    "The layer or norm of a weight; met again it has the channels that it had."
+    if (part := self.parts.get(id(weight))) is None:
+        outputs = self.channels.new(len(weight))
+        part = self.parts[id(weight)] = _Part(node.meta['layer'], tensors, entering, outputs, groups)
+    elif entering is not None:
+        self.channels.join(part.inputs, entering)
+    self.at[node] = part
+    return part
+
+
+@patch
+def _fix_shared(self: _Scales, graph):
+    "What a tensor of a layer or norm also serves for elsewhere holds its scales."
+    memory = lambda t: t.untyped_storage().data_ptr()
+    owners = {}
+    for part in self.parts.values():
+        for t in part.tensors:
+            if t is not None:
+                owners.setdefault(memory(t), []).append(part)
+    for node in graph.nodes:
+        mine = self.at.get(node)
+        for t in tensors_in([node.args, node.kwargs]):
+            for part in owners.get(memory(t), ()) if t.numel() else ():
+                if part is not mine:
+                    for ids in (part.inputs, part.outputs):
+                        ids is None or self.channels.fix(ids, 'its weights serve for something else, too')
+
+# %% ../nbs/23_post_training.ipynb #5a209909
+def even_batches(
+    images: torch.Tensor,  # (n, ...)
+    size: int,  # images a batch
+):
+    "Batches of one size; the last is filled up with the first images."
+    return images[torch.arange(-(-len(images) // size) * size) % len(images)].split(size)
+
+
+def run_nodes(
+    nodes,  # of a captured graph, in order
+    values: dict,  # node to tensor: what they read; gets what they give
+    replaced=None,  # id of a stored tensor to the one in its place
+) -> dict:  # values
+    "Computes a part of a net."
+    for node in nodes:
+        own = lambda v: (replaced or {}).get(id(v), v) if isinstance(v, torch.Tensor) else v
+        args, kwargs = tree_map(lambda v: values[v] if isinstance(v, fx.Node) else own(v), (node.args, node.kwargs))
+        call = node.meta['module'] if node.op == 'call_module' else node.target
+        values[node] = call(*args, **kwargs)
+    return values
+
+# %% ../nbs/23_post_training.ipynb #c3ce6457
+@torch.no_grad()
+def _measured(graph, scales, images, size):
+    "Number to the largest magnitude on images, and to the largest share of a clip's end that is reached."
+    largest, reached = torch.zeros(2, len(scales.channels.parents), dtype=torch.float64)
+    nodes = [n for n in graph.nodes if n.op.startswith('call')]
+    watched = {n.args[0] for n in (*scales.at, *scales.clips)}
+    last = {a: n for n in nodes for a in n.all_input_nodes}
+    for x in even_batches(images, size):
+        values = {next(iter(graph.nodes)): x}
+        for node in nodes:
+            for n in (n for n in node.all_input_nodes if n in watched):
+                ids = _compact(scales.ids[n])
+                over = [d for d in range(ids.dim()) if ids.shape[d] == 1]
+                ends = [f(values[n], over, True) if over else values[n] for f in (torch.amin, torch.amax)]
+                if node in scales.at:  # in front of a clip they are no layer's input yet
+                    _raise(largest, ids, torch.maximum(-ends[0], ends[1]))
+                for end, limit in zip(ends, scales.clips.get(node, ())):
+                    if limit:  # 0 is an end that no factor moves
+                        _raise(reached, ids, end / limit)
+            run_nodes([node], values)
+            for n in {n for n in node.all_input_nodes if last[n] is node}:
+                del values[n]
+    return largest, reached
+
+
+def _raise(most, ids, values):
+    "At each number the largest of its values."
+    most.scatter_reduce_(0, ids.flatten(), values.detach().double().cpu().expand(ids.shape).flatten(), 'amax')
+
+# %% ../nbs/23_post_training.ipynb #a2a569e8
+class _Ranges:
+    "What scales are chosen by: largest inputs, and largest weights of rows and columns."
+
+    def __init__(self, scales, largest, least, per, alpha):
+        self.per, self.alpha = per, alpha
+        self.root = scales.channels.roots(torch.arange(len(scales.channels.parents)))
+        self.largest, self.least = (self.over(self.root, v) for v in (largest, least))
+        self.least[0] = 0
+        self.scale, self.layers, self.norms = torch.ones(len(self.root), dtype=torch.float64), [], []
+        for part in scales.parts.values():
+            out, entering = self.root[part.outputs], None if part.inputs is None else self.root[part.inputs]
+            if len(part.tensors) == 3:
+                self.norms.append((part, entering, out))
+                continue
+            w = part.tensors[0].detach().double().cpu().abs()
+            w = w.flatten(2).amax(2) if w.dim() > 2 else w
+            self.layers.append(
+                (part, w, entering.view(part.groups, -1).repeat_interleave(len(w) // part.groups, 0), out)
+            )
+        self.groups = [self._group(g) for p in scales.parts.values() if len(g := self._free(p.outputs))]
+
+    def _free(self, ids):
+        return (g := self.root[ids].unique())[g > 0]
+
+    def _group(self, group):
+        "Channels that are settled at once, the layers that read them, and those that make them."
+        among = lambda ids: bool(torch.isin(ids, group).any())
+        return group, [v for v in self.layers if among(v[2])], [v for v in self.layers if among(v[3])]
+
+    def over(self, ids, values):
+        "The largest value at each number."
+        most = torch.zeros(len(self.root), dtype=torch.float64)
+        return most.scatter_reduce_(0, ids.flatten(), values.flatten(), 'amax')
+
+    def weights(self, layer):
+        "(out, in a group) largest weights as they are by now."
+        _, w, entering, out = layer
+        return w * self.scale[entering] / self.scale[out][:, None]
+
+# %% ../nbs/23_post_training.ipynb #0c998a26
+@patch
+def _columns(self: _Ranges, layers):
+    "Number to the largest weight that reads it, as a share of what decides on the scale there; 0: nothing minds."
+    most = torch.zeros_like(self.scale)
+    for layer in layers:
+        w = self.weights(layer)
+        if self.per == 'channel' and w.shape[1] == 1:
+            continue
+        top = w.amax(1, keepdim=True) if self.per == 'channel' else w.max()
+        most = torch.maximum(most, self.over(layer[2], w / top.clamp(min=1e-30)))
+    return most
+
+
+@patch
+def _rows(self: _Ranges, layers):
+    "Number to the largest weight of the rows that make it; 0: a norm does."
+    most = torch.zeros_like(self.scale)
+    for layer in layers:
+        most = torch.maximum(most, self.over(layer[3], self.weights(layer).amax(1)))
+    return most
+
+
+@patch
+def _wanted(self: _Ranges, group, readers, makers):
+    "By how much to divide each channel of a group; 1 where nothing is known of it."
+    pull, minds = (self.largest / self.scale)[group], self._columns(readers)[group]
+    if not readers:  # a norm alone: what is there is not stored
+        pull = torch.zeros_like(pull)
+    if self.per == 'tensor':
+        row = self._rows(makers)[group]
+        pull = torch.where(pull == 0, row, torch.where(row == 0, pull, (pull * row).sqrt()))
+    s = torch.where(minds > 0, pull**self.alpha / minds.clamp(min=1e-30) ** (1 - self.alpha), pull)
+    some = s > 0
+    return torch.where(some, s / s[some].log().mean().exp(), 1.0) if bool(some.any()) else torch.ones_like(s)
+
+
+@patch
+def settle(self: _Ranges, turns=20):
+    "Scales of all groups, in turns until none moves by a thousandth."
+    for _ in range(turns):
+        before = self.scale.clone()
+        for group in self.groups:
+            ids, new = group[0], (self.scale[group[0]] * self._wanted(*group)).clamp(1e-3, 1e3)
+            if bool(self.least[ids].any()):  # the loudest as loud as clips allow
+                new *= (self.least[ids] / new).max()
+            self.scale[ids] = new
+        if bool(((self.scale / before).log().abs() < 1e-3).all()):
+            break
+    return self.scale
+
+
+@torch.no_grad()
+def _carry_out(ranges):
+    "Scales go into weights, biases and running means."
+    s = ranges.scale
+    multiply = lambda t, by: t is None or t.copy_(t.double() * by.to(t.device))
+    for part, _, entering, out in ranges.layers:
+        weight, bias = part.tensors
+        multiply(weight, (s[entering] / s[out][:, None]).view(*entering.shape, *[1] * (weight.dim() - 2)))
+        multiply(bias, 1 / s[out])
+    for part, entering, out in ranges.norms:
+        (weight, bias, mean), into = part.tensors, torch.ones(1) if entering is None else s[entering]
+        multiply(weight, into / s[out])
+        multiply(bias, 1 / s[out])
+        multiply(mean, 1 / into)
+
+# %% ../nbs/23_post_training.ipynb #f239ad58
+@torch.no_grad()
+def equalise(
+    model: nn.Module,  # changed in place, its answers stay; without quantisers, masks are minded
+    images,  # (n, c, h, w) as the model sees them, some 32 to 64
+    per: str = 'channel',  # of the weights that will be quantised: 'channel' or 'tensor', see `quantise_weights`
+    alpha: float = 0.5,  # whose ranges count, in [0,1]: 1 the inputs' alone, 0 the weights' alone
+    clips: float = 0.0,  # share of a clip's end that scaled channels may come to on the images; 0: no channel with one
+    batch_size: int = 8,  # images at a time
+) -> pd.DataFrame:  # a row a layer: channels of its input, scaled, largest over mean input before and after, why not
+    """Channels of one range: what one layer is divided by, the next is multiplied by; exact in real numbers.
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+    >>> equalise(net, torch.randn(16, 3, 8, 8)).scaled.to_dict()
+    {'0': 0, '2': 8}
+    """
+    alpha, clips = number('alpha', alpha, 0, 1), number('clips', clips, 0, 1)
+    if per not in ('channel', 'tensor'):
+        raise MicronetError(f"per must be 'channel' or 'tensor', not {per!r}")
+    if activation_quantisers(model) or {*weight_bits(model).values()} - {32}:
+        raise MicronetError('the net has quantisers, whose scales belong to its ranges: equalise it before')
+    images = torch.cat([*input_batches(images)]).to(next(model.parameters()).device)
+    size = min(whole('batch_size', batch_size, 2), max(len(images), 2))
+    with evaluation_mode(model):
+        example = next(iter(even_batches(images, size)))
+        graph, before = capture(model, example)
+        scales = _Scales(model, graph)
+        largest, reached = _measured(graph, scales, images, size)
+        _fix_clipped(scales, reached, clips)
+        ranges = _Ranges(scales, largest, reached / clips if clips else torch.zeros_like(reached), per, alpha)
+        ranges.settle()
+        _carried_out_or_undone(model, ranges, example, before)
+    return _equalised(model, scales, ranges)
+
+
+def _fix_clipped(scales, reached, clips):
+    "Channels that come too near the end of a clip keep their scale; all that meet one do where `clips` is 0."
+    met = torch.zeros(len(reached), dtype=torch.bool)
+    for node in scales.clips:
+        met[_compact(scales.ids[node]).flatten()] = True
+    root = scales.channels.roots(torch.arange(len(reached)))
+    most = torch.zeros_like(reached).scatter_reduce_(0, root, reached, 'amax')
+    scales.channels.fix(((most[root] > clips) | (met & (not clips))).nonzero().flatten(), 'a clip is met')
+
+# %% ../nbs/23_post_training.ipynb #50496de5
+@torch.no_grad()
+def _carried_out_or_undone(model, ranges, example, before):
+    "The scales, if the answers stay what they were: a net may do what its graph does not show."
+    kept = [(t, t.clone()) for part, *_ in (*ranges.layers, *ranges.norms) for t in part.tensors if t is not None]
+    _carry_out(ranges)
+    if bool(((model(example) - before).abs() <= 1e-3 * before.abs().max()).all()):
+        return
+    for t, was in kept:
+        t.copy_(was)
+    raise MicronetError(
+        'the net answers differently with its channels scaled, and stays as it was: leave `equalise` out'
+    )
+
+
+def _equalised(model, scales, ranges):
+    "The table of `equalise`."
+    rows = {}
+    for part, _, _, _ in ranges.layers:
+        root = ranges.root[part.inputs]
+        now = ranges.largest[root] / ranges.scale[root]
+        spread = [float(v.max() / v.mean().clamp(min=1e-30)) for v in (ranges.largest[root], now)]
+        scaled = int((ranges.scale[root] != 1).sum())
+        why = scales.channels.reasons(part.inputs[root == 0]) if scaled < len(root) else ''
+        rows[part.name] = dict(channels=len(root), scaled=scaled, before=spread[0], after=spread[1], why=why)
+    left = {n: 'it did not run, or is none that is known' for n in compressible(model) if n not in rows}
+    rows |= {n: dict(channels=0, scaled=0, before=math.nan, after=math.nan, why=why) for n, why in left.items()}
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name='layer'))
+
+# %% ../nbs/23_post_training.ipynb #5a41d495
+def _cuts(nodes):
+    "Places behind which one tensor carries everything on: how many nodes lie before."
+    at = {n: i for i, n in enumerate(nodes)}
+    last = {n: max((at.get(u, len(nodes)) for u in n.users), default=-1) for n in nodes}
+    live, cuts = set(), []
+    for i, n in enumerate(nodes):
+        live = {m for m in live if last[m] > i} | {n}
+        if live == {n}:
+            cuts.append(i + 1)
+    return cuts
+
+
+def blocks_of(
+    graph: fx.Graph,  # from `capture`
+    least: int = 3,  # layers that are joined where each is a block of its own
+) -> list:  # of lists of nodes
+    "The nodes of a net in blocks, each of which reads one tensor and gives one."
+    nodes = [n for n in graph.nodes if n.op in ('placeholder', 'call_function', 'call_module')]
+    count = lambda block: sum(n.meta['op'] in _LAYER for n in block)
+    blocks, start = [], 1
+    for stop in _cuts(nodes)[1:]:
+        piece, start = nodes[start:stop], stop
+        few = blocks and count(piece) <= 1 and count(blocks[-1]) < least
+        if blocks and (few or not count(piece) or not count(blocks[-1])):
+            blocks[-1] += piece
+        else:
+            blocks.append(piece)
+    return blocks
+
+# %% ../nbs/23_post_training.ipynb #f3888218
+class _Learned(nn.Module):
+    "The weight of a layer while it is learned: each between its integer and the next on the way to the original's."
+
+    def __init__(self, layer, original):
+        super().__init__()
+        q = quantiser_of(layer)
+        self.ends, self.scale = grid(q.bits), q.scale.detach().clone()
+        now = (unquantised(layer).detach() / self.scale).round().clamp(*self.ends)
+        self.low = (original.weight.detach() / self.scale).clamp(now - 0.9, now + 0.9).floor()
+        self.up = nn.Parameter(torch.logit(((now > self.low).float() * 0.8 + 0.2) / 1.2))  # shares 0.1 and 0.9
+        self.stretch, self.shift = nn.Parameter(torch.zeros_like(self.scale)), nn.Parameter(torch.zeros(len(now)))
+        mask = mask_of(layer)
+        self.keep = torch.ones_like(now, dtype=torch.bool) if mask is None else mask.mask.bool()
+        self.unit = 1.0  # of the shift: how far the layer's outputs deviate
+
+    def share(self):
+        return (1.2 * self.up.sigmoid() - 0.1).clamp(0, 1)
+
+    def forward(self, hard=False):
+        share = (self.up > 0).float() if hard else self.share()
+        q = (self.low + share).clamp(*self.ends) * self.scale * self.stretch.exp()
+        return torch.where(self.keep, q, 0.0)
+
+
+class _LearnedInput(nn.Module):
+    "A quantiser of inputs whose scale is learned."
+
+    def __init__(self, quantiser):
+        super().__init__()
+        self.ends, self.scale, self.stretch = (
+            quantiser.ends,
+            quantiser.scale.detach().clone(),
+            nn.Parameter(torch.zeros(())),
+        )
+
+    def forward(self, x):
+        return _FakeQuantise.apply(x, self.scale * self.stretch.exp(), *self.ends)
+
+
+def _run_block(nodes, entry, x, weights, inputs, hard=True):
+    "What each node of a block gives for a batch, with learned weights and quantisers of inputs in their places."
+    values = {entry: x}
+    for node in nodes:
+        name, m = node.meta['layer'], node.meta['module']
+        if node.meta['op'] not in _LAYER or name not in inputs and quantiser_of(m) is None:
+            run_nodes([node], values)
+            continue
+        x, *others = (values[a] if isinstance(a, fx.Node) else a for a in node.args)
+        x, learned = inputs[name](x) if name in inputs else x, weights.get(name)
+        if quantiser_of(m) is not None:  # as it is by now, not as it was captured
+            others[:2] = m.weight if learned is None else learned(hard), m.bias
+        values[node] = node.target(x, *others, **node.kwargs)
+        if learned is not None:
+            wide = (-1, 1, 1) if node.meta['op'] == 'conv2d' else (-1,)
+            values[node] = values[node] + (learned.shift * learned.unit).view(wide)
+    return values
+
+# %% ../nbs/23_post_training.ipynb #ba0a3988
+_PUSH = 1.0  # of what pushes shares to their ends, beside the error as a share of the first
+
+
+@dataclass
+class _Block:
+    "What is learned on: a block of the net, what it is given and what it should give, batch by batch."
+
+    nodes: list
+    entry: fx.Node
+    weights: dict  # layer name to _Learned
+    inputs: dict  # layer name to _LearnedInput
+    x: list
+    target: list
+
+    def error(self):
+        "Mean squared error with hard rounding, as a share of the target's variance."
+        with torch.no_grad():
+            errors = [F.mse_loss(self(x), y) for x, y in zip(self.x, self.target)]
+        return float(sum(errors)) / len(errors) / max(float(torch.cat(self.target).var()), 1e-30)
+
+    def __call__(self, x, hard=True):
+        return _run_block(self.nodes, self.entry, x, self.weights, self.inputs, hard)[self.nodes[-1]]
+
+    def begin(self):
+        "Units of the shifts."
+        with torch.no_grad():
+            values = _run_block(self.nodes, self.entry, self.x[0], self.weights, self.inputs)
+        for node in self.nodes:
+            if node.meta['op'] in _LAYER and (w := self.weights.get(node.meta['layer'])) is not None:
+                w.unit = float(values[node].std())
+
+    def learn(self, iterations, lr, seed):
+        "Scales and shifts first, then rounding with them; each half stays if the error with hard rounding is less."
+        weights = [*self.weights.values()]
+        slow = [w.stretch for w in (*weights, *self.inputs.values())] + [w.shift for w in weights]
+        steady, both = (
+            [dict(params=slow, lr=lr)],
+            [dict(params=[w.up for w in weights], lr=lr), dict(params=slow, lr=lr / 10)],
+        )
+        for hard, groups in ((True, steady), (False, both)):
+            before = self.error()
+            kept = [(p, p.detach().clone()) for g in both for p in g['params']]
+            self._descend(groups, iterations - iterations // 2 if hard else iterations // 2, seed, hard)
+            if not self.error() < before:
+                for p, was in kept:
+                    p.data = was
+
+    def _descend(self, groups, iterations, seed, hard):
+        "Adam, with a rate that falls to 0; soft rounding is pushed to its ends, as in `learn_rounding`."
+        adam, order = torch.optim.Adam(groups), torch.Generator().manual_seed(seed)
+        fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: 1 - i / max(iterations, 1))
+        weights, unit = [*self.weights.values()], self.error() * float(torch.cat(self.target).var())
+        for i in range(iterations):
+            at = int(torch.randint(len(self.x), (), generator=order))
+            loss = F.mse_loss(self(self.x[at], hard), self.target[at]) / max(unit, 1e-20)
+            if not hard and i > iterations // 5:
+                sharp = 20 - 18 * (i - iterations / 5) / (0.8 * iterations)
+                soft = sum((1 - (2 * w.share() - 1).abs().pow(sharp)).sum() for w in weights)
+                loss = loss + _PUSH * soft / sum(w.up.numel() for w in weights) ** 0.5
+            adam.zero_grad()
+            loss.backward(inputs=[p for g in adam.param_groups for p in g['params']])  # and not the net's own
+            adam.step()
+            fall.step()
+
+# %% ../nbs/23_post_training.ipynb #ad2d839a
+@torch.no_grad()
+def _take_over(block, layers, quantisers, norms):
+    "What a block has learned goes into the net."
+    for name, w in block.weights.items():
+        layer, q = layers[name], quantiser_of(layers[name])
+        dense = dense_weight(layer)
+        dense.copy_(torch.where(w.keep, w(True), dense))
+        q.scale.copy_(w.scale * w.stretch.exp())
+        _shift(layer, norms.get(name), w.shift * w.unit)
+    for name, i in block.inputs.items():
+        quantisers[name].scale.copy_(i.scale * i.stretch.exp())
+
+
+def _state(block, layers, quantisers, norms):
+    "All that learning a block may change, by name."
+    state = {}
+    for name in block.weights:
+        layer = layers[name]
+        place = norms[name] if name in norms else layer.bias
+        state |= {f'{name} weight': dense_weight(layer), f'{name} scale': quantiser_of(layer).scale}
+        state |= {} if place is None else {f'{name} shift': place}
+    return state | {f'{name} input': quantisers[name].scale for name in block.inputs}
+
+
+def _learned_block(block, number, layers, quantisers, norms, kept, how):
+    "A block is learned, or read where it is kept; its row of the table."
+    block.begin()
+    name, before = next(iter(block.weights)), block.error()
+    if (state := kept.read(number, name)) is None:
+        block.learn(how['iterations'], how['lr'], how['seed'])
+        after = block.error()
+        if after < before:
+            _take_over(block, layers, quantisers, norms)
+        state = {k: t.detach() for k, t in _state(block, layers, quantisers, norms).items()}
+        kept.write(number, state | dict(after=torch.tensor(after, dtype=torch.float64)))
+    else:
+        after = float(state['after'])
+        for n in block.weights:
+            if f'{n} shift' in state:
+                _shift(layers[n], norms.get(n), torch.zeros(len(layers[n].weight)))  # a bias, where there is none
+        with torch.no_grad():
+            for k, t in _state(block, layers, quantisers, norms).items():
+                t.copy_(state[k])
+    return dict(block=name, layers=len(block.weights), before=before, after=after, taken=after < before)
+
+# %% ../nbs/23_post_training.ipynb #8158c7d2
+def _captured(model, example):
+    "Blocks of a net as it is without the quantisers of its inputs, and the node of its input."
+    quantisers = activation_quantisers(model)
+    remove_activation_quantisers(model)
+    try:
+        graph, _ = capture(model, example)
+    finally:
+        for name, q in quantisers.items():
+            attach_quantiser(model.get_submodule(name), q)
+    return graph, next(iter(graph.nodes))
+
+
+def _learnable(model, graph):
+    "Layers that run once, with a quantiser of 2 bits or more."
+    met = [n.meta['layer'] for n in graph.nodes if n.meta.get('op') in _LAYER]
+    layers = {
+        n: m for n, m in compressible(model).items() if isinstance(m, (nn.Conv2d, nn.Linear)) and met.count(n) == 1
+    }
+    return {n for n, m in layers.items() if (q := quantiser_of(m)) and q.bits > 1}
+
+
+@torch.no_grad()
+def _targets(nodes, entry, x, clean, follow):
+    "What a block of the original makes of its own inputs, and what it should give: between that and what it makes of x."
+    run = lambda v: run_nodes(nodes, {entry: v})[nodes[-1]]
+    clean = [run(v) for v in clean]
+    return clean, clean if follow == 1 else [follow * a + (1 - follow) * run(v) for a, v in zip(clean, x)]
+
+
+def _learned_in_turn(model, original, images, kept, how, quiet):
+    "Each block is learned on what those before it give; the table."
+    batches = even_batches(images, min(how['batch_size'], max(len(images), 2)))
+    (graph, entry), (other, start) = (_captured(m, batches[0]) for m in (model, original))
+    norms, layers, quantisers = _survey(model, images[:1])[1], compressible(model), activation_quantisers(model)
+    pairs, todo = [*zip(*(blocks_of(g, how['least']) for g in (graph, other)))], _learnable(model, graph)
+    x, clean, rows, bar = [*batches], [*batches], [], None if quiet else progress(None, 'blocks', len(pairs), 'block')
+    for number, (nodes, same) in enumerate(pairs):
+        names = {n.meta['layer']: None for n in nodes if n.meta['op'] in _LAYER}
+        clean, target = _targets(same, start, x, clean, how['follow'])
+        inputs = {n: quantisers[n] for n in names if n in quantisers}
+        if chosen := {n: _Learned(layers[n], compressible(original)[n]) for n in names if n in todo}:
+            learned = {n: _LearnedInput(q) for n, q in inputs.items()}
+            block = _Block(nodes, entry, chosen, learned, x, target)
+            rows.append(_learned_block(block, number, layers, quantisers, norms, kept, how))
+        with torch.no_grad():
+            x = [_Block(nodes, entry, {}, inputs, [], [])(v) for v in x]
+        entry, start = nodes[-1], same[-1]
+        bar is None or bar.update()
+    bar is None or bar.close()
+    return pd.DataFrame(rows).set_index('block')
+
+# %% ../nbs/23_post_training.ipynb #c0526427
+def reconstruct_blocks(
+    model: nn.Module,  # with weight quantisers, best of `reconstruct`; changed in place
+    images,  # (n, c, h, w) as the model sees them; no labels
+    original: nn.Module,  # the net in full precision
+    iterations: int = 200,  # of Adam, a block: half for scales and shifts alone, half with the rounding
+    batch_size: int = 16,  # images an iteration
+    lr: float = 0.01,  # learning rate of the rounding; scales and shifts: a tenth
+    follow: float = 1.0,  # how far a block makes good what those before it did wrong, see `reconstruct`
+    least: int = 3,  # see `blocks_of`
+    seed: int = 0,  # of the order of batches
+    folder=None,  # where learned blocks are kept, so that a killed call goes on; None: nowhere
+    quiet: bool = False,  # no progress bar
+) -> pd.DataFrame:  # a row a block: layers, error before and after (share of the variance), taken: was it better?
+    """Rounding, scales and shifts of a quantised net learned block by block (BRECQ, Li et al. 2021).
+
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 50)).eval()
+    >>> small, x = copy.deepcopy(net), torch.randn(32, 3, 8, 8)
+    >>> reconstruct(small, x, 3, quiet=True).bits.to_dict()
+    {'0': 3, '2': 3}
+    >>> reconstruct_blocks(small, x, net, 50, quiet=True).layers.to_list()
+    [2]
+    """
+    how = dict(iterations=whole('iterations', iterations, 1), batch_size=whole('batch_size', batch_size, 2))
+    how |= dict(
+        lr=number('lr', lr, 0),
+        follow=number('follow', follow, 0, 1),
+        seed=whole('seed', seed),
+        least=whole('least', least, 1),
+    )
+    if not any((q := quantiser_of(m)) and q.bits > 1 for m in compressible(model).values()):
+        raise MicronetError('no layer has a quantiser of 2 bits or more: call reconstruct or quantise_weights first')
+    images = torch.cat([*input_batches(images)]).to(next(model.parameters()).device)
+    with evaluation_mode(model), evaluation_mode(original):
+        kept = _Kept(folder, folder and _key(model, images, how | dict(original=_key(original, images[:1], 0))))
+        return _learned_in_turn(model, original, images, kept, how, quiet)

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 import micronet_nb as mn
 from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, option_table
 from micronet_nb.core import MicronetError
-from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, learn_rounding, reconstruct
-from micronet_nb.post_training import second_order, solve_layer
+from micronet_nb.lowering import capture
+from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, equalise, learn_rounding
+from micronet_nb.post_training import _Learned, blocks_of, reconstruct, reconstruct_blocks, second_order, solve_layer
+from micronet_nb.pruning import put_masks
 from micronet_nb.training import paired, wilson
 
 
@@ -256,6 +258,135 @@ def test_a_damaged_layer_is_named_and_a_foreign_one_is_not_read(tmp_path):
     assert len([*tmp_path.iterdir()]) == 2
 
 
+class Ways(nn.Module):
+    "Norms, a depthwise layer, a shortcut, a gate, a layer used twice, a flattened end; every activation is a ReLU."
+
+    def __init__(self, end=F.relu):
+        super().__init__()
+        self.stem, self.norm, self.deep = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.wide, self.twice = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.gate, self.head, self.end = nn.Conv2d(8, 8, 1), nn.Linear(8 * 4, 5), end
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.wide(F.leaky_relu(self.deep(F.pad(x, (1, 0, 0, 1))), 0.1)[:, :, 1:, :-1])
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        x = F.relu(self.twice(F.relu(self.twice(self.end(x)))))
+        return self.head(F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 2).flatten(1))
+
+
+def ways(**how):
+    "Such a net in double precision, its channels of different size, and images."
+    torch.manual_seed(0)
+    net, x = Ways(**how).double(), torch.randn(12, 3, 14, 14).double()
+    for _ in range(5):
+        net(x * 3 + 1)
+    with torch.no_grad():
+        for t in (net.norm.weight, net.norm.bias, net.twice.weight):
+            t.mul_(torch.logspace(-1.5, 1, len(t)).view(-1, *[1] * (t.dim() - 1)))
+    return net.eval(), x
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+def test_an_equalised_net_answers_the_same(per):
+    net, x = ways()
+    new = copy.deepcopy(net)
+    table = equalise(new, x, per=per)
+    other = 5 * torch.randn(20, 3, 14, 14).double()  # for every input, not for these images only
+    with torch.no_grad():
+        assert (new(other) - net(other)).abs().max() < 1e-9
+    assert table.channels.to_dict() == dict(stem=3, deep=8, wide=8, gate=8, twice=8, head=32)
+    assert table.scaled.to_dict() == dict(stem=0, deep=8, wide=8, gate=8, twice=8, head=32)
+    assert table.why["stem"] == "it is the image" and (table.after[1:] < table.before[1:] + 0.3).all()
+    rows = new.stem.weight.detach().flatten(1).abs().amax(1)
+    assert bool((rows.max() / rows.min() < 1.01) == (per == "tensor"))  # in front of a norm rows are alike
+
+
+@pytest.mark.parametrize("end", [F.hardswish, F.relu6, torch.sigmoid, lambda x: x + 1, lambda x: F.softmax(x, 1)])
+def test_what_lets_no_scale_through_ends_it(end):
+    net, x = ways(end=end)
+    new = copy.deepcopy(net)
+    table = equalise(new, x)
+    with torch.no_grad():
+        assert (new(3 * x) - net(3 * x)).abs().max() < 1e-9
+    assert table.scaled.to_dict() == dict(stem=0, deep=0, wide=8, gate=0, twice=0, head=0)  # `twice` sees both sides
+    assert table.why["deep"] and table.why["twice"]
+    assert torch.equal(new.twice.weight, net.twice.weight)
+
+
+def test_below_a_clip_a_share_of_it_is_left():
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1, groups=8)).double().eval(),
+        torch.randn(9, 3, 6, 6),
+    )
+    with torch.no_grad():
+        net[0].weight.mul_(torch.logspace(-1, 1, 8).view(-1, 1, 1, 1))
+    inside = lambda m: m[0](x.double()).clamp(min=0).amax((0, 2, 3))
+    new = copy.deepcopy(net)
+    table = equalise(new, x.double(), clips=0.5)
+    quiet = inside(net) <= 3
+    assert 0 < table.scaled["2"] == int(quiet.sum()) < 8 and table.why["2"] == "a clip is met"
+    assert torch.allclose(inside(new)[quiet], torch.full((1,), 3.0).double())  # half of 6, and no louder
+    assert torch.equal(inside(new)[~quiet], inside(net)[~quiet])
+    assert torch.allclose(new(x.double()), net(x.double()), atol=1e-9)
+
+
+class Tied(nn.Module):
+    "A weight or a bias that a second function reads, or that the graph does not show to be read."
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.b, self.kind = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), kind
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        y = self.b(y * self.a.bias.view(1, -1, 1, 1) if self.kind == "bias" else y)
+        if self.kind == "twice":
+            return y + F.conv2d(y.sin(), self.b.weight)
+        return y * float(self.b.weight.detach().abs().sum()) if self.kind == "hidden" else y
+
+
+@pytest.mark.parametrize("kind", ["twice", "bias"])
+def test_a_weight_that_serves_twice_stays(kind):
+    torch.manual_seed(0)
+    x, net = torch.randn(8, 3, 5, 5).double(), Tied(kind).double()
+    new = copy.deepcopy(net)
+    table = equalise(new, x)
+    assert torch.equal(new.a.weight, net.a.weight) and torch.equal(new.b.weight, net.b.weight)
+    assert table.scaled["b"] == 0 and table.why["b"]
+
+
+def test_what_the_graph_hides_is_refused():
+    torch.manual_seed(0)
+    x, net = torch.randn(8, 3, 5, 5).double(), Tied("hidden").double()
+    was = copy.deepcopy(net.state_dict())
+    with pytest.raises(MicronetError, match="answers differently"):
+        equalise(net, x)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in was.items())
+
+
+def test_masks_stay_where_channels_are_scaled():
+    net, x = ways()
+    mn.prune(net, 0.5)
+    new = copy.deepcopy(net)
+    assert equalise(new, x).scaled["wide"] == 8
+    assert torch.equal(new.wide.weight == 0, net.wide.weight == 0)
+    assert (new(x) - net(x)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name, layers", [("resnet10t", 14), ("convnext_atto", 12 + 3 + 1)])
+def test_equalised_nets_of_timm(name, layers):
+    "All layers but the first; those behind a norm of a token: one a block, those between stages, the head."
+    torch.manual_seed(0)
+    net, x = timm.create_model(name).eval().double(), torch.randn(2, 3, 64, 64).double()
+    new = copy.deepcopy(net)
+    table = equalise(new, x)
+    with torch.no_grad():
+        assert (new(x) - net(x)).abs().max() < 1e-9
+    assert int((table.scaled > 0).sum()) == layers
+
+
 def table_of(rows, rest=0.0):
     t = pd.DataFrame(rows, columns=["layer", "rate", "weight_bits", "input_bits", "error", "nonzero", "kl", "cost"])
     t.attrs["rest"] = rest
@@ -294,6 +425,78 @@ def test_budgets_mend_the_price_that_a_plan_knows_nothing_of():
     assert lost <= 4.0 and plan.cost.sum() == min(x for x, k in ((6.0, 4.0), (7.0, 2.0)) if k <= 4.0)
     with pytest.raises(MicronetError, match="the widest choices lose 1.5, and 1 are allowed"):
         _Budget(make, lambda plan: plan.kl.sum(), table_of(CHOICES), 1.0).damage()
+
+
+def test_plans_are_mended_by_what_choices_do_together():
+    rows = [(n, w, a) for n in "ab" for w in (4, 8) for a in (4, 8)]
+    t = pd.DataFrame(rows, columns=["layer", "weight_bits", "input_bits"]).assign(rate=0.0, error=0.0, nonzero=1)
+    t["kl_weights"], t["kl_input"] = t.weight_bits.map({4: 3.0, 8: 0.0}), t.input_bits.map({4: 1.0, 8: 0.0})
+    t = t.assign(kl=t.kl_weights + t.kl_input, cost=t.weight_bits + t.input_bits)
+    t.attrs["rest"], seen = 0.0, []
+
+    def together(plan):
+        "Two inputs of 4 bits do 50 times what each does, weights what they do alone."
+        w, a = (
+            3.0 * (plan.weight_bits == 4).sum(),
+            (50.0 if (plan.input_bits == 4).all() else 1.0) * plan.kl_input.sum(),
+        )
+        seen.append(plan)
+        return w + a, w, a
+
+    work = _Budget(lambda plan: plan, lambda plan: plan.cost.sum(), t, 24.0, together)
+    plan, got = work.price()
+    assert (seen[0].input_bits == 4).all() and (plan.input_bits == 8).all() and (plan.weight_bits == 4).all()
+    assert got == 24.0 and work.turns[0] == {"got": 24.0, "predicted": 2.0, "kl": 100.0} and work.turns[-1]["kl"] == 6.0
+    assert len(seen) == 2  # the third plan is the second again
+
+
+class Split(nn.Module):
+    "Two ways that meet, between single layers."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.d, self.e = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.a(x)))
+        x = F.relu(self.d(self.b(x) + self.c(x)))
+        return self.e(x.mean((2, 3)))
+
+
+def test_blocks_end_where_one_tensor_carries_everything():
+    graph, _ = capture(Split().eval(), torch.randn(2, 3, 6, 6))
+    of = lambda least: [
+        [n.meta["layer"] for n in b if n.meta["op"] in ("conv2d", "linear")] for b in blocks_of(graph, least)
+    ]
+    assert of(1) == [["a"], ["b", "c"], ["d"], ["e"]]
+    assert of(3) == [["a"], ["b", "c", "d"], ["e"]]
+
+
+def test_a_block_is_learned_and_nothing_else_is_touched():
+    torch.manual_seed(0)
+    net, x = Split().eval(), torch.randn(32, 3, 6, 6)
+    small = copy.deepcopy(net)
+    mn.quantise_activations(small, x, 5)
+    put_masks(small, {"c": torch.rand(4, 4, 3, 3) > 0.5})
+    reconstruct(small, x, 3, original=net, quiet=True)
+    new, keys = copy.deepcopy(small), set(small.state_dict())
+    table = reconstruct_blocks(new, x, net, 40, quiet=True)
+    assert table.layers.to_list() == [1, 3, 1] and table.taken.any() and (table.after <= table.before).all()
+    first = lambda m: F.relu(m.norm(m.a(x))).detach()
+    for m, told in ((small, table.before), (new, table.after)):  # the first block's error, by hand
+        assert float((first(m) - first(net)).square().mean() / first(net).var()) == pytest.approx(
+            told.iloc[0], rel=1e-3
+        )
+    hidden = ~new.c.parametrizations.weight[0].mask
+    assert not new.c.weight[hidden].any() and not _Learned(new.c, net.c)()[hidden].any()  # soft rounding, too
+    for m in (new.a, new.c):
+        integers = m.weight / m.parametrizations.weight[-1].scale
+        assert torch.allclose(integers, integers.round(), atol=1e-4) and integers.abs().max() <= 3.001
+    assert keys == set(new.state_dict()) and all(p.grad is None for m in (new, net) for p in m.parameters())
+    again = copy.deepcopy(small)
+    reconstruct_blocks(again, x, net, 40, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), again.state_dict().values()))
 
 
 def test_alone_is_what_the_whole_net_gives():

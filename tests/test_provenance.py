@@ -94,6 +94,10 @@ NEEDED = {  # what the numbers depend on, by record
         (f"23_post_training.{net}" for net in ("student", "efficientnet-lite0", "kaist-v1-60", "osi-ai")),
         {"net", "rows", "solve", "method", "follow", "damp", "limit"},
     ),
+    **dict.fromkeys(
+        (f"23_post_training.further.{net}" for net in ("student", "efficientnet-lite0", "kaist-v1-60")),
+        {"net", "rows", "solve"},
+    ),
     "23_post_training.widths": {"net", "weights", "inputs", "solve", "calibrate"},
     **dict.fromkeys(
         (f"24_compressing.{net}" for net in ("efficientnet-lite0", "kaist-v1-60")), {"net", "calls", "n_images"}
