@@ -675,7 +675,7 @@ def check_flow(
     graph: fx.Graph,  # of a file
     modules: dict,  # name to module
 ):
-    "Every node, in order, by `value_kind`; one output, which is the last."
+    "Every node, in order, by `value_kind`; one input; one output, which is the last."
     known, fixed = {}, set()  # fixed: values that are the same for every input
     for node in graph.nodes:
         known[node] = value_kind(node, known, modules)
@@ -685,8 +685,8 @@ def check_flow(
         if sources and sources[0] in fixed and _overwrites(node, modules):
             raise MicronetError(f'the node {node.name} overwrites a stored tensor, so no second run would be the same')
     ops = [n.op for n in graph.nodes]
-    if ops.count('output') != 1 or ops[-1] != 'output' or 'placeholder' not in ops:
-        raise MicronetError('a graph has an input, and one output, which is its last node')
+    if ops.count('output') != 1 or ops[-1] != 'output' or ops.count('placeholder') != 1:
+        raise MicronetError('a graph has one input, and one output, which is its last node')
 
 # %% ../nbs/17_packing.ipynb #6019cfdc
 def _viewed(stored, shape, order):
