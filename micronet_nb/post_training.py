@@ -1337,7 +1337,7 @@ def _learnable(model, graph):
 
 @torch.no_grad()
 def _targets(nodes, entry, x, clean, follow):
-    "What a block of the original makes of its own inputs, and what it should give: between that and what it makes of x."
+    "What a block of the original makes of its own inputs, and what to learn: between that and what it makes of x."
     run = lambda v: run_nodes(nodes, {entry: v})[nodes[-1]]
     clean = [run(v) for v in clean]
     return clean, clean if follow == 1 else [follow * a + (1 - follow) * run(v) for a, v in zip(clean, x)]
