@@ -45,6 +45,8 @@ _MODULE_OF = {
     'compress': 'compressing',
     'photo_crops': 'compressing',
     'reconstruct': 'post_training',
+    'reconstruct_blocks': 'post_training',
+    'equalise': 'post_training',
     # what it costs, and what runs
     'score': 'scoring',
     'lower': 'lowering',

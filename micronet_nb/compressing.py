@@ -279,7 +279,10 @@ class Report:
             limit, got = (
                 f'{v + 0.0:,.4g}' if v < 1e4 else f'{v:,.0f}' for v in (self.budget['asked'], self.budget['got'])
             )
-            chosen = ' (chosen on these images)' if self.budget['name'] in ('disagreement', 'accuracy_loss') else ''
+            plans = len(self.budget.get('turns', ()))
+            chosen = f' (of {plans} plans the one that does least to these images)' if plans > 1 else ''
+            if self.budget['name'] in ('disagreement', 'accuracy_loss'):
+                chosen = ' (chosen on these images)'
             yield f"asked for {self.budget['name']} of at most {limit}, got {got}{chosen}"
         if self.untouched is not None and len(self.untouched):
             yield f'not reached: {", ".join(self.untouched.index)}'

@@ -1382,7 +1382,8 @@ def reconstruct_blocks(
     """Rounding, scales and shifts of a quantised net learned block by block (BRECQ, Li et al. 2021).
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 50)).eval()
-    >>> small, x = copy.deepcopy(net), torch.randn(32, 3, 8, 8)
+    >>> from copy import deepcopy
+    >>> small, x = deepcopy(net), torch.randn(32, 3, 8, 8)
     >>> reconstruct(small, x, 3, quiet=True).bits.to_dict()
     {'0': 3, '2': 3}
     >>> reconstruct_blocks(small, x, net, 50, quiet=True).layers.to_list()

@@ -568,3 +568,19 @@ def test_a_tuned_net_is_not_told_layer_by_layer():
         c = compress(net, x, "8-bit", fine_tune=mn.FitConfig(), data=(None, None), quiet=True)
     assert c.report.layers.kl.isna().all() and c.report.layers.bytes_after.notna().all()
     c.report.plot()
+
+
+@pytest.mark.parametrize(
+    "name, turns, said",
+    [
+        ("bytes", 1, ""),
+        ("bytes", 3, " (of 3 plans the one that does least to these images)"),
+        ("accuracy_loss", 3, " (chosen on these images)"),
+    ],
+)
+def test_a_report_says_where_its_images_have_chosen(name, turns, said):
+    totals = pd.DataFrame({"before": [2.0], "after": [1.0], "ratio": [2.0]}, index=["bytes"])
+    agreement = dict(same=90.0, low=80.0, high=95.0, n=10, kl=0.1)
+    asked = dict(name=name, asked=1.0, got=1.0, turns=[{}] * turns)
+    report = mn.compressing.Report(pd.DataFrame(), totals, agreement, budget=asked)
+    assert str(report).splitlines()[-1] == f"asked for {name} of at most 1, got 1{said}"
