@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from micronet_nb import quantisers
 from micronet_nb.core import MicronetError
 from micronet_nb.quantisers import fake_quantise, grid, quantise, solve_scale, solve_scales
 
@@ -80,3 +81,15 @@ def test_gradients_survive_bfloat16_and_compile_like_code():
     a = torch.tensor(0.1, requires_grad=True)
     fake_quantise(x, a, 4).sum().backward()
     assert x.grad.dtype == torch.bfloat16 and torch.isfinite(x.grad).all() and torch.isfinite(a.grad)
+
+
+@pytest.mark.parametrize('length', [100, 2**14 + 1])
+def test_many_numbers_are_solved_as_few_and_show_how_far_they_are(monkeypatch, length):
+    torch.manual_seed(0)
+    x, shown = torch.randn(7, length), []
+    alone = quantisers.solve_scale(x, 4)
+    monkeypatch.setattr(quantisers, 'MANY', x.numel())
+    monkeypatch.setattr(quantisers, 'progress', lambda blocks, **kwargs: shown.append(kwargs) or blocks)
+    assert torch.equal(quantisers.solve_scale(x, 4), alone)
+    assert [bar['total'] for bar in shown] == [7 if length > 2**14 else 1]
+    assert not shown.clear() and torch.equal(quantisers.solve_scale(x[:6], 4), alone[:6]) and not shown
