@@ -616,7 +616,7 @@ class Runner:
         self.options, self.timed = dict(fma=fma, compiled=compiled), timed and int8 is None
         self.tasks = None  # planned at the first call
         self.choices = None  # if timed: ms of each way of each task that has several, and of the whole; what was chosen
-        self.way = self.once
+        self.way = None  # then: what runs a batch; None: the tasks
         nodes = self.graph.graph.nodes
         self.input = next(n for n in nodes if n.op == 'placeholder')
         self.output = next(n for n in nodes if n.op == 'output').args[0]
@@ -698,6 +698,6 @@ def __call__(
     try:
         if self.timed and self.choices is None:
             self.choose(x[: self.batch])
-        return torch.cat([self.way(part) for part in x.split(self.batch)])
+        return torch.cat([(self.way or self.once)(part) for part in x.split(self.batch)])
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
         raise does_not_run(x, e) from e
