@@ -104,7 +104,7 @@ class Int8Conv:
         low: int = 0,  # the whole number that a 0 among the bytes stands for, -255 to 0
     ):
         self.conv, self.quantise, self.low = conv, quantise, low
-        self.packed = {}  # shape of an input to the weights for it
+        self.packed = {}  # shape of an input to the weights for it; None: the units are wrong there
         if int8 is None:
             int8 = has_int8(8 if conv.weight_bits > 4 else 4, low < 0, conv.groups > 1)
         self.int8 = int8
@@ -123,10 +123,19 @@ class Int8Conv:
 
     def fused(self, x):
         if x.shape not in self.packed:
-            self.packed[x.shape] = _prepack(x, self.scale, self.conv, self.low)
+            self.packed[x.shape] = self.tried(x)
+        packed = self.packed[x.shape]
+        return self.plain(x) if packed is None else self.on_units(x, packed)
+
+    def tried(self, x):
+        "The weights for inputs of this shape; None where the units give other numbers than float32 does."
+        packed = _prepack(x, self.scale, self.conv, self.low)
+        return packed if torch.equal(self.on_units(x, packed), self.plain(x)) else None
+
+    def on_units(self, x, packed):
         q = self.quantise
         top = q.top if q and not q.bottom else None  # rounded there to bytes from 0; others behind it
-        y = _qconv(x, self.packed[x.shape], self.scale, self.zero, self.bias, self.conv, top, self.low)
+        y = _qconv(x, packed, self.scale, self.zero, self.bias, self.conv, top, self.low)
         return self.bytes(y) if q and q.bottom else y
 
     def plain(self, x):

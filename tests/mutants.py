@@ -925,6 +925,12 @@ MUTANTS = [
         "runtime::test_sums_that_the_graph_itself_rounds_stay_with_it",
     ),
     Mutant(
+        "units that are wrong for a shape are used there",
+        "return packed if torch.equal(self.on_units(x, packed), self.plain(x)) else None",
+        "return packed",
+        "runtime::test_units_that_are_wrong_for_one_shape_are_left_alone_there",
+    ),
+    Mutant(
         "the slowest way is taken",
         "task.run = task.ways[chosen := min(",
         "task.run = task.ways[chosen := max(",

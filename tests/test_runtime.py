@@ -151,6 +151,35 @@ def test_sums_that_the_graph_itself_rounds_stay_with_it(wide):
         assert_same(Runner(net, int8), net, x)
 
 
+@pytest.mark.parametrize('kernel, side, low', [(8, 8, 0), (8, 8, -60), (7, 7, -60), (8, 16, 0), (4, 4, -127)])
+def test_a_kernel_as_large_as_the_image(kernel, side, low):
+    "oneDNN was seen to give other sums for 8x8 on 8x8."
+    torch.manual_seed(0)
+    net = nn.Sequential(Quantise(8, low=low), IntConv2d(16, 32, kernel, stride=kernel, weight_bits=4)).eval()
+    net[1].weight.data = torch.randint(-7, 8, net[1].weight.shape).float()
+    x = torch.randn(4, 16, side, side) * 60
+    for int8 in WAYS:
+        assert_same(Runner(net, int8), net, x)
+
+
+def test_units_that_are_wrong_for_one_shape_are_left_alone_there(monkeypatch):
+    if not has_int8():
+        pytest.skip('this machine has no 8-bit units')
+    graph, x = lowered('wrn_10_1')
+    real, asked = runtime._qconv, []
+
+    def wrong(codes, *args):
+        asked.append(codes.shape)
+        y = real(codes, *args)
+        return y + 1 if len(codes) == 3 else y
+
+    monkeypatch.setattr(runtime, '_qconv', wrong)
+    runner = Runner(graph)
+    for images in (x, x[:3], x, x[:3]):
+        assert_same(runner, graph, images)
+    assert sum(shape[0] == 3 for shape in asked) == 9  # each of nine layers was tried once
+
+
 TWO = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div}
 TWO |= {torch.maximum, torch.minimum}
 ELEMENTWISE = TWO | {torch.relu, torch.clamp, torch.neg, operator.neg, F.relu, F.relu6, F.hardtanh, F.hardsigmoid}
