@@ -88,6 +88,7 @@ NEEDED = {  # what the numbers depend on, by record
     "20_cifar100.losses": {"joint", "before"},
     "22_champion.untuned": {"net", "widths", "calibrated_on", "images", "first_bits"},
     "22_champion.candidates": {"recipes"},
+    "22_champion.seeds": {"recipe", "seeds"},
     "22_champion.reads": {"of", "lowered"},
     **dict.fromkeys(("22_champion.score", "22_champion.accuracy"), {"file", "bytes", "recipe"}),
     **dict.fromkeys(
