@@ -499,25 +499,35 @@ def plain_layers(
 
 
 def _plain(module, name):
-    "A plain layer that computes the same."
+    "A plain layer that computes the same, one that pads as TensorFlow does where need be."
+    from timm.layers import Conv2dSame  # not above: this floor needs no timm
+
     cls, bias = plain_class(module), module.bias is not None
     if cls is nn.Linear:
-        layer, x = nn.Linear(module.in_features, module.out_features, bias), torch.randn(2, module.in_features)
+        layers, inputs = [nn.Linear(module.in_features, module.out_features, bias)], [(module.in_features,)]
     else:
-        options = {k: getattr(module, k) for k in ('stride', 'padding', 'dilation', 'groups', 'padding_mode')}
-        layer = cls(module.in_channels, module.out_channels, module.kernel_size, bias=bias, **options)
-        x = torch.randn(2, module.in_channels, *(2 * n + 1 for n in _least_side(module)))
-    layer = layer.to(module.weight)
-    layer.weight.copy_(computing_weight(module, name))
-    if bias:
-        layer.bias.copy_(module.bias)
-    x = x.to(module.weight)
+        options = {k: getattr(module, k) for k in ('stride', 'padding', 'dilation', 'groups')} | dict(bias=bias)
+        sizes = module.in_channels, module.out_channels, module.kernel_size
+        layers = [cls(*sizes, padding_mode=module.padding_mode, **options)]
+        layers += [Conv2dSame(*sizes, **options)] if cls is nn.Conv2d else []
+        inputs = [(module.in_channels, *(2 * n + k for n in _least_side(module))) for k in (1, 2)]
+    inputs = [torch.randn(2, *size).to(module.weight) for size in inputs]
+    for layer in layers:
+        layer.to(module.weight).weight.copy_(computing_weight(module, name))
+        if bias:
+            layer.bias.copy_(module.bias)
+        if all(_computes_as(layer, module, x) for x in inputs):
+            return layer.train(module.training)
+    raise MicronetError(
+        f'{name!r} ({type(module).__name__}) does more than multiply by another weight: write a plain layer'
+    )
+
+
+def _computes_as(layer, module, x):
+    "Do two layers give the same, the second in evaluation mode?"
     with evaluation_mode(module):
-        if not torch.allclose(layer(x), module(x), rtol=1e-4, atol=1e-4):
-            raise MicronetError(
-                f'{name!r} ({type(module).__name__}) does more than multiply by another weight: write a plain layer'
-            )
-    return layer.train(module.training)
+        ours, theirs = layer(x), module(x)
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 # %% ../nbs/03_layers.ipynb #b61bf0c8
 def layer_class(

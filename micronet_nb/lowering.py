@@ -2012,7 +2012,8 @@ class SideBySide(fx.Interpreter):
             return want
         single = lambda v: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v
         got = call(*tree_map(single, args), **tree_map(single, kwargs))
-        off, limit = float((got.double() - want).abs().max()), self.limit(n, args, want)
+        apart = torch.where(got.double() == want, 0.0, (got.double() - want).abs())  # infinity is equal to itself
+        off, limit = float(apart.max()), self.limit(n, args, want)
         if not off <= limit:
             raise MicronetError(
                 f'{n.target if n.op == "call_module" else n.name} is off by {off:.3g} on the example, '
@@ -2032,7 +2033,12 @@ def limit(self: SideBySide, node, args, want):
         return eps * float((ScaleBias.forward(_absolute(m), args[0].abs())).max())
     if isinstance(m, IntWeights) and grid_of(self.module, node.args[0]):
         return float(want.abs().max()) * 2**-24 if m.wide else 0.0  # float32 rounds once, or not at all
-    return 1e-4 * max(float(t.abs().max()) for t in [*tensors_in(args), want])
+    return 1e-4 * max(map(_largest, [*tensors_in(args), want]))
+
+
+def _largest(t):
+    "The largest finite magnitude of a tensor."
+    return float(t.abs().masked_fill(~t.isfinite(), 0).max())
 
 
 def _absolute(scale):

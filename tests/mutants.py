@@ -886,6 +886,12 @@ MUTANTS = [
         "torch.mul(x, self.scale, out=f)",
         "integers::test_bytes_are_clamped_at_both_ends runtime::test_a_net_made_by_hand",
     ),
+    Mutant(
+        "infinities are compared by subtraction",
+        "torch.where(got.double() == want, 0.0, (got.double() - want).abs())",
+        "(got.double() - want).abs()",
+        "lowering::test_a_border_of_minus_infinity",
+    ),
     # Runner
     Mutant(
         "bytes are not counted from the lowest",

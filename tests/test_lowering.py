@@ -683,3 +683,48 @@ def test_a_scale_is_held_as_its_own_channel_needs_it():
     i, j = powers(scale, bias, top, torch.float16)
     rounded = (scale * 2.0 ** -(i + j)).half().double() * 2.0 ** (i + j)
     assert ((rounded - scale).abs() <= scale * 2.0**-11).all()
+
+
+class PaddedPool(nn.Module):
+    "A pool behind a border of minus infinity, as TensorFlow pads."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        x = F.pad(self.first(x), (0, 1, 0, 1), value=float('-inf'))
+        return self.last(F.max_pool2d(x, 3, 2)).mean((2, 3))
+
+
+@pytest.mark.parametrize('scales', [torch.float16, torch.float32])
+def test_a_border_of_minus_infinity(tmp_path, scales):
+    "It was refused: infinity less infinity is no number."
+    torch.manual_seed(0)
+    net, x = PaddedPool().eval(), torch.randn(6, 3, 8, 8)
+    quantise_activations(net, x, 6)
+    quantise_weights(net, 4)
+    graph = lower(net, x, scales)
+    with torch.no_grad():
+        assert torch.allclose(lower(net, x, torch.float64)(x.double()), copy.deepcopy(net).double()(x.double()))
+        y = graph(x)
+    assert torch.isfinite(y).all() and run_integer(graph, x).equal(y) and Runner(graph)(x).equal(y)
+    assert unpack(pack(graph, tmp_path / 'net'))(x).equal(y)
+
+
+def test_an_infinity_that_only_float32_makes_is_refused():
+    "1e30 squared is a number in float64."
+    net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), Squared(), Small())
+    net[0].weight.data.fill_(1e30)
+    with pytest.raises(MicronetError, match='lost in rounding'):
+        lower(net.eval(), torch.rand(2, 1, 2, 2) + 0.5, torch.float32)
+
+
+class Squared(nn.Module):
+    def forward(self, x):
+        return x * x
+
+
+class Small(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x)

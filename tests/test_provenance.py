@@ -103,7 +103,7 @@ NEEDED = {  # what the numbers depend on, by record
     **dict.fromkeys(
         (f"24_compressing.{net}" for net in ("efficientnet-lite0", "kaist-v1-60")), {"net", "calls", "n_images"}
     ),
-    "26_families.sweep": {"seconds", "gigabytes", "timm"},
+    **dict.fromkeys(("26_families.sweep", "26_families.again"), {"seconds", "gigabytes", "timm"}),
     "27_clusters.seconds": {"net", "size", "images", "threads"},
     "25_peers.table": {"net", "packages", "calibration", "image_bits", "float_right"},
     "90_benchmarks.speed": {"seconds", "bandwidth", "n_train", "batch_sizes", "images"},
