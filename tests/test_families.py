@@ -144,3 +144,13 @@ def test_a_process_that_dies_or_takes_too_long_is_told(monkeypatch):
     assert families.walk_apart("test_vit", seconds=0.01)[-1]["told"] == "took more than 0.01 s"
     died = families.walk_apart("no_such_model")
     assert [d["stage"] for d in died] == ["make"] and "no_such_model" in died[0]["told"] and time.time() - began < 300
+
+
+@pytest.mark.parametrize("named, written", [([], "26_families.sweep"), (["resnet"], "26_families.again")])
+def test_some_families_do_not_take_the_place_of_all(monkeypatch, capsys, named, written):
+    row, records = families._row("resnet", "resnet10t", []), []
+    monkeypatch.setattr(families, "sweep", lambda *args, **kwargs: pd.DataFrame([row]).set_index("family"))
+    monkeypatch.setattr(families, "record", lambda name, rows, *args, **kwargs: records.append((name, rows)))
+    assert families.main([*named, "--record"]) == 0
+    assert [name for name, _ in records] == [written] and records[0][1][0]["model"] == "resnet10t"
+    assert "0 of 1 go the whole way" in capsys.readouterr().out
