@@ -2033,10 +2033,10 @@ def limit(self: SideBySide, node, args, want):
         return eps * float((ScaleBias.forward(_absolute(m), args[0].abs())).max())
     if isinstance(m, IntWeights) and grid_of(self.module, node.args[0]):
         return float(want.abs().max()) * 2**-24 if m.wide else 0.0  # float32 rounds once, or not at all
-    return 1e-4 * max(map(_largest, [*tensors_in(args), want]))
+    return 1e-4 * max(map(_magnitude, [*tensors_in(args), want]))
 
 
-def _largest(t):
+def _magnitude(t):
     "The largest finite magnitude of a tensor."
     return float(t.abs().masked_fill(~t.isfinite(), 0).max())
 
