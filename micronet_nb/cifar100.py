@@ -20,6 +20,7 @@ from pathlib import Path
 from micronet_nb.core import (
     MicronetError,
     atomic_path,
+    sha256,
     config_key,
     get_profile,
     project_root,
@@ -35,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .activations import activation_quantisers, quantise_activations, remove_activation_quantisers
+from .compressing import unlower
 from .data import load_dataset
 from .lowering import lower
 from .distillation import Ensemble, kd_loss
@@ -66,6 +68,7 @@ class Step:
     row: str  # name of the row, the slide's where there is one
     fit: FitConfig  # the tuning
     model: str = ''  # a new net, by its name for `create_model` or `load_published`; '': the net of the row before
+    packed: str = ''  # a packed net in `data/nets`, whose weights it begins with; '': its own
     teacher: str = ''  # row whose net teaches, or published nets, joined by ' + ', that do so together; '': labels only
     loss: tuple = ()  # of `kd_loss`: (keyword, value) pairs; (): RIAIR's
     prune: tuple = ()  # (name of a part, fraction) pairs: one threshold for the part, masked at once, then held
@@ -78,6 +81,7 @@ class Step:
     relu: bool = False  # ReLU in place of every h-swish
     gates: int = 0  # bits in front of every h-swish; 0: none
     norm_momentum: float = 0.0  # of all batch norms; 0: as they are
+    frozen_norms: bool = False  # batch norms keep their statistics
     lower: float = 0.0  # widths by `choose_bits` within this share of the weights' storage; 0: no
     budget: float = 0.0  # widths of weights and inputs, layer by layer, under this score (official, tree); 0: no
     learn: bool = False  # learned scales (LSQ)
@@ -199,6 +203,16 @@ def champion_recipe(
     (mixed,) = published_recipe(**CHAMPION | dict(bits=(budget,), epochs=(6,), mixup=1.0))
     plain = replace(mixed.fit, epochs=1, lr=0.001, mixup=0.0)
     return [mixed, Step('the same on plain images', plain, teacher=mixed.teacher, loss=mixed.loss)]
+
+
+def narrower_recipe(
+    budget: float = 0.00292,  # as for `champion_recipe`
+    packed: str = 'kaist-v1-60',  # the net that it goes on from
+    epochs: int = 4,
+) -> list:
+    "A packed champion within a smaller score: fewer bits, tuned on mixed images, batch norms as the file has them."
+    (mixed,) = published_recipe(**CHAMPION | dict(bits=(budget,), epochs=(epochs,), mixup=1.0))
+    return [replace(mixed, row=f'{packed}, score {budget:g}', packed=packed, frozen_norms=True)]
 
 # %% ../nbs/20_cifar100.ipynb #47d54bdb
 def _embedded(study):
@@ -348,6 +362,13 @@ def widths_for(
     "The widths of all layers that change the answers least within the score."
     return list(choose_widths(width_table(net, images, images, quiet=quiet), budget))
 
+
+def packed_net(
+    name: str,  # without its ending
+) -> Path:
+    "A packed net that this project has trained."
+    return project_root() / 'data' / 'nets' / f'{name}.safetensors'
+
 # %% ../nbs/20_cifar100.ipynb #5a114cab
 def _quantise_as(
     net: nn.Module,  # changed in place
@@ -366,6 +387,8 @@ def _quantise_as(
     if step.budget:
         choose = lambda folder: widths_for(net, step.budget, images, quiet)
         weights, inputs = _stage('widths', dict(budget=step.budget), choose, key, net, root)
+        if step.packed:  # widths are those of the net before
+            unlower(net, unpack(packed_net(step.packed)), images)
         quantise_weights(net, weights, learn=step.learn)
         quantise_activations(net, images, inputs, step.first_bits, step.learn, affine=step.affine)
     if step.activations:
@@ -446,7 +469,7 @@ def build(
     pruner = _pruner_for(net, step, key, train, stats, plain or net, root, quiet)
     for name, p in net.named_parameters():
         p.requires_grad_(not step.only or name.startswith(f'{step.only}.'))
-    return [pruner, FrozenNorms()] if step.only else [pruner]
+    return [pruner, FrozenNorms()] if step.only or step.frozen_norms else [pruner]
 
 # %% ../nbs/20_cifar100.ipynb #f1fd48a4
 def renew_norms(
@@ -610,6 +633,8 @@ def run_step(
     settings = _key_settings(step, teaching, keys)
     if step.share:
         settings |= dict(plan=callbacks[0].describe(), bits=weight_bits(net))  # what was measured
+    if step.packed:
+        settings |= dict(packed=sha256(packed_net(step.packed)))
     if step.budget:
         settings |= dict(bits=weight_bits(net), inputs={n: q.bits for n, q in activation_quantisers(net).items()})
     upstream = [k for k in (before, *keys) if k]

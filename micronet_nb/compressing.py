@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'NOISE', 'PRESETS', 'BUDGETS', 'SCORING', 'Alone', 'option_table', 'allocate', 'Report', 'Compressed',
-           'compress', 'photo_crops']
+           'compress', 'unlower', 'photo_crops']
 
 # %% ../nbs/24_compressing.ipynb #bff02713
 import contextlib, copy, html, inspect, math, tempfile
@@ -25,10 +25,13 @@ from .activations import _quantiser_for, activation_quantisers, calibrate
 from .activations import attach_quantiser, quantise_activations, remove_activation_quantisers
 from .core import MicronetError, progress, require_writable, whole
 from .distillation import kd_loss, kl
+from .integer import Quantise, ScaleBias
 from micronet_nb.layers import (
     compressible,
+    dense_weight,
     evaluation_mode,
     input_batches,
+    is_transposed,
     pairs_of,
     per_layer,
     untouched,
@@ -699,6 +702,138 @@ def _tune(new, original, config, data, quiet):
     "Tuning, taught by the original."
     stats = getattr(original, 'input_stats', None)
     fit(new, data, config, teacher=original, loss=kd_loss('teacher||student'), stats=stats, quiet=quiet)
+
+# %% ../nbs/24_compressing.ipynb #24f11e02
+class _Lowered:
+    "What a lowered net says of its layers."
+
+    def __init__(self, graph):
+        self.graph = graph
+        self.nodes = {n.target: n for n in graph.graph.nodes if n.op == 'call_module'}
+
+    def is_a(self, node, kind):
+        return node.op == 'call_module' and isinstance(self.graph.get_submodule(node.target), kind)
+
+    def part(self, node):
+        return self.graph.get_submodule(node.target)
+
+    def joined(self, node):
+        "Scales in a row as one: scale, bias, and the last of them."
+        scale, bias = self.part(node).weight, self.part(node).bias
+        while len(node.users) == 1 and self.is_a(after := next(iter(node.users)), ScaleBias):
+            own = self.part(after)
+            node, scale, bias = after, scale * own.weight, bias * own.weight + own.bias
+        return scale, bias, node
+
+    def scales(self, name):
+        "Scales of a layer's outputs: those that stand alone, and those in which the next quantiser's is merged."
+        alone, merged = [], []
+        for user in self.nodes[name].users:
+            while user.target is torch.mean and len(user.users) == 1:
+                user = next(iter(user.users))
+            if not self.is_a(user, ScaleBias):
+                raise MicronetError(f'behind layer {name!r} stands {user.name!r}: only a scale can be taken back')
+            row = self.joined(user)
+            (merged if any(self.is_a(u, Quantise) for u in row[2].users) else alone).append(row)
+        return alone, merged
+
+    def outputs(self, names):
+        "Layer name to scale and bias of its outputs; node to the scale of a quantiser, where it was merged."
+        outputs, merged_into = {}, {}
+        for name in names:
+            alone, merged = self.scales(name)
+            unit = 1.0 if alone else merged[0][0].abs().mean()
+            scale, bias = (alone or merged)[0][0] / unit, (alone or merged)[0][1] / unit
+            outputs[name] = scale, bias
+            merged_into |= {node: (s / scale).nanmedian() for s, _, node in merged}
+        return outputs, merged_into
+
+    def input_scale(self, name, merged_into):
+        "By what a layer's input is multiplied before it is rounded."
+        quantise = self.nodes[name].args[0]
+        if not self.is_a(quantise, Quantise):
+            return torch.ones(())
+        before = quantise.args[0]
+        scale = merged_into[before] if before in merged_into else self.part(before).weight
+        if scale.numel() > 1 or before not in merged_into and self.part(before).has_bias:
+            raise MicronetError(f'the input of layer {name!r} has a scale for every channel: that cannot be taken back')
+        return scale.reshape(())
+
+# %% ../nbs/24_compressing.ipynb #24f11e04
+def _norms_behind(net, x):
+    "Layer name to the batch norm that is its alone."
+    norms = {id(m.running_mean): m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    walk = Walk(net, x)
+    while walk.step():
+        pass
+    means = [id(mean) for mean in walk.norms.values()]
+    return {n: norms[id(mean)] for n, mean in walk.norms.items() if means.count(id(mean)) == 1}
+
+
+def _hold(norm, scale, bias, mean, var):
+    "Makes a batch norm scale * x + bias, for inputs of this mean and variance."
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)
+    norm.weight.copy_(scale * (norm.running_var + norm.eps).sqrt())
+    norm.bias.copy_(bias + scale * norm.running_mean)
+
+
+def _measure_norms(net, asked, images):
+    "Gives batch norms the statistics of their inputs, and leaves what they do; `asked`: norm to (scale, bias)."
+    seen = {}
+    watch = lambda m, args: seen.__setitem__(m, torch.var_mean(args[0], [0, *range(2, args[0].dim())]))
+    hooks = [m.register_forward_pre_hook(watch) for m in asked]
+    try:
+        net(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm, (var, mean) in seen.items():
+        _hold(norm, *asked[norm], mean, var)
+
+
+@torch.no_grad()
+def unlower(
+    net: nn.Module,  # what was lowered, or its like: any weights, masks stay; no quantisers; changed in place
+    graph: nn.Module,  # from `lower` or `unpack`
+    images: torch.Tensor,  # (n, c, h, w) as the net sees them, n >= 2: batch norms are measured on them
+):
+    """Weights and biases of a lowered net for the module that it came from, to be tuned further; in evaluation mode.
+
+    MicronetError where a layer is missing, or where the net does not answer like `graph` in the end.
+
+    >>> conv, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten()).eval(), torch.randn(16, 3, 8, 8)
+    >>> small, again = compress(conv, x, '8-bit', quiet=True), copy.deepcopy(conv)
+    >>> unlower(again, small.graph, x)
+    >>> bool((again(x) - conv(x)).abs().max() < 0.1)
+    True
+    """
+    net.eval()
+    layers, lowered = compressible(net), _Lowered(graph)
+    if missing := [n for n, m in layers.items() if n not in lowered.nodes or is_transposed(m)]:
+        raise MicronetError(f'layer {missing[0]!r} is not in the lowered net as it is here: was that made of this net?')
+    norms, (outputs, merged_into), asked = _norms_behind(net, images[:1]), lowered.outputs(layers), {}
+    for name, layer in layers.items():
+        weight = lowered.part(lowered.nodes[name]).weight * lowered.input_scale(name, merged_into)
+        dense, (scale, bias) = dense_weight(layer), (v.expand(len(weight)) for v in outputs[name])
+        if weight.shape != dense.shape:
+            raise MicronetError(f'layer {name!r} has weights of {[*dense.shape]}, the lowered one {[*weight.shape]}')
+        stretch = scale
+        if name in norms:
+            before, now = (w.flatten(1).norm(dim=1) for w in (dense, weight))
+            stretch = torch.where((before > 0) & (now > 0), before / now.clamp_min(1e-30), 1.0)
+            asked[norms[name]] = scale / stretch, bias
+            _hold(norms[name], *asked[norms[name]], 0.0, 1.0)
+        elif layer.bias is not None:
+            layer.bias.copy_(bias)
+        elif bias.any():
+            raise MicronetError(f'layer {name!r} has no bias and no batch norm behind it, the lowered one has a bias')
+        dense.copy_(weight * stretch.view(-1, *(1,) * (weight.dim() - 1)))
+    _measure_norms(net, asked, images)
+    few = images[:32]
+    answers, wanted = net(few), graph(few)
+    if not (answers - wanted).square().mean() < wanted.var():
+        raise MicronetError('the net does not answer like the lowered one: was that made of this net?')
 
 # %% ../nbs/24_compressing.ipynb #314d45fb
 def photo_crops(
