@@ -704,6 +704,9 @@ def _tune(new, original, config, data, quiet):
     fit(new, data, config, teacher=original, loss=kd_loss('teacher||student'), stats=stats, quiet=quiet)
 
 # %% ../nbs/24_compressing.ipynb #24f11e02
+_REMEDY = 'this net cannot be taken back from integers; keep it with `save_net` while it is tuned'
+
+
 class _Lowered:
     "What a lowered net says of its layers."
 
@@ -732,7 +735,7 @@ class _Lowered:
             while user.target is torch.mean and len(user.users) == 1:
                 user = next(iter(user.users))
             if not self.is_a(user, ScaleBias):
-                raise MicronetError(f'behind layer {name!r} stands {user.name!r}: only a scale can be taken back')
+                raise MicronetError(f'behind layer {name!r} stands {user.name!r}, not a scale: {_REMEDY}')
             row = self.joined(user)
             (merged if any(self.is_a(u, Quantise) for u in row[2].users) else alone).append(row)
         return alone, merged
@@ -754,10 +757,14 @@ class _Lowered:
         if not self.is_a(quantise, Quantise):
             return torch.ones(())
         before = quantise.args[0]
-        scale = merged_into[before] if before in merged_into else self.part(before).weight
-        if scale.numel() > 1 or before not in merged_into and self.part(before).has_bias:
-            raise MicronetError(f'the input of layer {name!r} has a scale for every channel: that cannot be taken back')
-        return scale.reshape(())
+        if before in merged_into:
+            return merged_into[before]
+        if not self.is_a(before, ScaleBias):
+            raise MicronetError(f'the scale of the input of layer {name!r} stands before {before.name!r}: {_REMEDY}')
+        scale = self.part(before)
+        if scale.weight.numel() > 1 or scale.has_bias:
+            raise MicronetError(f'the input of layer {name!r} has a scale for every channel: {_REMEDY}')
+        return scale.weight.reshape(())
 
 # %% ../nbs/24_compressing.ipynb #24f11e04
 def _norms_behind(net, x):
@@ -800,7 +807,8 @@ def unlower(
 ):
     """Weights and biases of a lowered net for the module that it came from, to be tuned further; in evaluation mode.
 
-    MicronetError where a layer is missing, or where the net does not answer like `graph` in the end.
+    MicronetError where scales have been moved out of reach, where a layer is missing, or where the net does not answer
+    like `graph` in the end.
 
     >>> conv, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten()).eval(), torch.randn(16, 3, 8, 8)
     >>> small, again = compress(conv, x, '8-bit', quiet=True), copy.deepcopy(conv)
