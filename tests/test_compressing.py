@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import micronet_nb as mn
-from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, option_table
+from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, option_table, unlower
 from micronet_nb.core import MicronetError
 from micronet_nb.lowering import capture
 from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, equalise, learn_rounding
@@ -584,3 +584,80 @@ def test_a_report_says_where_its_images_have_chosen(name, turns, said):
     asked = dict(name=name, asked=1.0, got=1.0, turns=[{}] * turns)
     report = mn.compressing.Report(pd.DataFrame(), totals, agreement, budget=asked)
     assert str(report).splitlines()[-1] == f"asked for {name} of at most 1, got 1{said}"
+
+
+class Gated(nn.Module):
+    "A block whose gate reads what a batch norm gives, so that the quantiser's scale is merged with the norm's."
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.deep, self.second = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.gate, self.back = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.last, self.third = nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6)  # with a bias that the norm takes away
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.hardswish(self.first(self.stem(x)))
+        y = self.second(self.deep(x))
+        x = x + y * torch.sigmoid(self.back(F.hardswish(self.gate(y.mean((2, 3), keepdim=True)))))
+        return self.head(self.third(self.last(x)).mean((2, 3)))
+
+
+def gated_and_lowered(bits=8):
+    torch.manual_seed(3)
+    net, x = Gated().eval(), torch.randn(64, 3, 10, 10)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.3, 2)
+            nn.init.uniform_(m.weight, -1.5, 1.5)
+            nn.init.normal_(m.bias)
+    small = copy.deepcopy(net)
+    mn.quantise_weights(small, bits)
+    mn.quantise_activations(small, x, 8, 8, affine=True)
+    return net, x, mn.lower(small, x[:4])
+
+
+@torch.no_grad()
+def test_a_lowered_net_goes_back_into_its_module(tmp_path):
+    net, x, graph = gated_and_lowered(4)
+    graph, wanted = mn.unpack(mn.pack(graph, tmp_path / "net.safetensors")), graph(x)
+    other = Gated()  # other weights of the same shapes
+    norms = {n: m.weight.flatten(1).norm(dim=1) for n, m in other.named_modules() if n in ("stem", "deep", "last")}
+    unlower(other, graph, x)
+    assert (other(x) - wanted).abs().mean() < 0.02 * wanted.std() < (net(x) - wanted).abs().mean()
+    for name, before in norms.items():  # so that a learning rate means what it meant
+        assert torch.allclose(other.get_submodule(name).weight.flatten(1).norm(dim=1), before, rtol=1e-4)
+    assert (other.train()(x) - wanted).abs().mean() < 0.03 * wanted.std()  # its norms have the statistics of the images
+    unlower(other, graph, x)
+    mn.quantise_weights(other, 4)
+    for name, m in graph.named_modules():
+        if hasattr(m, "weight_bits"):  # the same integers, but for the sign that a channel's scale may have
+            q = other.get_submodule(name)
+            again = q.weight / q.parametrizations.weight[-1].scale
+            assert torch.equal(again.round().abs(), m.weight.abs()), name
+
+
+def test_what_cannot_go_back_is_refused():
+    net, x, graph = gated_and_lowered()
+    clips = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+    clips = clips.append(nn.Flatten()).eval()
+    clips[0].bias.data += 5
+    small = copy.deepcopy(clips)
+    mn.quantise_weights(small, 8)
+    mn.quantise_activations(small, x, 8)
+    with pytest.raises(MicronetError, match="the net does not answer like the lowered one"):
+        unlower(clips, mn.lower(small, x[:4]), x)  # its 6 has become another number
+    wider = Gated()
+    wider.head = nn.Linear(6, 7)
+    with pytest.raises(MicronetError, match=r"layer 'head' has weights of \[7, 6\], the lowered one \[5, 6\]"):
+        unlower(wider, graph, x)
+    wider.more = nn.Linear(2, 2)
+    with pytest.raises(MicronetError, match="layer 'more' is not in the lowered net"):
+        unlower(wider, graph, x)
+    joined = timm.create_model("densenet121", num_classes=5).eval()
+    small, x = copy.deepcopy(joined), torch.randn(2, 3, 32, 32)
+    mn.quantise_weights(small, 8)
+    with pytest.raises(MicronetError, match="stands 'cat', not a scale: this net cannot be taken back"):
+        unlower(joined, mn.lower(small, x), x)
