@@ -641,7 +641,7 @@ def test_a_lowered_net_goes_back_into_its_module(tmp_path):
 
 def test_what_cannot_go_back_is_refused():
     net, x, graph = gated_and_lowered()
-    clips = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+    clips = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 3), nn.Hardswish())
     clips = clips.append(nn.Flatten()).eval()
     clips[0].bias.data += 5
     small = copy.deepcopy(clips)
