@@ -36,7 +36,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .activations import activation_quantisers, quantise_activations, remove_activation_quantisers
-from .compressing import unlower
 from .data import load_dataset
 from .lowering import lower
 from .distillation import Ensemble, kd_loss
@@ -388,6 +387,8 @@ def _quantise_as(
         choose = lambda folder: widths_for(net, step.budget, images, quiet)
         weights, inputs = _stage('widths', dict(budget=step.budget), choose, key, net, root)
         if step.packed:  # widths are those of the net before
+            from micronet_nb.compressing import unlower  # which draws pictures: not everywhere is matplotlib
+
             unlower(net, unpack(packed_net(step.packed)), images)
         quantise_weights(net, weights, learn=step.learn)
         quantise_activations(net, images, inputs, step.first_bits, step.learn, affine=step.affine)
