@@ -39,7 +39,7 @@ from micronet_nb.layers import (
 )
 from .lowering import lower
 from .packing import pack
-from .post_training import Walk, _grouped, _meet, _moments, reconstruct, solve_layer
+from .post_training import Walk, _grouped, _meet, _moments, _survey, reconstruct, solve_layer
 from .pruning import magnitude_mask, put_masks
 from .scoring import LayerSpec, TRACKS, score, trace, weight_storage
 from .sensitivity import Replay
@@ -768,11 +768,7 @@ class _Lowered:
 def _norms_behind(net, x):
     "Layer name to the batch norm that is its alone."
     norms = {id(m.running_mean): m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    walk = Walk(net, x)
-    while walk.step():
-        pass
-    means = [id(mean) for mean in walk.norms.values()]
-    return {n: norms[id(mean)] for n, mean in walk.norms.items() if means.count(id(mean)) == 1}
+    return {n: norms[id(mean)] for n, mean in _survey(net, x)[1].items()}
 
 
 def _hold(norm, scale, bias, mean, var):
@@ -808,14 +804,14 @@ def _unrounded(graph):
 
 @torch.no_grad()
 def unlower(
-    net: nn.Module,  # what was lowered, or its like: any weights, masks stay; no quantisers; changed in place
+    net: nn.Module,  # what was lowered, or its like: any weights, masks stay; no quantisers; changed in place, or not
     graph: nn.Module,  # from `lower` or `unpack`
     images: torch.Tensor,  # (n, c, h, w) as the net sees them, n >= 2: batch norms are measured on them
 ):
     """Weights and biases of a lowered net for the module that it came from, to be tuned further; in evaluation mode.
 
-    MicronetError where scales have been moved out of reach, where a layer is missing, or where the net does not answer
-    like `graph` in the end.
+    MicronetError, and the net as it was, where scales have been moved out of reach, where a layer is missing, or where
+    the net does not answer like `graph` in the end.
 
     >>> conv, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten()).eval(), torch.randn(16, 3, 8, 8)
     >>> small, again = compress(conv, x, '8-bit', quiet=True), copy.deepcopy(conv)
@@ -823,7 +819,16 @@ def unlower(
     >>> bool((again(x) - conv(x)).abs().max() < 0.1)
     True
     """
-    net.eval()
+    before = {k: v.clone() for k, v in net.eval().state_dict().items()}
+    try:
+        _put_back(net, graph, images)
+    except MicronetError:
+        net.load_state_dict(before)
+        raise
+
+
+def _put_back(net, graph, images):
+    "What `unlower` does, in place."
     layers, lowered = compressible(net), _Lowered(graph)
     if missing := [n for n, m in layers.items() if n not in lowered.nodes or is_transposed(m)]:
         raise MicronetError(f'layer {missing[0]!r} is not in the lowered net as it is here: was that made of this net?')
@@ -839,7 +844,7 @@ def unlower(
         elif name not in norms and bias.any():
             raise MicronetError(f'layer {name!r} has no bias and no batch norm behind it, the lowered one has a bias')
         if name in norms:
-            before, now = (w.flatten(1).norm(dim=1) for w in (dense, weight))
+            before, now = (w.flatten(1).norm(dim=1) for w in (layer.weight, weight))
             stretch = torch.where((before > 0) & (now > 0), before / now.clamp_min(1e-30), 1.0)
             asked[norms[name]] = scale / stretch, bias
             _hold(norms[name], *asked[norms[name]], 0.0, 1.0)

@@ -647,8 +647,10 @@ def test_what_cannot_go_back_is_refused():
     small = copy.deepcopy(clips)
     mn.quantise_weights(small, 8)
     mn.quantise_activations(small, x, 8)
+    before = {k: v.clone() for k, v in clips.state_dict().items()}
     with pytest.raises(MicronetError, match="the net does not answer like the lowered one"):
         unlower(clips, mn.lower(small, x[:4]), x)  # its 6 has become another number
+    assert all(torch.equal(v, before[k]) for k, v in clips.state_dict().items())
     wider = Gated()
     wider.head = nn.Linear(6, 7)
     with pytest.raises(MicronetError, match=r"layer 'head' has weights of \[7, 6\], the lowered one \[5, 6\]"):
