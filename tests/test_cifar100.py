@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import micronet_nb as mn
 from micronet_nb import cifar100
 from micronet_nb.cifar100 import RECIPES, STOPPED, OutOfTime, run_recipe
 from micronet_nb.cli import micronet_cifar100
@@ -200,3 +202,37 @@ def test_a_step_that_cannot_be_is_named(short):
         cifar100.run_step(steps[2], [], data, stats)
     with pytest.raises(MicronetError, match="no row before it"):
         cifar100.run_step(replace(steps[1], teacher="nobody"), [], data, stats)
+
+
+def test_a_step_goes_on_from_a_packed_net(tmp_path, monkeypatch):
+    def small(seed):
+        torch.manual_seed(seed)
+        row = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.BatchNorm2d(8), torch.nn.Hardswish()
+        return torch.nn.Sequential(*row, torch.nn.Conv2d(8, 6, 3), torch.nn.Hardswish(), torch.nn.Flatten(1)).eval()
+
+    x, first = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)), small(1)
+    mn.quantise_weights(first, 8)
+    mn.quantise_activations(first, x, 8, 8, affine=True)
+    graph = mn.lower(first, x[:4])
+    file = mn.pack(graph, tmp_path / "first.safetensors")
+    widths = [{"0": 6, "3": 6}, {"0": 8, "3": 8}]
+    monkeypatch.setattr(cifar100, "packed_net", lambda name: file)
+    monkeypatch.setattr(cifar100, "_stage", lambda *args: widths)
+    (step,) = cifar100.narrower_recipe(0.003)
+    train = SimpleNamespace(images=(40 * x + 128).clamp(0, 255).to(torch.uint8))
+    stats = (128 / 255,) * 3, (40 / 255,) * 3
+    answers = {}
+    for name, asked in (("packed", step), ("own", replace(step, packed=""))):
+        net = small(2)
+        callbacks = cifar100.build(net, asked, "", train, stats, quiet=True)
+        with torch.no_grad():
+            answers[name] = net.eval()(x)
+    with torch.no_grad():
+        wanted = graph(x)
+    far = {name: float((a - wanted).std() / wanted.std()) for name, a in answers.items()}
+    assert far["packed"] < 0.1 < 0.5 < far["own"]
+    assert [type(c).__name__ for c in callbacks] == ["Pruner", "FrozenNorms"]  # norms keep what the file implies
+    key = cifar100._key_settings(step, {}, [])
+    assert key["packed"] == "kaist-v1-60" and key["frozen_norms"] and "packed" not in cifar100._key_settings(
+        replace(step, packed=""), {}, []
+    )
