@@ -22,7 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .core import MicronetError
-from .layers import evaluation_mode, require_one_input, require_shapes
+from .layers import evaluation_mode, require_module, require_one_input, require_shapes
 from .scoring import ELEMENTWISE, FREE
 
 # %% ../nbs/12_integer.ipynb #74327e34
@@ -717,6 +717,7 @@ def as_graph(
     model: nn.Module,  # of integer and plain modules; left as it was, whatever mode each of its modules is in
 ) -> fx.GraphModule:
     "A model as a graph of modules and functions, in evaluation mode; one with hooks is refused."
+    require_module(model, 'tracing')
     require_shapes(model, 'tracing')
     require_one_input(model, 'a graph')
     _check_hooks(model, type(model).__name__)

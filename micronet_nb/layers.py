@@ -7,7 +7,7 @@ __all__ = ['LAYERS', 'compressible', 'is_transposed', 'image_batches', 'labelled
            'unpack_attention']
 
 # %% ../nbs/03_layers.ipynb #038aa329
-import contextlib, inspect, warnings
+import contextlib, inspect, os, warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -94,6 +94,21 @@ def require_shapes(
         raise MicronetError(f'{caller} needs the shape of {tensor}: run the model on one batch first')
 
 # %% ../nbs/03_layers.ipynb #b57ac178
+def require_module(
+    model,  # what was given
+    caller: str,  # what wants a net, for the message
+):
+    "Refuses what is no net, and says where the net is."
+    if isinstance(model, nn.Module):
+        return
+    remedy = 'wrap it in one'
+    if isinstance(model, (str, os.PathLike)):
+        remedy = '`unpack` opens a packed file, `load_net` a saved one'
+    elif isinstance(getattr(model, 'graph', None), nn.Module):
+        remedy = 'its `graph` is one'
+    raise MicronetError(f'{caller} wants an nn.Module, not a {type(model).__name__}: {remedy}')
+
+
 def require_one_input(
     model: nn.Module,  # any model
     caller: str,  # what runs it, for the message

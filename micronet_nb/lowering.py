@@ -43,7 +43,7 @@ from micronet_nb.integer import (
     module_of,
     tensors_in,
 )
-from .layers import first_inputs, layer_class, require_one_input
+from .layers import first_inputs, layer_class, require_module, require_one_input
 
 # %% ../nbs/13_lowering.ipynb #06e5b915
 class Recorder(TorchFunctionMode):
@@ -2098,7 +2098,7 @@ def lower(
     model: nn.Module,  # masked, quantised, both in part or not at all; left as it was
     example,  # input of the net (n, ...), normalised; or a loader, or whatever `image_batches` takes: its first 8
     scales: torch.dtype = torch.float16,  # of scales and biases: torch.float16, float32 or float64
-) -> fx.GraphModule:  # on the CPU; meta['input_size'] is the shape of one input
+) -> fx.GraphModule:  # on the CPU; meta: input_size of one input, about what `pack` keeps
     """A graph of integer modules; its float64 answer is the model's on the example, else an error says what cannot be.
 
     >>> net, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval(), torch.randn(8, 3, 8, 8)
@@ -2108,6 +2108,7 @@ def lower(
     """
     if scales not in (torch.float16, torch.float32, torch.float64):
         raise MicronetError(f'scales are torch.float16, torch.float32 or torch.float64, not {scales}')
+    require_module(model, 'lower')
     require_one_input(model, 'lower')
     example = first_inputs(example)
     _check_example(example)
@@ -2120,6 +2121,8 @@ def lower(
     run = LargestInputs(graph.double())
     _verify(run.run(x), expected[: len(x)])
     graph.meta['input_size'] = tuple(x.shape[1:])
+    if stats := getattr(model, 'input_stats', None):
+        graph.meta['about'] = dict(pixels=[[float(v) for v in part] for part in stats])
     return _round(graph, x, run.largest, scales)
 
 # %% ../nbs/13_lowering.ipynb #1e15684c

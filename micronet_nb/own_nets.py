@@ -25,6 +25,7 @@ from micronet_nb.layers import (
     SIZEABLE,
     compressible,
     input_batches,
+    require_module,
     require_shapes,
     take_off,
     unpack_attention,
@@ -175,8 +176,7 @@ def check(
     >>> check(net, torch.randn(4, 3, 8, 8)).ok
     True
     """
-    if not isinstance(net, nn.Module):
-        raise MicronetError(f'a net to check must be an nn.Module, not a {type(net).__name__}: wrap it in one')
+    require_module(net, 'check')
     x, rows = next(input_batches(example, 4)).detach().cpu().float(), []
     with torch.random.fork_rng(devices=[]):
         base = _attempt(rows, 'copy', lambda: _copied(net))

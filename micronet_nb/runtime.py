@@ -621,7 +621,8 @@ class Runner:
         graph = graph if isinstance(graph, fx.GraphModule) else as_graph(graph)
         _check_graph(graph)
         self.graph, self.int8, self.batch = in_evaluation(graph), int8, whole('batch', batch, 1)
-        self.input_stats = getattr(graph, 'input_stats', None)  # of the pixels, where `fit` has left them
+        about = graph.meta.get('about', {})
+        self.input_stats = getattr(graph, 'input_stats', None) or about.get('pixels')  # where they are known
         self.options, self.timed = dict(fma=fma, compiled=compiled), timed and int8 is None
         self.tasks = None  # planned at the first call
         self.choices = None  # if timed: ms of each way of each task that has several, and of the whole; what was chosen

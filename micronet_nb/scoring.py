@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .core import MicronetError
-from .layers import compressible, evaluation_mode, per_layer, require_one_input, require_shapes
+from .layers import compressible, evaluation_mode, per_layer
+from .layers import require_module, require_one_input, require_shapes
 
 # %% ../nbs/05_scoring.ipynb #844dabf7
 ELEMENTWISE = {  # operation: (multiplies, adds) an element of the output
@@ -402,6 +403,13 @@ class Tracer(TorchDispatchMode):
 def add(self: Tracer, op, args, out, tensors, func=None, kwargs=None):
     "Writes an operation down."
     name, module = self.stack[-1]
+    if op in ('local_scalar_dense', 'is_nonzero', 'equal'):
+        raise MicronetError(
+            f'{type(module).__name__} {name!r} reads a value of an activation and may decide by it: such a net is no '
+            'fixed graph and has no one cost; make it choose by torch.where, or count the way that it takes alone'
+        )
+    if not _tensors(out):
+        return None  # an assertion
     outputs, makers = _tensors(out), {id(t): s for t in tensors if (s := self.source(t)) is not None}
     activations = [t for t in tensors if id(t) in makers]
     others = [t for t in tensors if id(t) not in makers]
@@ -529,8 +537,7 @@ def sizes_of(
 
 def _image(model, input_size):
     "A grey image for a model, after a look at both."
-    if not isinstance(model, nn.Module):
-        raise MicronetError(f'a net to count must be an nn.Module, not {type(model).__name__}: wrap it in one')
+    require_module(model, 'scoring')
     size = sizes_of(input_size)
     require_shapes(model, 'scoring')
     require_one_input(model, 'scoring')

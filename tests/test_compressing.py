@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import threading
 import warnings
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import micronet_nb as mn
-from micronet_nb.compressing import Alone, Report, _Budget, allocate, compress, option_table, unlower
+from micronet_nb.compressing import Alone, Report, _Budget, _divergences, _parts, _probes, allocate, compress, option_table, unlower
 from micronet_nb.core import MicronetError
 from micronet_nb.lowering import capture
 from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, equalise, learn_rounding
@@ -525,6 +526,30 @@ def test_prices_are_those_of_the_scorer():
     assert got == pytest.approx(want, rel=0.02)
 
 
+@pytest.mark.parametrize("rates", [(0.0, 0.3, 0.5), (0.0,), (0.3, 0.5)])
+def test_zeros_and_rounding_have_slopes_of_their_own(rates):
+    g = np.random.default_rng(0)
+    rows, truth = [], []
+    for rate in rates:
+        zeros = rate * g.uniform(0.01, 0.02)
+        for bits in (3, 4, 8):
+            rounding = 2.0 ** (-2 * bits) * g.uniform(1, 2) if bits < 8 or not rate else 0.0
+            rows.append(dict(rate=rate, weight_bits=bits, error=zeros + rounding, nonzero=1))
+            truth.append(7.0 * zeros + 0.2 * rounding)
+    zeros, rounding = _parts(rows)
+    probes = _probes(rows, zeros, rounding)
+    told = _divergences(rows, {i: truth[i] for i in probes if i is not None}, zeros, rounding, probes)
+    assert np.allclose(told, truth, rtol=1e-6) and (probes[0] is None) == (rates == (0.0,))
+
+
+@pytest.mark.parametrize("price", ["score", "operations"])
+def test_what_stands_beside_the_layers_is_priced(price):
+    net, x = net_and_images(40)
+    t = option_table(net, x, price, rates=(0.0,), weight_widths=(6,), input_widths=(7,), first_bits=7, quiet=True)
+    c = compress(net, x, {price: 1e12}, rates=(0.0,), weight_widths=(6,), input_widths=(7,), first_bits=7, quiet=True)
+    assert t.cost.sum() + t.attrs["rest"] == pytest.approx(c.report.budget["got"], rel=0.03)
+
+
 def test_labels_are_counted_and_intervals_known():
     assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 100
     b = paired(torch.tensor([True] * 20), torch.tensor([True] * 12 + [False] * 8))
@@ -556,18 +581,51 @@ def test_options_count_in_what_is_measured():
     assert c.report.layers.input_bits.tolist() == [4, 6, 6]
 
 
-def test_a_tuned_net_is_not_told_layer_by_layer():
+@pytest.mark.parametrize("worse", [False, True])
+def test_a_tuned_net_is_not_told_layer_by_layer_and_not_kept_where_it_is_worse(worse):
     net, x = net_and_images(40)
 
     def tune(new, original, **how):
-        new.head.bias.data += 1
+        new.head.bias.data += 1  # of all classes alike: no answer moves
+        new.head.bias.data[0] += 3 * worse
 
+    how = dict(fine_tune=mn.FitConfig(batch_size=10), data=((x, torch.zeros(40).long()), None), quiet=True)
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.setattr("micronet_nb.compressing._tune", tune)
-        c = compress(net, x, "8-bit", fine_tune=mn.FitConfig(), data=(None, None), quiet=True)
-    assert c.report.layers.kl.isna().all() and c.report.layers.bytes_after.notna().all()
-    c.report.plot()
+        c, plain = compress(net, x, "8-bit", **how), compress(net, x, "8-bit", quiet=True)
+    r = c.report
+    assert r.tuning["kept"] != worse and (r.tuning["after"] > r.tuning["before"] + 0.1) == worse
+    assert r.layers.kl.isna().all() != worse and r.layers.bytes_after.notna().all()
+    assert ("so the net before it was kept" in str(r)) == worse and plain.report.tuning is None
+    with torch.no_grad():
+        assert torch.equal(c.graph(x), plain.graph(x)) == worse
+    assert len(r.plot().axes) == (3 if worse else 2)  # one of them for zeros
+
+
+def test_a_budget_out_of_reach_names_what_the_least_choices_take():
+    net, x = net_and_images(40)
+    choices = dict(rates=(0.0, 0.5), weight_widths=(4, 6), input_widths=(6,), quiet=True)
+    with pytest.raises(MicronetError, match=r"a budget of bytes=100 is out of reach") as e:
+        compress(net, x, dict(bytes=100), **choices)
+    least = int(re.search(r"takes ([\d,]+)", str(e.value))[1].replace(",", ""))
+    assert "weights of 4 bits, inputs of 6 and 50% zeros" in str(e.value)
+    assert compress(net, x, dict(bytes=least), **choices).file.stat().st_size == least  # what is named is to be had
+
+
+def test_images_come_in_any_precision_and_as_pixels():
+    net, x = net_and_images(40)
+    plain = compress(net, x, "8-bit", quiet=True).graph
+    with torch.no_grad():
+        assert torch.equal(compress(net, x.double(), "8-bit", quiet=True).graph(x), plain(x))
+    pixels = (x[:, :3].sigmoid() * 255).byte()
+    data = mn.data.Dataset(pixels, torch.arange(40) % 5, list("abcde"), "own", "train")
+    net.input_stats = (0.4,) * 3, (0.2,) * 3
+    c = compress(net, data, "8-bit", quiet=True)
+    assert c.report.accuracy["n"] == 10 and c.graph.meta["about"]["pixels"] == [[0.4] * 3, [0.2] * 3]
+    with torch.no_grad():
+        seen = (pixels / 255 - 0.4) / 0.2
+        assert torch.equal(c.graph(seen), compress(net, seen, "8-bit", quiet=True).graph(seen))
 
 
 @pytest.mark.parametrize(

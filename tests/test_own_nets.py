@@ -247,7 +247,7 @@ def test_no_net_makes_it_raise_but_no_image_does():
         assert any(words in r for r in check(net, IMAGES).table.reason)
     with pytest.raises(MicronetError, match="holds NaN"):
         check(small(), spoilt(1))
-    with pytest.raises(MicronetError, match="must be an nn.Module, not a function"):
+    with pytest.raises(MicronetError, match="check wants an nn.Module, not a function"):
         check(lambda x: x, IMAGES)
 
 

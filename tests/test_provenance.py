@@ -35,6 +35,7 @@ DENSE = {"dense"}
 COMPRESSED = {"method", "rate", "weight_bits", "activation_bits", "first_bits", "calibration", "plan", "tune"} | DENSE
 CALIBRATED = {"images", "first_bits", "limit", "calibration_seed"} | DENSE
 CHAIN = {"recipe", "steps", "trained_on", "accounting"}
+LITE = tuple(f"efficientnet-lite{i}" for i in range(3))
 NEEDED = {  # what the numbers depend on, by record
     "05_scoring.mixnet_s": {"model", "weights", "schedule", "scales"},
     "06_sensitivity.speed": {"layers", "sparsities", "per"} | DENSE,
@@ -93,7 +94,7 @@ NEEDED = {  # what the numbers depend on, by record
     "22_champion.reads": {"of", "lowered"},
     **dict.fromkeys(("22_champion.score", "22_champion.accuracy"), {"file", "bytes", "recipe"}),
     **dict.fromkeys(
-        (f"23_post_training.{net}" for net in ("student", "efficientnet-lite0", "kaist-v1-60", "osi-ai")),
+        (f"23_post_training.{net}" for net in ("student", *LITE, "kaist-v1-60", "osi-ai")),
         {"net", "rows", "solve", "method", "follow", "damp", "limit"},
     ),
     **dict.fromkeys(
@@ -104,6 +105,7 @@ NEEDED = {  # what the numbers depend on, by record
     **dict.fromkeys(
         (f"24_compressing.{net}" for net in ("efficientnet-lite0", "kaist-v1-60")), {"net", "calls", "n_images"}
     ),
+    "24_compressing.law": {"net", "every", "moments"},
     **dict.fromkeys(("26_families.sweep", "26_families.again"), {"seconds", "gigabytes", "timm"}),
     "27_clusters.seconds": {"net", "size", "images", "threads"},
     "25_peers.table": {"net", "packages", "calibration", "image_bits", "float_right"},

@@ -863,7 +863,7 @@ LAZY = nn.Sequential(nn.LazyConv2d(4, 3))
         (LAZY, (3, 8, 8), "scoring needs the shape of '0.weight', a parameter of a lazy module"),
         (Inside(), (3, 8, 8), 'scoring gives a net one tensor, and Inside takes 2 '),
         (Do(lambda m, x: x.nothing), (3, 8, 8), 'AttributeError'),
-        (torch.relu, (3, 8, 8), 'must be an nn.Module'),
+        (torch.relu, (3, 8, 8), 'scoring wants an nn.Module'),
         (Do(lambda m, x: {'a': None}), (3, 8, 8), 'does not depend on its input'),
         (Do(lambda m, x: torch.special.i0(x)), (3, 8, 8), 'ELEMENTWISE'),
     ],

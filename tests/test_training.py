@@ -14,15 +14,19 @@ import torch
 from conftest import pictures
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from micronet_nb import training
 from micronet_nb.cli import micronet_imagenet
 from micronet_nb.core import MicronetError
 from micronet_nb.data import CIFAR100_STATS, dataset_stats, load_dataset, normalise
 from micronet_nb.imagenet import STAGES
+from micronet_nb.lowering import lower
 from micronet_nb.models import densenet_bc
+from micronet_nb.packing import pack, unpack
+from micronet_nb.runtime import Runner
 from micronet_nb.sensitivity import measure_sensitivity
-from micronet_nb.training import FitConfig, checkpoints, evaluate, fit, fit_stage, hard_loss, known_stats
+from micronet_nb.training import FitConfig, checkpoints, evaluate, fit, fit_stage, hard_loss, known_stats, normalised
 from micronet_nb.weights import bit_table
 
 CONFIG = FitConfig(
@@ -334,6 +338,114 @@ def test_evaluate_takes_the_statistics_that_the_net_was_trained_with(tmp_path):
                 "stats", net := flat(), (train, valid), SHORT, dict(stats=given), root=tmp_path, quiet=True, stats=given
             )
             assert evaluate(net, valid)["loss"] == made["loss"] == evaluate(net, valid, given or stats)["loss"]
+
+
+def test_a_packed_net_knows_its_pixels(tmp_path):
+    train, valid = data()
+    fit(net := flat(), (train, None), SHORT, quiet=True)
+    x = normalised(train.images[:8] / 255, net.input_stats)
+    graph = lower(net.eval(), x)
+    unpacked = unpack(pack(graph, tmp_path / "net.safetensors"))
+    wanted = evaluate(graph, valid, net.input_stats)
+    for known in (graph, copy.deepcopy(graph), unpacked, Runner(unpacked, timed=False)):
+        assert evaluate(known, valid) == wanted
+    assert wanted != evaluate(graph, valid, CIFAR100_STATS)
+
+
+class Counted(torch.utils.data.Dataset):
+    "Sixty images that are told apart by one pixel; each draws noise, and is counted."
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        self.asked.append(i)
+        return torch.full((1, 2, 2), float(i % 2)) + 0.1 * torch.randn(1, 2, 2), i % 2
+
+
+def two_ways():
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("form", ["loader", "set", "tensors", "batches", "dict"])
+def test_own_data_are_learned_in_any_form(form):
+    own = Counted()
+    x, y = map(torch.stack, zip(*((own[i][0], torch.tensor(own[i][1])) for i in range(60))))
+    train = dict(
+        loader=DataLoader(own, 10, shuffle=True),
+        set=own,
+        tensors=(x, y),
+        batches=list(zip(x.split(10), y.split(10))),
+        dict=dict(pixel_values=x, labels=y),
+    )[form]
+    config = FitConfig(epochs=4, batch_size=10, lr=0.5, warmup_epochs=0, augment="riair")
+    run = fit(net := two_ways(), (train, train), config, quiet=True)
+    assert run.step == 24 and run.history[-1]["valid_top1"] == 100 and not hasattr(net, "input_stats")
+    assert evaluate(net, train, stats=lambda images: images)["top1"] == 100
+
+
+def test_own_data_are_shuffled_anew_in_each_epoch_and_the_same_in_each_run():
+    orders = []
+    for _ in range(2):
+        own = Counted()
+        fit(two_ways(), (own, None), FitConfig(epochs=2, batch_size=10, lr=0.1), quiet=True)
+        orders.append(own.asked)
+    first, second = orders[0][:60], orders[0][60:]
+    assert orders[0] == orders[1] and first != second and sorted(first) == sorted(second) == list(range(60))
+
+
+def test_a_pixel_is_scaled_where_statistics_are_given():
+    x, y = torch.arange(64, dtype=torch.uint8).view(16, 1, 2, 2).repeat(1, 3, 1, 1), torch.arange(16) % 2
+    seen = []
+
+    class Watch(nn.Flatten):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    net = nn.Sequential(Watch(), nn.Linear(12, 2))
+    stats = (0.5,) * 3, (0.25,) * 3
+    fit(net, (DataLoader(TensorDataset(x, y), 16), None), FitConfig(epochs=1, batch_size=16), stats=stats, quiet=True)
+    assert torch.allclose(seen[0], (x / 255 - 0.5) / 0.25) and net.input_stats == stats
+
+
+X, Y = torch.zeros(40, 1, 2, 2), torch.arange(40) % 2
+
+
+@pytest.mark.parametrize(
+    "train, settings, words",
+    [
+        ((X, Y + 1), {}, "labels run from 1 to 2, but the net has 2 logits"),
+        ((X, Y.float()), {}, "training batch 0 has no labels"),
+        (DataLoader(TensorDataset(X, Y.float()), 10), {}, "give class numbers"),
+        (DataLoader(TensorDataset(X.byte(), Y), 10), {}, "training batch 0 holds images of whole numbers"),
+        (iter([(X, Y)]), {}, "does not say how many batches it has"),
+        (None, {}, "there are no training data"),
+        ((X[:5], Y[:5]), {}, "do not fill a batch of 10"),
+        ((X, Y), dict(mixup=0.2), "names of all classes"),
+    ],
+)
+def test_own_data_that_make_no_sense_are_refused(train, settings, words):
+    config = FitConfig(epochs=1, batch_size=10, **settings)
+    with pytest.raises(MicronetError, match=words):
+        fit(two_ways(), (train, None), config, quiet=True)
+
+
+def test_a_loader_that_ends_early_is_named():
+    class Short:
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            return iter([(X, Y)])
+
+    with pytest.raises(MicronetError, match="end after 1 batches, and 5 were announced"):
+        fit(two_ways(), (Short(), None), FitConfig(epochs=1, batch_size=10), quiet=True)
+    with pytest.raises(MicronetError, match="a stage is found again by what it was trained on"):
+        fit_stage("own", two_ways(), ([(X, Y)], None), FitConfig(epochs=1), quiet=True)
 
 
 @pytest.mark.parametrize(
