@@ -105,6 +105,7 @@ NEEDED = {  # what the numbers depend on, by record
     **dict.fromkeys(
         (f"24_compressing.{net}" for net in ("efficientnet-lite0", "kaist-v1-60")), {"net", "calls", "n_images"}
     ),
+    "23_post_training.cost": {"nets", "images", "bits", "threads"},
     "24_compressing.law": {"net", "every", "moments"},
     **dict.fromkeys(("26_families.sweep", "26_families.again"), {"seconds", "gigabytes", "timm"}),
     "27_clusters.seconds": {"net", "size", "images", "threads"},
