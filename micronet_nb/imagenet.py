@@ -447,7 +447,7 @@ class Row:
     after: str = 'Original'  # row whose net it starts from
     plan: str = None  # of `sparse_plans`; None: masks stay as they are
     activations: int = 32  # bits; 32: as they are
-    weights: bool = False  # the released widths?
+    weights: bool = False  # the widths of the track?
     teacher: str = 'stage'  # one of ROLES; 'stage': the track's choice; None: labels
 
 # %% ../nbs/21_imagenet.ipynb #37aafe2f
@@ -490,7 +490,7 @@ def slide_rows() -> list:  # of dicts with row, top1 and, where told, sparsities
 class Track:
     "The slides' experiment on one data set."
 
-    model: nn.Module  # MixNet-S, trained
+    model: nn.Module  # trained; MixNet-S, unless `plans` and `widths` are given
     key: str  # what its weights depend on
     train: object  # Dataset or Stream
     stats: tuple  # (mean, std)
@@ -502,6 +502,9 @@ class Track:
     stop: object = None  # function that returns the seconds left, or None
     quiet: bool = False  # no progress bars
     plans: dict = field(default_factory=sparse_plans)  # row of the pruning table to rates
+    pruned: FitConfig = None  # of the rows that prune; None: `tune`
+    widths: object = None  # of the weights, see `quantise_weights`, a scale a channel; None: RIAIR's, as released
+    loss: object = field(default_factory=kd_loss)  # of the rows with a teacher
     tuned: dict = field(default_factory=dict)  # row to (net, result of `fit_stage`)
 
     def teacher(self, row):
@@ -526,8 +529,10 @@ def compress(self: Track, model, row):
     pruner = prune(model, self.plans[row.plan]) if row.plan else Pruner()
     if row.activations < 32:
         quantise_activations(model, self.images, row.activations, seed=self.tune.seed)
-    if row.weights:
+    if row.weights and self.widths is None:
         quantise_weights(model, released_schedule()['weight_bits'], 'auto')
+    elif row.weights:
+        quantise_weights(model, self.widths)
     return pruner
 
 # %% ../nbs/21_imagenet.ipynb #d16ed653
@@ -541,16 +546,16 @@ def _make(self: Track, row):
     settings = dict(  # words of the stage's key
         plan=row.plan and list(self.plans[row.plan].values()),
         activations=row.activations,
-        weights='released, auto' if row.weights else 32,
+        weights=('released, auto' if self.widths is None else self.widths) if row.weights else 32,
         images=len(self.images),
-        loss=kd_loss().keywords if taught else 'labels',
+        loss=self.loss.keywords if taught else 'labels',
     )
-    upstream = [self.key_of(row.after)]
+    upstream, tune = [self.key_of(row.after)], self.pruned if row.plan and self.pruned else self.tune
     how = dict(callbacks=[pruner], stats=self.stats, stop=self.stop and self.stop(), quiet=self.quiet)
     if taught:
         upstream.append(taught[1])
-        how |= dict(teacher=taught[0], loss=kd_loss())
-    return model, fit_stage('mixnet-row', model, (self.train, None), self.tune, settings, upstream, self.root, **how)
+        how |= dict(teacher=taught[0], loss=self.loss)
+    return model, fit_stage('mixnet-row', model, (self.train, None), tune, settings, upstream, self.root, **how)
 
 # %% ../nbs/21_imagenet.ipynb #45610702
 STAGES = {

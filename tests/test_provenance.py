@@ -118,8 +118,9 @@ NEEDED = {  # what the numbers depend on, by record
     "21_imagenet.throughput": {"net", "sha256", "size", "threads", "rounds", "images", "timed", "weight_bits"},
     **dict.fromkeys(
         ("21_imagenet.cifar100", "21_imagenet.deployed"),
-        {"student", "teachers", "larger", "stage", "train", "tune", "calibration", "data"},
+        {"student", "teachers", "stage", "loss", "tune", "pruned", "plans", "widths", "calibration", "data"} | DENSE,
     ),
+    "21_imagenet.collapse": {"net", "train", "data", "calibration", "norms", "loud_is", "loud", "step"},
     "90_benchmarks.allocator": {"model", "threads", "variables"},
     "90_benchmarks.error": {"per", "torch_ao"} | DENSE,
     "90_benchmarks.nets": {"model", "batch", "threads", "rounds"},
