@@ -502,7 +502,7 @@ class Track:
     stop: object = None  # function that returns the seconds left, or None
     quiet: bool = False  # no progress bars
     plans: dict = field(default_factory=sparse_plans)  # row of the pruning table to rates
-    pruned: FitConfig = None  # of the rows that prune; None: `tune`
+    pruned: FitConfig = None  # of the rows that start from the trained net, pruned or not; None: `tune`
     widths: object = None  # of the weights, see `quantise_weights`, a scale a channel; None: RIAIR's, as released
     loss: object = field(default_factory=kd_loss)  # of the rows with a teacher
     tuned: dict = field(default_factory=dict)  # row to (net, result of `fit_stage`)
@@ -550,7 +550,9 @@ def _make(self: Track, row):
         images=len(self.images),
         loss=self.loss.keywords if taught else 'labels',
     )
-    upstream, tune = [self.key_of(row.after)], self.pruned if row.plan and self.pruned else self.tune
+    upstream, tune = [self.key_of(row.after)], self.tune
+    if self.pruned and row.after == 'Original':  # pruned rows, and what they are compared with
+        tune = self.pruned
     how = dict(callbacks=[pruner], stats=self.stats, stop=self.stop and self.stop(), quiet=self.quiet)
     if taught:
         upstream.append(taught[1])
