@@ -35,7 +35,7 @@ DENSE = {"dense"}
 COMPRESSED = {"method", "rate", "weight_bits", "activation_bits", "first_bits", "calibration", "plan", "tune"} | DENSE
 CALIBRATED = {"images", "first_bits", "limit", "calibration_seed"} | DENSE
 CHAIN = {"recipe", "steps", "trained_on", "accounting"}
-LITE = tuple(f"efficientnet-lite{i}" for i in range(3))
+LITE = tuple(f"efficientnet-lite{i}" for i in range(2))
 NEEDED = {  # what the numbers depend on, by record
     "05_scoring.mixnet_s": {"model", "weights", "schedule", "scales"},
     "06_sensitivity.speed": {"layers", "sparsities", "per"} | DENSE,
