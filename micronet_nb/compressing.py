@@ -44,7 +44,8 @@ from .post_training import Walk, _grouped, _meet, _moments, _survey, reconstruct
 from .pruning import magnitude_mask, put_masks
 from .scoring import LayerSpec, TRACKS, score, trace, weight_storage
 from .sensitivity import Replay
-from .training import FitConfig, _training_data, fit, normalised, paired, train_and_valid, wilson
+from .training import FitConfig, _training_data, fit, holds_pixels, normalised, paired
+from .training import train_and_valid, wilson
 from .weights import choose_bits, quantise_weights, remove_weight_quantisers, size_bits
 
 # %% ../nbs/24_compressing.ipynb #cdfa92db
@@ -173,8 +174,10 @@ PRICES = ('bytes', 'score', 'operations')
 
 
 def _half_empty(net):
+    "A copy that has half of the weights left which it had."
     new = copy.deepcopy(net)
-    put_masks(new, {n: magnitude_mask(m.weight, 0.5) for n, m in compressible(new).items()})
+    there = {n: float((m.weight != 0).float().mean()) for n, m in compressible(new).items()}
+    put_masks(new, {n: magnitude_mask(m.weight, 1 - 0.5 * there[n]) for n, m in compressible(new).items()})
     return new
 
 
@@ -241,6 +244,9 @@ def option_table(
     n_measured = whole('n_measured', n_measured, 1)
     if price not in PRICES:
         raise MicronetError(f'price must be one of {", ".join(PRICES)}, not {price!r}')
+    if turned := [n for n, m in compressible(model).items() if is_transposed(m)]:
+        raise MicronetError(f'{turned[0]!r} is a transposed convolution, and has no table of choices: take a preset')
+    rates, weight_widths, input_widths = (tuple(dict.fromkeys(c)) for c in (rates, weight_widths, input_widths))
     net = copy.deepcopy(model).eval()
     remove_weight_quantisers(net, restore=True)
     remove_activation_quantisers(net)
@@ -439,9 +445,9 @@ def _classes(labels):
 
 def _as_seen(images, net):
     "The pixels of a `Dataset` as the net sees them, and its labels; everything else as it is."
-    pixels = getattr(images, 'images', None)
-    if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
+    if not holds_pixels(images):
         return images
+    pixels = images.images
     if (stats := getattr(net, 'input_stats', None)) is None:
         raise MicronetError(
             f'the images are pixels, and {type(net).__name__} does not say how it sees them: give '
@@ -511,7 +517,7 @@ def _answers_compared(before, after, labels):
     a, b = before.argmax(1), after.argmax(1)
     same, n = int((a == b).sum()), len(a)
     low, high = wilson(same, n)
-    agreement = dict(same=100 * same / n, low=low, high=high, kl=float(kl(before, after).mean()), n=n)
+    agreement = dict(same=100 * same / n, low=low, high=high, kl=max(float(kl(before, after).mean()), 0.0), n=n)
     if labels is None:
         return agreement, None
     right, still = a == labels, b == labels
@@ -675,7 +681,12 @@ class _Budget:
         low, high = cost.min().sum() + rest, cost.max().sum() + rest
         best, budget = None, high
         for turn in range(turns):
-            made = self.make(allocate(self.table, budget) if turn else _widest(self.table))
+            try:
+                plan = allocate(self.table, budget) if turn else _widest(self.table)
+            except MicronetError:  # no plan is as cheap
+                low, budget = budget, (budget * high) ** 0.5
+                continue
+            made = self.make(plan)
             got = self.measure(made)
             if got <= self.limit:
                 best, high = (made, got), budget
@@ -747,7 +758,9 @@ def _check_call(net, preset, options, fine_tune, data, path):
     if fine_tune and data is None:
         raise MicronetError('fine_tune needs data=(train, valid): loaders, tensors (images, labels) or data sets')
     if fine_tune:
-        _training_data(*train_and_valid(data), fine_tune, None)  # refused now rather than after the work
+        train, valid = train_and_valid(data)
+        _training_data(train, valid, fine_tune, None)  # refused now rather than after the work
+        _as_seen(train, net)
     if path is not None and Path(path).is_dir():
         raise MicronetError(f'{path} is a folder: give the path of a file in it')
     if path is not None and not Path(path).absolute().parent.is_dir():
@@ -838,8 +851,10 @@ def _report(task, made, file, asked):
 
 def _tune(new, original, config, data, quiet):
     "Tuning, taught by the original."
-    stats = getattr(original, 'input_stats', None) if hasattr(data[0], 'images') else None  # a loader's are normalised
-    fit(new, data, config, teacher=original, loss=kd_loss('teacher||student'), stats=stats, quiet=quiet)
+    stats = getattr(original, 'input_stats', None) if holds_pixels(data[0]) else None  # a loader's are normalised
+    run = fit(new, data, config, teacher=original, loss=kd_loss('teacher||student'), stats=stats, quiet=quiet)
+    if run.ema:
+        new.load_state_dict(run.ema.module.state_dict())
 
 # %% ../nbs/24_compressing.ipynb #24f11e02
 _REMEDY = 'this net cannot be taken back from integers; keep it with `save_net` while it is tuned'

@@ -105,7 +105,7 @@ def require_module(
     if isinstance(model, (str, os.PathLike)):
         remedy = '`unpack` opens a packed file, `load_net` a saved one'
     elif isinstance(getattr(model, 'graph', None), nn.Module):
-        remedy = 'its `graph` is one'
+        remedy = 'its `net` (to train on) and its `graph` (of integers) are'
     raise MicronetError(f'{caller} wants an nn.Module, not a {type(model).__name__}: {remedy}')
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from .core import MicronetError
+from .data import check_stats
 from micronet_nb.integer import (
     GATES,
     OPERATIONS,
@@ -267,6 +268,7 @@ def add_node(self: Recorder, kind, target, op, args, kwargs, out):
 
 # %% ../nbs/13_lowering.ipynb #6501565b
 READS = {'__bool__', 'item', 'tolist', 'numpy', '__float__', '__int__', '__array__', '__index__'}  # values of a tensor
+READS |= {'equal', 'allclose', 'is_nonzero'}
 LOOKS = {'_base'}  # attributes that say where a tensor comes from, and compute nothing
 SHAPED_LIKE = set(  # read nothing of a tensor but its shape and kind
     'new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like'.split()
@@ -2121,8 +2123,8 @@ def lower(
     run = LargestInputs(graph.double())
     _verify(run.run(x), expected[: len(x)])
     graph.meta['input_size'] = tuple(x.shape[1:])
-    if stats := getattr(model, 'input_stats', None):
-        graph.meta['about'] = dict(pixels=[[float(v) for v in part] for part in stats])
+    if (stats := getattr(model, 'input_stats', None)) is not None:
+        graph.meta['about'] = dict(pixels=[[float(v) for v in part] for part in check_stats(stats)])
     return _round(graph, x, run.largest, scales)
 
 # %% ../nbs/13_lowering.ipynb #1e15684c

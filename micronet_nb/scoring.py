@@ -403,7 +403,7 @@ class Tracer(TorchDispatchMode):
 def add(self: Tracer, op, args, out, tensors, func=None, kwargs=None):
     "Writes an operation down."
     name, module = self.stack[-1]
-    if op in ('local_scalar_dense', 'is_nonzero', 'equal'):
+    if isinstance(out, (bool, int, float)) or op == 'is_nonzero':
         raise MicronetError(
             f'{type(module).__name__} {name!r} reads a value of an activation and may decide by it: such a net is no '
             'fixed graph and has no one cost; make it choose by torch.where, or count the way that it takes alone'

@@ -356,6 +356,13 @@ def _class_of(net):
     return type(getattr(net, '_orig_mod', getattr(net, 'module', net))).__name__
 
 
+def holds_pixels(
+    data,  # any
+) -> bool:
+    "Is it a `Dataset`, or its like, with `images` and `labels`? A data set of torch says itself what an image is."
+    return hasattr(data, 'images') and hasattr(data, 'labels') and not isinstance(data, Dataset)
+
+
 def known_stats(
     model: nn.Module,  # any; `fit` has left its statistics in `input_stats`
     stats=None,  # (mean, std) that were named; None: the net's
@@ -410,7 +417,10 @@ def model_input(
 ) -> torch.Tensor:
     "Images as the net wants them."
     if callable(stats):
-        return stats(images)
+        images = stats(images)
+        if not images.is_floating_point():
+            raise MicronetError(f'images are {images.dtype} where the net wants floats: give stats=(mean, std)')
+        return images
     return normalised(images.float() / 255 if images.dtype == torch.uint8 else images, stats)
 
 
@@ -421,7 +431,7 @@ def batches_of(
 ):
     "Yields (images, labels), to the last image."
     n = n or None
-    if not hasattr(data, 'images'):
+    if not holds_pixels(data):
         for place, images, labels in pairs_of(data, batch_size or 250):
             require_labels(labels, place)
             yield images[:n], torch.as_tensor(labels)[:n]
@@ -448,6 +458,15 @@ def _check_labels(
         raise MicronetError(f'labels run {span}, but the net has {classes} logits: it belongs to other data')
 
 
+def _check_pixels(images):
+    "Refuses floats that are normalised already, where they would be so again."
+    if images.is_floating_point() and len(images) and not -0.01 < float(images.min()) <= float(images.max()) < 1.01:
+        raise MicronetError(
+            f'images reach from {float(images.min()):.3g} to {float(images.max()):.3g}: they are normalised already, and the '
+            'net knows the statistics of pixels: pass stats=lambda x: x'
+        )
+
+
 @torch.inference_mode()
 def evaluate(
     model,  # a module, in any mode; or any function from a batch to logits: a `Runner`, an ONNX session wrapped
@@ -464,7 +483,9 @@ def evaluate(
     >>> round(evaluate(always_3, valid, stats=((0.0,) * 3, (1.0,) * 3))['top1'], 1)
     10.3
     """
-    stats, device = known_stats(model, stats), _device(model)
+    if not callable(model):
+        require_module(model, 'evaluate')
+    named, stats, device = stats is not None, known_stats(model, stats), _device(model)
     if not callable(stats):
         check_stats(stats)
     batch_size, top = whole('batch_size', batch_size, 1), [whole('top', k, 1) for k in top]
@@ -472,6 +493,8 @@ def evaluate(
     right, loss, seen = dict.fromkeys(top, 0), 0.0, 0
     with evaluation_mode(model):
         for images, labels in batches_of(data, batch_size, n):
+            if not named:
+                _check_pixels(images)
             x, y = model_input(images.to(device), stats), labels.to(device)
             out = as_logits(model(x), x, model)
             _check_labels(labels, out.shape[1])
@@ -617,7 +640,7 @@ class Batches:
             if run.stats and isinstance(x, torch.Tensor) and x.dtype == torch.uint8:
                 x = x.float() / 255
             _check_floats(x, f'training {place}')
-            yield x.to(run.device), _labels_of(y, len(x), f'training {place}').to(run.device)
+            yield x.float().to(run.device), _labels_of(y, len(x), f'training {place}').to(run.device)
 
 # %% ../nbs/04_training.ipynb #04b0a004
 def _as_it_is(images):
@@ -628,8 +651,9 @@ def _as_it_is(images):
 def _steps_an_epoch(train, config):
     "Whole batches of an epoch."
     if isinstance(train, Batches):
+        if config.epoch_images:
+            raise MicronetError('epoch_images draws from a `Dataset`: of other data an epoch is all of it, leave it 0')
         n, steps = f'{train.steps} batches', train.steps
-        steps = min(steps, config.epoch_images // config.batch_size) if config.epoch_images else steps
     else:
         n = f'{len(train)} training images'
         steps = min(len(train), config.epoch_images or len(train)) // config.batch_size
@@ -640,11 +664,11 @@ def _steps_an_epoch(train, config):
 
 def _training_data(train, valid, config, stats):
     "Training data as a run takes them, and the statistics of their pixels; None: they are as the net sees them."
-    if hasattr(train, 'stream') or hasattr(train, 'images') and hasattr(train, 'labels'):
+    if hasattr(train, 'stream') or holds_pixels(train):
         return train, stats or dataset_stats(train)
     if train is None:
         raise MicronetError('there are no training data: give (train, valid), of which only valid may be None')
-    if stats is None and hasattr(valid, 'images'):
+    if stats is None and holds_pixels(valid):
         raise MicronetError(
             'the training data are as the net sees them, and the validation data are pixels: give a loader or tensors '
             'for both, or stats=(mean, std) for images in [0,1] in both'
@@ -696,6 +720,8 @@ class Run:
         self.mix = _mixup(config, train)
         self.bad = torch.tensor(_NEVER, device=self.device)  # the first step whose loss is not finite
         self.settings = asdict(config) | dict(data=getattr(train, 'fingerprint', None))
+        if isinstance(train, Batches):
+            self.settings |= dict(batches=train.steps)
 
     def _take_data(self, train):
         self.stream = getattr(train, 'stream', None)  # what does not fit in memory reads its own batches
@@ -1274,6 +1300,7 @@ def fit(
     >>> [row['epoch'] for row in fit(net, data, FitConfig(epochs=2, batch_size=128), quiet=True).history]
     [1, 2]
     """
+    require_module(model, 'fit')
     train, valid = train_and_valid(data)
     every, stop = number('every', every), None if stop is None else number('stop', stop)
     set_seed(config.seed)

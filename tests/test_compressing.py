@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import micronet_nb as mn
-from micronet_nb.compressing import Alone, Report, _Budget, _divergences, _parts, _probes, allocate, compress, option_table, unlower
+from micronet_nb.compressing import Alone, Report, _Budget, _divergences, _parts, _probes, allocate, compress
+from micronet_nb.compressing import option_table, unlower
 from micronet_nb.core import MicronetError
 from micronet_nb.lowering import capture
 from micronet_nb.post_training import METHODS, Grid, Moments, Walk, columns, descend, equalise, learn_rounding
@@ -548,6 +549,52 @@ def test_what_stands_beside_the_layers_is_priced(price):
     t = option_table(net, x, price, rates=(0.0,), weight_widths=(6,), input_widths=(7,), first_bits=7, quiet=True)
     c = compress(net, x, {price: 1e12}, rates=(0.0,), weight_widths=(6,), input_widths=(7,), first_bits=7, quiet=True)
     assert t.cost.sum() + t.attrs["rest"] == pytest.approx(c.report.budget["got"], rel=0.03)
+
+
+def test_a_layer_costs_its_weights_however_they_are_masked():
+    net, x = net_and_images(40)
+    put_masks(net, {n: mn.pruning.magnitude_mask(m.weight, 0.6) for n, m in mn.layers.compressible(net).items()})
+    few = dict(rates=(0.0, 0.8), weight_widths=(8,), input_widths=(8,), quiet=True)
+    t = option_table(net, x, "operations", **few).set_index(["layer", "rate"])
+    assert all(t.cost[n, 0.8] < t.cost[n, 0.0] for n in ("first", "twice", "head"))
+    c = compress(net, x, dict(operations=1e9), **(few | dict(rates=(0.8,))))
+    plain = t.xs(0.8, level="rate")
+    assert plain.cost.sum() + t.attrs["rest"] == pytest.approx(c.report.budget["got"], rel=0.05)
+
+
+def test_one_choice_is_a_plan():
+    net, x = net_and_images(40)
+    one = dict(rates=(0.0, 0.0), weight_widths=(8, 8), input_widths=(8,), quiet=True)
+    c = compress(net, x, dict(disagreement=50), **one)
+    assert c.report.budget["got"] <= 50 and {*c.report.layers.weight_bits} == {8}
+
+
+def test_the_average_is_what_tuning_gives():
+    net, x = net_and_images(40)
+    seen = {}
+    true_fit = mn.training.fit
+
+    def watched(model, *args, **kwargs):
+        seen["run"] = run = true_fit(model, *args, **kwargs)
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("micronet_nb.compressing.fit", watched)
+        patch.setattr("micronet_nb.compressing.NOISE", 1e9)  # the tuned net is kept whatever it does
+        config = mn.FitConfig(epochs=3, batch_size=20, lr=0.5, ema=0.9)
+        c = compress(net, x, "8-bit", fine_tune=config, data=((x, torch.arange(40) % 5), None), quiet=True)
+    average = seen["run"].ema.module.state_dict()
+    assert all(torch.equal(v, average[k]) for k, v in c.net.state_dict().items())
+
+
+def test_a_transposed_convolution_has_no_budget_and_pixels_no_guess():
+    up = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ConvTranspose2d(4, 4, 2, 2), nn.Flatten(), nn.Linear(400, 5)).eval()
+    with pytest.raises(MicronetError, match="'1' is a transposed convolution.*take a preset"):
+        compress(up, torch.randn(16, 3, 12, 12), dict(bytes=1e4), quiet=True)
+    pixels = torch.zeros(64, 3, 12, 12, dtype=torch.uint8)
+    data = mn.data.Dataset(pixels, torch.arange(64) % 5, list("abcde"), "own", "train")
+    with pytest.raises(MicronetError, match="does not say how it sees them"):
+        compress(net_and_images()[0], torch.randn(16, 3, 12, 12), fine_tune=mn.FitConfig(), data=(data, None))
 
 
 def test_labels_are_counted_and_intervals_known():

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -446,6 +447,51 @@ def test_a_loader_that_ends_early_is_named():
         fit(two_ways(), (Short(), None), FitConfig(epochs=1, batch_size=10), quiet=True)
     with pytest.raises(MicronetError, match="a stage is found again by what it was trained on"):
         fit_stage("own", two_ways(), ([(X, Y)], None), FitConfig(epochs=1), quiet=True)
+
+
+def test_what_is_normalised_already_is_not_normalised_again():
+    train, valid = data()
+    fit(net := flat(), (train, None), SHORT, quiet=True)
+    seen = normalised(valid.images / 255, net.input_stats), valid.labels
+    with pytest.raises(MicronetError, match="are normalised already.*stats=lambda x: x"):
+        evaluate(net, seen)
+    assert evaluate(net, seen, stats=lambda x: x)["loss"] == pytest.approx(evaluate(net, valid)["loss"], rel=1e-6)
+    assert evaluate(net, (valid.images / 255, valid.labels)) == evaluate(net, valid)  # pixels in [0,1]
+    with pytest.raises(MicronetError, match="images are torch.uint8 where the net wants floats"):
+        evaluate(net, valid, stats=lambda x: x)
+
+
+class Mirrored(torch.utils.data.Dataset):
+    "A data set that keeps its pixels where ours does, and gives something else."
+
+    def __init__(self, of):
+        self.images, self.labels = of.images, of.labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i].flip(-1) / 255, int(self.labels[i])
+
+
+def test_a_data_set_of_torch_says_itself_what_an_image_is():
+    train, valid = data()
+    fit(net := flat(), (train, None), SHORT, quiet=True)
+    turned = valid.images.flip(-1) / 255, valid.labels
+    assert evaluate(net, Mirrored(valid)) == evaluate(net, turned) != evaluate(net, valid)
+    watched = []
+    step = types.SimpleNamespace(on_step=lambda run: watched.append(run.stream is not None))
+    fit(flat(), (Mirrored(train), None), SHORT, stats=net.input_stats, callbacks=[step], quiet=True)
+    assert watched and all(watched)
+
+
+def test_a_run_goes_on_with_its_own_loader_only(tmp_path):
+    config, loaders = FitConfig(epochs=2, batch_size=10), [DataLoader(Counted(), 10), DataLoader(Counted(), 20)]
+    fit(two_ways(), (loaders[0], None), config, folder=tmp_path, stop=0.0, quiet=True)
+    with pytest.raises(MicronetError):
+        fit(two_ways(), (loaders[1], None), config, folder=tmp_path, quiet=True)
+    with pytest.raises(MicronetError, match="epoch_images draws from a `Dataset`"):
+        fit(two_ways(), (loaders[0], None), replace(config, epoch_images=20), quiet=True)
 
 
 @pytest.mark.parametrize(
