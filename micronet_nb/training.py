@@ -462,8 +462,8 @@ def _check_pixels(images):
     "Refuses floats that are normalised already, where they would be so again."
     if images.is_floating_point() and len(images) and not -0.01 < float(images.min()) <= float(images.max()) < 1.01:
         raise MicronetError(
-            f'images reach from {float(images.min()):.3g} to {float(images.max()):.3g}: they are normalised already, and the '
-            'net knows the statistics of pixels: pass stats=lambda x: x'
+            f'images reach from {float(images.min()):.3g} to {float(images.max()):.3g}: they are normalised already, and '
+            'the net knows the statistics of pixels: pass stats=lambda x: x'
         )
 
 
