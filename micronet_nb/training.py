@@ -461,9 +461,10 @@ def _check_labels(
 def _check_pixels(images):
     "Refuses floats that are normalised already, where they would be so again."
     if images.is_floating_point() and len(images) and not -0.01 < float(images.min()) <= float(images.max()) < 1.01:
+        low, high = float(images.min()), float(images.max())
         raise MicronetError(
-            f'images reach from {float(images.min()):.3g} to {float(images.max()):.3g}: they are normalised already, and '
-            'the net knows the statistics of pixels: pass stats=lambda x: x'
+            f'images reach from {low:.3g} to {high:.3g}: they are normalised already, and the net knows the statistics of '
+            'pixels: pass stats=lambda x: x'
         )
 
 
