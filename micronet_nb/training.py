@@ -463,8 +463,8 @@ def _check_pixels(images):
     if images.is_floating_point() and len(images) and not -0.01 < float(images.min()) <= float(images.max()) < 1.01:
         low, high = float(images.min()), float(images.max())
         raise MicronetError(
-            f'images reach from {low:.3g} to {high:.3g}: they are normalised already, and the net knows the statistics of '
-            'pixels: pass stats=lambda x: x'
+            f'images reach from {low:.3g} to {high:.3g}: they are normalised already, and the net knows the '
+            'statistics of pixels: pass stats=lambda x: x'
         )
 
 
