@@ -226,6 +226,15 @@ def _priced(table, price, sizes, operations, track):
     return table.assign(cost=[s / numbers + o / baseline for s, o in zip(storage, ops)])
 
 
+def _refuse_transposed(net):
+    "What `lower` keeps in floating point would be priced as if it had few bits."
+    if turned := [n for n, m in compressible(net).items() if is_transposed(m)]:
+        raise MicronetError(
+            f'{turned[0]!r} is a transposed convolution, which `lower` keeps in floating point: put nn.Upsample and a '
+            'convolution in its place, or quantise the net by hand (quantise_weights, quantise_activations)'
+        )
+
+
 @torch.no_grad()
 def option_table(
     model: nn.Module,  # any, also masked; left as it is; its quantisers are ignored
@@ -244,8 +253,7 @@ def option_table(
     n_measured = whole('n_measured', n_measured, 1)
     if price not in PRICES:
         raise MicronetError(f'price must be one of {", ".join(PRICES)}, not {price!r}')
-    if turned := [n for n, m in compressible(model).items() if is_transposed(m)]:
-        raise MicronetError(f'{turned[0]!r} is a transposed convolution, and has no table of choices: take a preset')
+    _refuse_transposed(model)
     rates, weight_widths, input_widths = (tuple(dict.fromkeys(c)) for c in (rates, weight_widths, input_widths))
     net = copy.deepcopy(model).eval()
     remove_weight_quantisers(net, restore=True)
@@ -747,6 +755,7 @@ def _check_call(net, preset, options, fine_tune, data, path):
         raise MicronetError(f'the net has weights of {min(map(str, other))}: net.float() makes them float32')
     taken = {'model', 'images', 'price', 'track', 'quiet', 'scoring'}
     known = {*inspect.signature(option_table).parameters, *SCORING} - taken
+    _refuse_transposed(net)
     if unknown := {*options} - known:
         raise MicronetError(f'{min(unknown)!r} is no option: there are {", ".join(sorted(known))}')
     if preset and (other := {*options} - {*SCORING}):

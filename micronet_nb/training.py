@@ -8,6 +8,7 @@ __all__ = ['SMALL_STUDIES', 'STUDIES', 'augment', 'FitConfig', 'normalised', 'ev
 
 # %% ../nbs/04_training.ipynb #917ec6c7
 import contextlib, copy, io, json, math, os, shutil, sys, time, warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -459,8 +460,8 @@ def _check_labels(
 
 
 def _check_pixels(images):
-    "Refuses floats that are normalised already, where they would be so again."
-    if images.is_floating_point() and len(images) and not -0.01 < float(images.min()) <= float(images.max()) < 1.01:
+    "Refuses floats that are normalised already, where they would be so again; a resize may leave [0,1] by a little."
+    if images.is_floating_point() and len(images) and not -0.5 < float(images.min()) <= float(images.max()) < 1.5:
         low, high = float(images.min()), float(images.max())
         raise MicronetError(
             f'images reach from {low:.3g} to {high:.3g}: they are normalised already, and the net knows the '
@@ -663,6 +664,18 @@ def _steps_an_epoch(train, config):
     return steps
 
 
+def _look_at(source, stats, what):
+    "Refuses data whose first batch cannot be used, before any work; an iterator, which has one pass, is left alone."
+    if isinstance(source, Iterator):
+        return
+    place, x, y = next(pairs_of(source), (None, None, None))
+    if place is None:
+        raise MicronetError(f'the {what} data are empty')
+    if not (stats and isinstance(x, torch.Tensor) and x.dtype == torch.uint8):
+        _check_floats(x, f'{what} {place}')
+    _labels_of(y, len(x), f'{what} {place}')
+
+
 def _training_data(train, valid, config, stats):
     "Training data as a run takes them, and the statistics of their pixels; None: they are as the net sees them."
     if hasattr(train, 'stream') or holds_pixels(train):
@@ -676,7 +689,12 @@ def _training_data(train, valid, config, stats):
         )
     if _world().num_processes > 1:
         raise MicronetError(f'several processes cannot share a {type(train).__name__}: give a `Dataset`')
-    return Batches(train, config.batch_size), stats
+    batches = Batches(train, config.batch_size)
+    if batches.steps:
+        _look_at(batches.source, stats, 'training')
+    if valid is not None and not holds_pixels(valid):
+        _look_at(valid, stats, 'validation')
+    return batches, stats
 
 # %% ../nbs/04_training.ipynb #7faed707
 def _check_run(model, teacher, batch_size, processes):

@@ -587,10 +587,18 @@ def test_the_average_is_what_tuning_gives():
     assert all(torch.equal(v, average[k]) for k, v in c.net.state_dict().items())
 
 
-def test_a_transposed_convolution_has_no_budget_and_pixels_no_guess():
+def test_a_transposed_convolution_is_refused_and_pixels_are_no_guess():
     up = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ConvTranspose2d(4, 4, 2, 2), nn.Flatten(), nn.Linear(400, 5)).eval()
-    with pytest.raises(MicronetError, match="'1' is a transposed convolution.*take a preset"):
-        compress(up, torch.randn(16, 3, 12, 12), dict(bytes=1e4), quiet=True)
+    for budget in (dict(bytes=1e4), "8-bit"):
+        with pytest.raises(MicronetError, match="'1' is a transposed convolution.*nn.Upsample"):
+            compress(up, torch.randn(16, 3, 12, 12), budget, quiet=True)
+    with pytest.raises(MicronetError, match="'1' is a transposed convolution"):
+        option_table(up, torch.randn(16, 3, 12, 12), quiet=True)
+    stretched = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 1), *up[2:]).eval()
+    assert compress(stretched, torch.randn(16, 3, 12, 12), "8-bit", quiet=True).report.totals.ratio["operations"] > 2
+    late = (torch.randn(16, 3, 12, 12), torch.arange(16) % 5), [(torch.randn(4, 3, 12, 12), torch.zeros(4))]
+    with pytest.raises(MicronetError, match="validation batch 0 has labels"):  # before the work
+        compress(net_and_images()[0], late[0][0], fine_tune=mn.FitConfig(batch_size=8), data=late, quiet=True)
     pixels = torch.zeros(64, 3, 12, 12, dtype=torch.uint8)
     data = mn.data.Dataset(pixels, torch.arange(64) % 5, list("abcde"), "own", "train")
     with pytest.raises(MicronetError, match="does not say how it sees them"):
