@@ -466,6 +466,25 @@ class Split(nn.Module):
         return self.e(x.mean((2, 3)))
 
 
+def test_one_plan_takes_errors_alike():
+    "Alone, layer a does ten times what b does at the same error; in company it does as much."
+    errors = {3: 0.3, 4: 0.1, 5: 0.0}
+    rows = [dict(layer=n, weight_bits=w, error=e) for n in "ab" for w, e in errors.items()]
+    t = pd.DataFrame(rows).assign(rate=0.0, input_bits=8, nonzero=1, kl_input=0.0)
+    t["kl_weights"] = t.error * t.layer.map({"a": 10.0, "b": 1.0})
+    t = t.assign(kl=t.kl_weights, cost=t.weight_bits.astype(float))
+    t.attrs["rest"] = 0.0
+
+    def together(plan):
+        kl = float(plan.weight_bits.map(errors).sum())
+        return kl, kl, 0.0
+
+    work = _Budget(lambda plan: plan, lambda plan: plan.cost.sum(), t, 8.0, together)
+    plan, got = work.price()
+    assert plan.weight_bits.to_dict() == {"a": 4, "b": 4} and got == 8.0
+    assert work.turns[0]["kl"] == pytest.approx(0.3)  # 5 and 3 bits, by what each does alone
+
+
 def test_blocks_end_where_one_tensor_carries_everything():
     graph, _ = capture(Split().eval(), torch.randn(2, 3, 6, 6))
     of = lambda least: [

@@ -18,6 +18,7 @@ from micronet_nb.cli import micronet_score
 from micronet_nb.activations import ActivationQuantiser, quantise_activations
 from micronet_nb.core import MicronetError
 from micronet_nb.layers import compressible
+from micronet_nb.lowering import lower
 from micronet_nb.models import create_model
 from micronet_nb.pruning import prune
 from micronet_nb.scoring import ADDERS, ON_GRID, LayerSpec, kernel_adds, score, trace, tree_adds
@@ -979,3 +980,30 @@ def test_counts_the_same_in_inference_mode():
     plain = score(net, (3, 8, 8))
     with torch.inference_mode():
         assert score(net, (3, 8, 8)).layers.equals(plain.layers)
+
+
+@pytest.mark.parametrize(
+    'read',
+    [
+        lambda x: bool(x.mean() > 0),
+        lambda x: x.mean().item() > 0,
+        lambda x: torch.equal(x, x + 1),
+        lambda x: torch.allclose(x, x + 1),
+        lambda x: int(x.argmax()) > 0,
+    ],
+    ids=['bool', 'item', 'equal', 'allclose', 'int'],
+)
+def test_a_net_that_reads_a_value_is_named(read):
+    class Choosy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return (2 * x if read(x) else x + 1).mean((2, 3))
+
+    with pytest.raises(MicronetError, match="Choosy '' reads a value of an activation"):
+        score(Choosy(), (3, 8, 8))
+    with pytest.raises(MicronetError, match='decides by values of an activation'):
+        lower(Choosy().eval(), torch.randn(4, 3, 8, 8))

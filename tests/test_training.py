@@ -398,6 +398,26 @@ def test_own_data_are_shuffled_anew_in_each_epoch_and_the_same_in_each_run():
     assert orders[0] == orders[1] and first != second and sorted(first) == sorted(second) == list(range(60))
 
 
+@pytest.mark.parametrize("at", [4, 6, 9])  # in an epoch, before its first step, in the last
+def test_a_killed_run_draws_the_noise_of_its_own_data_again(tmp_path, at):
+    config = FitConfig(epochs=2, batch_size=10, lr=0.1)
+
+    def kill(run):
+        if run.step == at:
+            raise KeyboardInterrupt
+
+    through, again = two_ways(), two_ways()
+    start = copy.deepcopy(through.state_dict())
+    again.load_state_dict(start)
+    fit(through, (Counted(), None), config, quiet=True)
+    how = dict(folder=tmp_path, every=0.0, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        fit(again, (Counted(), None), config, callbacks=[types.SimpleNamespace(on_step=kill)], **how)
+    again.load_state_dict(start)
+    fit(again, (Counted(), None), config, **how)
+    assert all(torch.equal(a, b) for a, b in zip(through.state_dict().values(), again.state_dict().values()))
+
+
 def test_a_pixel_is_scaled_where_statistics_are_given():
     x, y = torch.arange(64, dtype=torch.uint8).view(16, 1, 2, 2).repeat(1, 3, 1, 1), torch.arange(16) % 2
     seen = []
