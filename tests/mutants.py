@@ -1114,7 +1114,7 @@ MUTANTS = [
     ),
     Mutant(
         "a budget is not mended by what came out",
-        "self.table.attrs['rest'] = got - float(plan.cost.sum())",
+        "t.attrs['rest'] = got - float(plan.cost.sum())  # what the plan knows nothing of",
         "pass",
         "compressing::test_budgets_mend_the_price_that_a_plan_knows_nothing_of",
     ),
@@ -1180,8 +1180,8 @@ MUTANTS = [
     ),
     Mutant(
         "a plan is not mended by what its choices do together",
-        "self.table[kind] *= ",
-        "self.table[kind] += 0*",
+        "            table[kind] *= min(",
+        "            table[kind] += 0 * min(",
         "compressing::test_plans_are_mended_by_what_choices_do_together",
     ),
     Mutant(

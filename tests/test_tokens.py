@@ -1,10 +1,12 @@
 "Layers on tokens: rows of pixels, transposed convolutions, attention as torch has it, and products of activations."
 
+import pytest
 import torch
 from torch import nn
 
 from micronet_nb.activations import quantise_activations, quantise_products, remove_product_quantisers
 from micronet_nb.compressing import compress
+from micronet_nb.core import MicronetError
 from micronet_nb.layers import compressible, unpack_attention
 from micronet_nb.lowering import lower
 from micronet_nb.post_training import reconstruct
@@ -86,6 +88,9 @@ def test_products_of_two_activations_are_quantised_on_both_sides():
 
 def test_compress_reaches_attention():
     net, x = tokens()
+    with pytest.raises(MicronetError, match="'up' is a transposed convolution.*put nn.Upsample and a convolution"):
+        compress(net, torch.cat([x] * 4), "8-bit", quiet=True)
+    net.up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 4, 3, padding=1))  # as the message says
     small = compress(net, torch.cat([x] * 4), "8-bit", quiet=True)
     assert "block.self_attn.in_proj" in small.report.layers.index and len(small.report.untouched) == 0
     assert type(net.block.self_attn) is nn.MultiheadAttention  # the net that was given is left as it was
