@@ -617,13 +617,16 @@ class Runner:
         compiled: bool = False,  # see `ToBytes`
         batch: int = 25,  # images at a time, so that buffers stay in the processor's cache
         timed: bool = True,  # keep the fastest of all ways, the graph's own too? False: the tasks, on units where exact
+        native: bool = None,  # in compiled code, see 28_native? None: where there is a compiler and it is faster
     ):
         graph = graph if isinstance(graph, fx.GraphModule) else as_graph(graph)
         _check_graph(graph)
         self.graph, self.int8, self.batch = in_evaluation(graph), int8, whole('batch', batch, 1)
         about = graph.meta.get('about', {})
         self.input_stats = getattr(graph, 'input_stats', None) or about.get('pixels')  # where they are known
-        self.options, self.timed = dict(fma=fma, compiled=compiled), timed and int8 is None
+        self.options, self.timed, self.native = dict(fma=fma, compiled=compiled), timed and int8 is None, native
+        if native and (int8 is not None or fma or compiled):
+            raise MicronetError('native=True has no other ways: leave out int8, fma and compiled')
         self.tasks = None  # planned at the first call
         self.choices = None  # if timed: ms of each way of each task that has several, and of the whole; what was chosen
         self.way = None  # then: what runs a batch; None: the tasks
@@ -661,9 +664,32 @@ def _milliseconds(ways, values, repeats=3):
 
 
 @patch
+def compiled_ways(self: Runner, x):
+    "The whole net in compiled code, an image at a time and eight; and why there is none, or some are missing."
+    from micronet_nb.native import Native  # not above: it stands on this module
+
+    if self.native is False or x.dim() != 4 or any(self.options.values()):
+        return {}, 'not asked for'
+    ways, expected = {}, self.graph(x)
+    try:
+        for group in (1, 8):
+            way = Native(self.graph, x, group)
+            if not way.calls:
+                return {}, 'nothing of this net is known there'
+            if not torch.equal(way(x), expected):
+                return {}, 'its bits are not those of the graph'
+            ways[f'native, {group}'] = way
+    except MicronetError as e:
+        return ways, str(e)
+    return ways, ''
+
+
+@patch
 def choose(self: Runner, x):
-    "Times all ways on these images and keeps the fastest of each task, then of plan and graph; `choices` says so."
-    rows = {}
+    "Times all ways on these images and keeps the fastest of each task, then of the whole; `choices` says so."
+    rows, (native, why_not) = {}, self.compiled_ways(x)
+    if self.native and not native:
+        raise MicronetError(f'native=True, but {why_not}')
 
     def timed(task, values):
         if task.ways:
@@ -671,12 +697,14 @@ def choose(self: Runner, x):
             task.run = task.ways[chosen := min(took, key=took.get)]
             rows[task.node.name] = took | dict(chosen=chosen)
 
-    self.once(x, timed)
-    whole_net = {'tasks': self.once, 'graph': self.graph}
+    if not self.native:
+        self.once(x, timed)
+    whole_net = native if self.native else {'tasks': self.once, 'graph': self.graph} | native
     took = _milliseconds(whole_net, [x])
     self.way = whole_net[chosen := min(took, key=took.get)]
     rows['whole net'] = took | dict(chosen=chosen)
     self.choices = pd.DataFrame.from_dict(rows, orient='index').rename_axis('node')
+    self.choices.attrs['not native'] = why_not
 
 
 @patch
@@ -706,8 +734,9 @@ def __call__(
     if self.tasks is None:
         self.plan(x[:2])  # the order of dimensions in memory shows where none has the size 1
     try:
-        if self.timed and self.choices is None:
+        if (self.timed or self.native) and self.choices is None:
             self.choose(x[: self.batch])
-        return torch.cat([(self.way or self.once)(part) for part in x.split(self.batch)])
+        way = self.way if self.way and getattr(self.way, 'size', x.shape[1:]) == x.shape[1:] else self.once
+        return torch.cat([way(part) for part in x.split(self.batch)])
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
         raise does_not_run(x, e) from e
