@@ -429,11 +429,9 @@ template <int M> static inline void deep_tile(const Layer &l, const Memory &mem,
 
 static void deep(Words w, const Memory &mem, const Range &pixels) {
     Layer l = layer(w, mem);
-    for (int64_t c = 0; c < l.outer; c += 16) {
-        int64_t p = pixels.first;
-        for (; p + 4 <= pixels.end; p += 4) deep_tile<4>(l, mem, p, c);
-        for (; p < pixels.end; p++) deep_tile<1>(l, mem, p, c);
-    }
+    int64_t p = pixels.first;
+    for (; p + 4 <= pixels.end; p += 4) for (int64_t c = 0; c < l.outer; c += 16) deep_tile<4>(l, mem, p, c);
+    for (; p < pixels.end; p++) for (int64_t c = 0; c < l.outer; c += 16) deep_tile<1>(l, mem, p, c);
 }
 
 template <int M> static inline void each_tile(const Layer &l, const Memory &mem, int64_t p, int64_t c) {

@@ -737,6 +737,7 @@ def __call__(
         if (self.timed or self.native) and self.choices is None:
             self.choose(x[: self.batch])
         way = self.way if self.way and getattr(self.way, 'size', x.shape[1:]) == x.shape[1:] else self.once
-        return torch.cat([way(part) for part in x.split(self.batch)])
+        parts = [way(part) for part in x.split(self.batch)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
         raise does_not_run(x, e) from e

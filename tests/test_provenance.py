@@ -127,6 +127,7 @@ NEEDED = {  # what the numbers depend on, by record
     "90_benchmarks.packing": {"best_of", "size", "bits"},
     "90_benchmarks.solver": {"model", "layers", "kernels", "bits"},
     "91_speed.nets": {"sides", "threads", "rounds", "bits", "affine"},
+    "91_speed.memory": {"sides", "threads", "images"},
     "91_speed.zeros": {"threads", "images"},
     "index.example": {"model", "classes", "fit", "tune", "plan", "rate", "bits", "calibration", "trained_on"},
 }
