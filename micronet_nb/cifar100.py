@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'Step', 'study_score', 'rates_for', 'bits_for', 'figures', 'OutOfTime', 'Row', 'run_step', 'run_recipe',
-           'on_test', 'leaderboard']
+           'run_seeds', 'on_test', 'leaderboard']
 
 # %% ../nbs/20_cifar100.ipynb #02c61820
 if __name__ == '__main__' and '__file__' in globals():
@@ -15,6 +15,7 @@ if __name__ == '__main__' and '__file__' in globals():
 # %% ../nbs/20_cifar100.ipynb #bef4589d
 import copy, time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from micronet_nb.core import (
@@ -30,12 +31,14 @@ from micronet_nb.core import (
     runs_dir,
     stage,
 )
+import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .activations import activation_quantisers, quantise_activations, remove_activation_quantisers
+from .clusters import spread
 from .data import load_dataset
 from .lowering import lower
 from .distillation import Ensemble, kd_loss
@@ -750,6 +753,33 @@ def run_recipe(
         if after:
             after(rows)
     return rows
+
+# %% ../nbs/20_cifar100.ipynb #2d5eed02
+def _seed_rows(profile, recipe, last, whole, root, folder, seed):
+    "The figures of a recipe's rows with one seed."
+    own = dict(last_seed=seed) if last else dict(seed=seed)
+    rows = run_recipe(profile, recipe, whole=whole, root=root, folder=folder, quiet=True, **own)
+    return [dict(seed=seed, model=r.step.row, key=r.key, **r.figures) for r in rows]
+
+
+def run_seeds(
+    profile: str,  # embedded, laptop or paper
+    recipe: str = 'study',  # study, ours or published
+    seeds=(0, 1, 2),  # different whole numbers
+    executor=None,  # where each is trained, see `spread`; None: here, one after another
+    last: bool = True,  # seeds of the last step, from the net that the others have made with seed 0? False: of all steps
+    whole: bool = False,  # train on the validation split, too
+    root=None,  # folder of all stages, which all workers see
+    folder=None,  # of the records; None: `results_dir`
+) -> pd.DataFrame:  # a row a seed and step: seed, model, key of the stage, figures
+    "A recipe with several seeds, each in a worker; a lost one's work is taken up where it was by the next call."
+    seeds = list(seeds)
+    if len({*seeds}) < len(seeds) or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
+        raise MicronetError(f'seeds are different whole numbers, not {seeds}')
+    steps_of(profile, recipe)
+    work = partial(_seed_rows, profile, recipe, last, whole, root, folder)
+    done = dict(spread(work, seeds, executor))
+    return pd.DataFrame([row for i in range(len(seeds)) for row in done[i]])
 
 # %% ../nbs/20_cifar100.ipynb #cf550995
 def _but_scales(s):

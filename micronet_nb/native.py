@@ -713,6 +713,8 @@ class _View:
         m = self.memory
         place = (rows + self.row + m.margin) * m.columns + columns + self.column + m.margin
         first = np.arange(images).reshape(-1, *[1] * np.ndim(place)) * (m.image // m.size)
+        if images * m.image >= 2**31:
+            raise MicronetError(f'{images} images of {m.height} x {m.width} x {m.channels} are too large for 32 bits')
         return (first + place * m.step + self.channel).astype(np.int32)
 
     def pixels(self, images):
@@ -1349,7 +1351,7 @@ class Native:
         self.parts = [theirs[p] if isinstance(p, fx.Node) else _Program(self.plan, p, group) for p in parts]
         self.calls = sum(len(p.words) for p in self.parts if isinstance(p, _Program))
         self.input = next(n for n in self.graph.graph.nodes if n.op == 'placeholder')
-        self.scratch, self.threads, self.batch, self.batch_shares = [], None, None, None
+        self.scratch, self.threads, self.process, self.batch, self.batch_shares = [], None, None, None, None
         self.meeting = np.zeros(16, dtype=np.int64)  # where threads wait for one another
 
     def __reduce__(self):
@@ -1382,8 +1384,9 @@ def prepare(self: Native, n):
         raise MicronetError(f'{workers} threads: compiled code has at most {_MOST_THREADS}, see torch.set_num_threads')
     while len(self.scratch) < workers:
         self.scratch.append(np.empty(self.group * self.own + 64, dtype=np.uint8))
-    if workers > 1 and (self.threads is None or self.threads._max_workers < workers):
-        self.threads = ThreadPoolExecutor(workers)
+    here = os.getpid(), workers  # a process that was forked has none of the threads
+    if workers > 1 and self.process != here:
+        self.threads, self.process = ThreadPoolExecutor(workers - 1), here
     if self.batch_shares != (n, workers):
         self.batch_shares, self.shares = (n, workers), self.shared_out(n, workers)
         for part in self.parts:

@@ -673,6 +673,8 @@ def compiled_ways(self: Runner, x):
     ways, expected = {}, self.graph(x)
     try:
         for group in (1, 8):
+            if ways and group * ways['native, 1'].own > 2**28:
+                break  # of large images one at a time is enough
             way = Native(self.graph, x, group)
             if not way.calls:
                 return {}, 'nothing of this net is known there'

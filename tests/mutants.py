@@ -1586,6 +1586,78 @@ MUTANTS = [
         "(table[[*STAGES]] == 'yes').any(axis=1)",
         "families::test_the_table_says_who_goes_all_the_way",
     ),
+    Mutant(
+        "a margin is not emptied",
+        "case BORDER: if (part == 0) border(w, mem, many); continue;",
+        "case BORDER: continue;",
+        "native::test_what_was_in_memory_does_not_matter",
+    ),
+    Mutant(
+        "threads do not wait for one another",
+        "if (t.parts == 1) return;",
+        "return;",
+        "native::test_as_many_threads_as_there_are",
+    ),
+    Mutant(
+        "a sixth is a product",
+        "return (f8)_mm256_fmadd_ps(_mm256_fnmadd_ps(q, six, a), by, q);",
+        "return (f8)q;",
+        "native::test_hard_swish_of_every_order_of_magnitude",
+    ),
+    Mutant(
+        "what is left over is made in vectors",
+        "if (w[0] <= at && at < w[1]) y[m][i / 8][i % 8] = alone(x[m][i / 8][i % 8], swish);",
+        "",
+        "native::test_means_and_gates_of_any_size",
+    ),
+    Mutant(
+        "a mean is summed from first to last",
+        "lanes = pixels < l.pairs ? 1 : l.pairs;",
+        "lanes = 1;",
+        "native::test_means_and_gates_of_any_size",
+    ),
+    Mutant(
+        "the last odd tap is lost",
+        "full[:channels, :taps] = weight",
+        "full[:channels, : taps - taps % 2] = weight[:, : taps - taps % 2]",
+        "native::test_a_convolution_of_any_shape",
+    ),
+    Mutant(
+        "memory that two need at once is shared",
+        "if f <= last and first <= l)",
+        "if f < last and first < l)",
+        "native::test_the_bits_of_nets_that_people_use",
+    ),
+    Mutant(
+        "memory of all images is given on within a segment",
+        "at = [segment if m.shared else call for segment, call in times]",
+        "at = [call for segment, call in times]",
+        "native::test_memory_of_all_images_lasts_as_long_as_its_segments",
+    ),
+    Mutant(
+        "a convolution does not ask for zeros around",
+        "    source.reach(*geometry['padding'])\n",
+        "",
+        "native::test_a_convolution_of_any_shape",
+    ),
+    Mutant(
+        "sums that are not exact in the graph are taken",
+        "(2**31 if layer.wide else 2**24 + 1)\n",
+        "2**31\n",
+        "native::test_sums_that_float32_does_not_hold",
+    ),
+    Mutant(
+        "a compiled net of another size is run",
+        "getattr(self.way, 'size', x.shape[1:]) == x.shape[1:]",
+        "True",
+        "native::test_the_runner_takes_it_where_it_is_faster",
+    ),
+    Mutant(
+        "a compiled net is not held against the graph",
+        "if not torch.equal(way(x), expected):",
+        "if False:",
+        "native::test_other_bits_are_not_taken",
+    ),
 ]
 
 

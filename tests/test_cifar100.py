@@ -2,12 +2,14 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -51,6 +53,26 @@ def short():
     exec(SHORT.replace("IMAGES", "64"), {})
     yield
     RECIPES["embedded"] = kept
+
+
+def shorten():
+    "In a worker: two short steps of one recipe."
+    exec(SHORT.replace("IMAGES", "64"), {})
+    RECIPES["embedded"] = dict(study=RECIPES["embedded"]["study"][:2])
+
+
+def shorten_and_die_once(place):
+    "A worker that is killed in the middle of its first training, unless another one was."
+    shorten()
+
+    class Killer:
+        def on_step(self, run):
+            if run.step == 1 and not place.exists():
+                place.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    real = cifar100.fit_stage
+    cifar100.fit_stage = lambda *args, **more: real(*args, **more | dict(callbacks=[*more["callbacks"], Killer()]))
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +258,23 @@ def test_a_step_goes_on_from_a_packed_net(tmp_path, monkeypatch):
     assert key["packed"] == "kaist-v1-60" and key["frozen_norms"] and "packed" not in cifar100._key_settings(
         replace(step, packed=""), {}, []
     )
+
+
+def test_seeds_in_workers_are_those_of_one_process_and_a_lost_one_is_taken_up(short, tmp_path):
+    kept, context = RECIPES["embedded"], multiprocessing.get_context("spawn")
+    RECIPES["embedded"] = dict(study=kept["study"][:2])
+    try:
+        here = cifar100.run_seeds("embedded", seeds=[0, 3], root=tmp_path / "a", folder=tmp_path / "ra")
+    finally:
+        RECIPES["embedded"] = kept
+    where = dict(root=tmp_path / "b", folder=tmp_path / "rb")
+    deadly = dict(initializer=shorten_and_die_once, initargs=(tmp_path / "dead",), mp_context=context)
+    with pytest.raises(MicronetError, match="a worker process has ended"), ProcessPoolExecutor(2, **deadly) as pool:
+        cifar100.run_seeds("embedded", seeds=[0, 3], executor=pool, **where)
+    assert (tmp_path / "dead").exists()
+    with ProcessPoolExecutor(2, mp_context=context, initializer=shorten) as pool:
+        there = cifar100.run_seeds("embedded", seeds=[0, 3], executor=pool, **where)
+    same = [c for c in here if c not in TIMES]
+    assert here[same].equals(there[same]) and here.seed.tolist() == [0, 0, 3, 3]
+    assert here.key[0] == here.key[2] and here.key[1] != here.key[3]  # the first step is shared
+    assert sorted(f.name for f in (tmp_path / "rb").iterdir()) == sorted(f.name for f in (tmp_path / "ra").iterdir())

@@ -1,6 +1,7 @@
 "Compiled code for whole nets: the graph's bits, whatever the shapes, the batch, the threads, and what memory held."
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -322,3 +323,35 @@ def test_a_linear_layer_of_many_kernels():
     assert theirs(graph, x) == 0
     assert_bits(graph, x)
     assert np.isfinite(Native(graph, x)(x).numpy()).all()
+
+
+def test_memory_of_all_images_lasts_as_long_as_its_segments():
+    "Threads are at different places of a segment: what one has read, another may need yet."
+    graph, x = named("convnext_atto")  # GELUs stay with PyTorch
+    plan = native._Plan(graph, x[:2], native._lanes())
+    parts, _, _ = plan.place()
+    used = plan.uses(parts)
+    shared = [(m, {segment for segment, _ in times}) for m, times in used.items() if m.shared]
+    assert len(shared) > 5
+    for i, (a, of_a) in enumerate(shared):
+        for b, of_b in shared[i + 1 :]:
+            apart = max(of_a) < min(of_b) or max(of_b) < min(of_a)
+            assert apart or a.offset + a.image <= b.offset or b.offset + b.image <= a.offset
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    graph, x = named("mobilenetv2_035")
+    if torch.get_num_threads() == 1 or not hasattr(os, "fork"):
+        pytest.skip("one thread, or no fork")
+    net, want = Native(graph, x), graph(x)
+    assert torch.equal(net(x), want)
+    if not (child := os.fork()):
+        signal.alarm(120)  # a thread that is waited for and is not there would be waited for in vain
+        os._exit(0 if torch.equal(net(x), want) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_images_too_large_for_its_tables_are_refused():
+    view = native._View(native._Memory(20_000, 20_000, 16, True), 20_000, 20_000, 16)
+    with pytest.raises(MicronetError, match="1 images of 20000 x 20000 x 16 are too large for 32 bits"):
+        view.at(0, 0, 1)
