@@ -767,7 +767,7 @@ def run_seeds(
     recipe: str = 'study',  # study, ours or published
     seeds=(0, 1, 2),  # different whole numbers
     executor=None,  # where each is trained, see `spread`; None: here, one after another
-    last: bool = True,  # seeds of the last step, from the net that the others have made with seed 0? False: of all steps
+    last: bool = True,  # seeds of the last step, from the net that the others made with seed 0? False: of all steps
     whole: bool = False,  # train on the validation split, too
     root=None,  # folder of all stages, which all workers see
     folder=None,  # of the records; None: `results_dir`

@@ -627,7 +627,7 @@ def interpreter():  # the library: `micronet_run`, `micronet_gates`; MicronetErr
     try:
         library = ctypes.CDLL(str(path))
     except OSError as e:
-        raise MicronetError(f'the compiled interpreter cannot be loaded: {e}; delete it, and it is compiled anew') from e
+        raise MicronetError(f'the compiled interpreter does not load: {e}; delete it, and it is compiled anew') from e
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     library.micronet_run.argtypes = [pointer, *[number] * 5, *[pointer] * 3, number, number, pointer]
     library.micronet_gates.argtypes = [pointer, pointer, number, number, number]

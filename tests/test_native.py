@@ -99,7 +99,7 @@ def test_a_convolution_of_any_shape(data):
     conv.weight.data = torch.randint(-128, 128, conv.weight.shape, generator=g).float()
     scale, last = ScaleBias(outer), pick(None, Quantise(8, low=-9), Quantise(4))
     scale.weight.data, scale.bias.data = torch.rand(outer, generator=g) / 999, torch.randn(outer, generator=g)
-    between = pick(nn.Identity(), nn.ReLU(), nn.Hardswish(), nn.SiLU(), nn.Sigmoid(), nn.Hardtanh(-2, 3), nn.LeakyReLU())
+    between = pick(nn.Identity, nn.ReLU, nn.Hardswish, nn.SiLU, nn.Sigmoid, nn.Hardtanh, nn.LeakyReLU)()
     layers = [ScaleBias(1), q, conv, scale, between, *([ScaleBias(outer), last] if last else [])]
     graph = in_evaluation(as_graph(nn.Sequential(*layers).eval()))
     x = torch.randn(pick(2, 3, 5), channels, *size, generator=g) * 2 ** (bits - 1)
