@@ -298,30 +298,34 @@ def _papermill(job, tell):
     "Executes the job's notebook; returns what went wrong, {} where nothing was seen."
     import nbformat, papermill
 
-    at, raised = [0], None
+    at = [0]
 
     def started(cell, cell_index):
         at.append(cell_index)
         tell(cell=cell_index)
 
     papermill.engines.papermill_engines.register('micronet', _engine())
-    try:
-        papermill.execute_notebook(
-            job['source'],
-            job['part'],
-            job['parameters'],
-            engine_name='micronet',
-            progress_bar=False,
-            start_timeout=300,
-            iopub_timeout=60,
-            coalesce_streams=True,
-            on_cell_start=started,
-            shutdown_kernel='immediate',
-        )
-    except papermill.PapermillExecutionError:
-        pass  # the cell itself says it better
-    except Exception as e:
-        raised = e
+    for _ in range(2):
+        raised = None
+        try:
+            papermill.execute_notebook(
+                job['source'],
+                job['part'],
+                job['parameters'],
+                engine_name='micronet',
+                progress_bar=False,
+                start_timeout=300,
+                iopub_timeout=60,
+                coalesce_streams=True,
+                on_cell_start=started,
+                shutdown_kernel='immediate',
+            )
+        except papermill.PapermillExecutionError:
+            pass  # the cell itself says it better
+        except Exception as e:
+            raised = e
+        if len(at) > 1 or 'kernel_info' not in str(raised):
+            break  # else the kernel has died before it could do anything: two that start at once may take one port
     if not Path(job['part']).exists():
         return dict(error=f'{type(raised).__name__}: {raised}')
     return _fault(nbformat.read(job['part'], 4).cells, at[-1], raised)

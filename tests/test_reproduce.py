@@ -495,3 +495,23 @@ def test_a_scheduler_that_is_not_there_is_one_line(tmp_path):
     toy(tmp_path / "nbs", "01_first")
     args = ["--nbs", tmp_path / "nbs", "--out", tmp_path / "out", "--scheduler"]
     assert_one_line(command(*args, "nonsense://here"), "no Dask scheduler answers at nonsense://here")
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_kernel_that_dies_at_its_start_is_started_once_more(deaths, tmp_path, monkeypatch):
+    import papermill
+
+    toy(tmp_path, "01_toy", "print('here')", end="1 + 1")
+    real, calls = papermill.execute_notebook, []
+
+    def dying(*args, **options):
+        calls.append(args)
+        if len(calls) <= deaths:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return real(*args, **options)
+
+    monkeypatch.setattr(papermill, "execute_notebook", dying)
+    job = dict(source=str(tmp_path / "01_toy.ipynb"), part=str(tmp_path / "part.ipynb"), parameters={})
+    fault = reproduce._papermill(job, lambda **told: None)
+    assert len(calls) == 2
+    assert fault == {} if deaths == 1 else "kernel_info" in fault["error"]
