@@ -6,7 +6,7 @@
 __all__ = ['MAGIC', 'has_int8', 'narrow', 'Int8Conv', 'as_floats', 'as_bytes', 'fits_bytes', 'ToBytes', 'Runner']
 
 # %% ../nbs/14_runtime.ipynb #60032e2a
-import functools, operator, time
+import functools, importlib, operator, time
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -666,8 +666,7 @@ def _milliseconds(ways, values, repeats=3):
 @patch
 def compiled_ways(self: Runner, x):
     "The whole net in compiled code, an image at a time and eight; and why there is none, or some are missing."
-    from micronet_nb.native import Native  # not above: it stands on this module
-
+    Native = importlib.import_module('micronet_nb.native').Native  # which stands on this module
     if self.native is False or x.dim() != 4 or any(self.options.values()):
         return {}, 'not asked for'
     ways, expected = {}, self.graph(x)
