@@ -526,7 +526,7 @@ static void border(Words w, const Memory &mem, int64_t images) {
 }
 
 // a tensor of PyTorch's, whatever its strides
-static void fetch(Words w, const Memory &mem, const Range &pixels, const float *const *given) {
+static void bring(Words w, const Memory &mem, const Range &pixels, const float *const *given) {
     Place out = place(w + 7, mem);
     const float *x = given[w[2]];
     int64_t channels = w[12], columns = w[14], image = w[13] * columns;
@@ -576,7 +576,7 @@ extern "C" void micronet_run(Words ops, int64_t n_ops, int64_t group, int64_t im
             case POOL: pool(w, mem, mine); break;
             case COPY: copy(w, mem, mine); break;
             case BORDER: if (part == 0) border(w, mem, many); continue;
-            case FETCH: fetch(w, mem, mine, given); break;
+            case FETCH: bring(w, mem, mine, given); break;
             }
             meet(meeting, t);
         }
@@ -1190,7 +1190,7 @@ class _Program:
         words, out = [call.code] + [0] * (_ROW - 1), call.out
         words[1], words[7:12], words[16] = out.height * out.width, self.at(out), out.channels
         if call.code == _FETCH_CALL:
-            self.fetch(words, call)
+            self.bring(words, call)
         elif call.code in (_CONV_CALL, _DEEP_CALL):
             self.layer(words, call)
         elif call.code == _POOL_CALL:
@@ -1206,7 +1206,7 @@ class _Program:
                 words[17], words[20] = len(call.steps), self.address(self.steps(call), np.int64)
         return words
 
-    def fetch(self, words, call):
+    def bring(self, words, call):
         words[2] = len(self.fetched)
         self.fetched.append(call.fetched)
         self.strides.append(np.zeros(4, dtype=np.int64))

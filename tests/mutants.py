@@ -34,6 +34,15 @@ class Mutant(NamedTuple):
     tests: str  # 'definitions::test_grid scoring::test_command': of tests/test_<file>.py, each must fail
 
 
+_PIECES = "_DOT + _SIXTH + _GATES + _PLACES + _STEPS + _QUICK + _CONV + _DEEP + _MEAN + _REST"
+_COMPILED = f"_CODE = {_PIECES}"
+
+
+def _in_compiled(old, new):
+    "Another text in the C++ of 28_native, which is a string there and no code."
+    return f"_CODE = {_PIECES}\nassert {old!r} in _CODE\n_CODE = _CODE.replace({old!r}, {new!r})"
+
+
 MUTANTS = [
     # Slide 'Quantization'
     Mutant(
@@ -1588,32 +1597,47 @@ MUTANTS = [
     ),
     Mutant(
         "a margin is not emptied",
-        "case BORDER: if (part == 0) border(w, mem, many); continue;",
-        "case BORDER: continue;",
+        _COMPILED,
+        _in_compiled(
+            "case BORDER: if (part == 0) border(w, mem, many); continue;",
+            "case BORDER: continue;",
+        ),
         "native::test_what_was_in_memory_does_not_matter",
     ),
     Mutant(
         "threads do not wait for one another",
-        "if (t.parts == 1) return;",
-        "return;",
+        _COMPILED,
+        _in_compiled(
+            "if (t.parts == 1) return;",
+            "return;",
+        ),
         "native::test_as_many_threads_as_there_are",
     ),
     Mutant(
         "a sixth is a product",
-        "return (f8)_mm256_fmadd_ps(_mm256_fnmadd_ps(q, six, a), by, q);",
-        "return (f8)q;",
+        _COMPILED,
+        _in_compiled(
+            "return (f8)_mm256_fmadd_ps(_mm256_fnmadd_ps(q, six, a), by, q);",
+            "return (f8)q;",
+        ),
         "native::test_hard_swish_of_every_order_of_magnitude",
     ),
     Mutant(
         "what is left over is made in vectors",
-        "if (w[0] <= at && at < w[1]) y[m][i / 8][i % 8] = alone(x[m][i / 8][i % 8], swish);",
-        "",
+        _COMPILED,
+        _in_compiled(
+            "if (w[0] <= at && at < w[1]) y[m][i / 8][i % 8] = alone(x[m][i / 8][i % 8], swish);",
+            "",
+        ),
         "native::test_means_and_gates_of_any_size",
     ),
     Mutant(
         "a mean is summed from first to last",
-        "lanes = pixels < l.pairs ? 1 : l.pairs;",
-        "lanes = 1;",
+        _COMPILED,
+        _in_compiled(
+            "lanes = pixels < l.pairs ? 1 : l.pairs;",
+            "lanes = 1;",
+        ),
         "native::test_means_and_gates_of_any_size",
     ),
     Mutant(
