@@ -1638,7 +1638,7 @@ MUTANTS = [
             "lanes = pixels < l.pairs ? 1 : l.pairs;",
             "lanes = 1;",
         ),
-        "native::test_means_and_gates_of_any_size",
+        "native::test_a_mean_is_that_of_pytorch_to_the_last_bit",
     ),
     Mutant(
         "the last odd tap is lost",

@@ -156,6 +156,26 @@ def test_means_and_gates_of_any_size(size):
     assert_bits(graph, x)
 
 
+@pytest.mark.parametrize("size", [(3, 5), (9, 9), (32, 32), (64, 72)])
+def test_a_mean_is_that_of_pytorch_to_the_last_bit(size):
+    torch.manual_seed(0)
+    layers = [ScaleBias(1), Quantise(8, low=-128), IntConv2d(3, 19, 1, weight_bits=8), ScaleBias(19)]
+    layers[2].weight.data = torch.randint(-127, 128, layers[2].weight.shape).float()
+    layers[3].weight.data, layers[3].bias.data = torch.rand(19), torch.randn(19)
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(*layers)
+
+        def forward(self, x):
+            return torch.mean(self.body(x), (2, 3))
+
+    graph, x = in_evaluation(as_graph(Mean().eval())), 50 * torch.randn(4, 3, *size)
+    assert theirs(graph, x) == 0
+    assert_bits(graph, x)
+
+
 def test_what_was_in_memory_does_not_matter():
     graph, x = named("mixnet_s")
     net = Native(graph, x)
