@@ -830,6 +830,43 @@ def shapes_and_orders(
         raise does_not_run(x, e) from e
     return run.shapes, run.orders
 
+# %% ../nbs/12_integer.ipynb #e8105e11
+def in_order(
+    x,  # a value
+    order,  # of its dimensions, the outermost first; a `Part`; None: the usual one
+):
+    "A tensor whose dimensions lie in this order in memory; any other value as it is."
+    if not isinstance(x, torch.Tensor):
+        return x
+    if isinstance(order, Part):
+        strides = order.strides(x.shape)
+        there = all(a == b for a, b, n in zip(x.stride(), strides, x.shape) if n > 1)
+        return x if there else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+    if order is None or order == sorted(order):
+        return x.contiguous()
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
+
+
+def call_of(
+    graph: fx.GraphModule,  # any
+    node: fx.Node,  # of it
+):  # a function of the values of `node.all_input_nodes`
+    "What a node does."
+    if node.op == 'get_attr':
+        return lambda: functools.reduce(getattr, node.target.split('.'), graph)
+    call = {
+        'call_module': module_of(graph, node),
+        'call_function': node.target,
+        'call_method': lambda x, *args, **kwargs: getattr(x, node.target)(*args, **kwargs),
+    }[node.op]
+
+    def run(*values):
+        known = dict(zip(node.all_input_nodes, values))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        return call(*args, **kwargs)
+
+    return run
+
 # %% ../nbs/12_integer.ipynb #e007f0d1
 def shapes_of(
     graph: fx.GraphModule,  # any

@@ -26,13 +26,14 @@ from micronet_nb.integer import (
     Quantise,
     ScaleBias,
     bound,
+    call_of,
     grid_of,
     in_evaluation,
+    in_order,
     kernel_ranges,
     module_of,
     shapes_and_orders,
 )
-from .runtime import by_channel, plain_task
 
 # %% ../nbs/28_native.ipynb #28a0000c
 _DOT = r'''
@@ -774,7 +775,7 @@ def _step_of(graph, node):
         kind, *numbers = _SIMPLE[what]
         return _Step(kind, node, tuple(numbers))
     if what is ScaleBias:
-        return _Step(_SCALE, node) if by_channel(graph, node) else None
+        return _Step(_SCALE, node) if len(module.weight) == 1 or module.axis == 1 else None
     if what is Quantise:
         fits = not (module.signed and module.bits == 1) and max(abs(module.bottom), abs(module.top)) <= _FITS
         return _Step(_QUANTISE, node, (module.bottom, module.top)) if fits else None
@@ -832,6 +833,21 @@ class _Call:
     layer: nn.Module = None
     geometry: dict = field(default_factory=dict)
     fetched: fx.Node = None  # PyTorch's value
+
+
+@dataclass(eq=False)
+class _Theirs:
+    "An operation that is left to PyTorch: it gets its values in the order of memory that the graph has them in."
+
+    node: fx.Node
+    reads: list  # nodes
+    run: object  # function of their values
+
+
+def _theirs(graph, node, orders):
+    "PyTorch's operation."
+    reads, call = node.all_input_nodes, call_of(graph, node)
+    return _Theirs(node, reads, lambda *values: call(*[in_order(v, orders.get(n)) for n, v in zip(reads, values)]))
 
 
 def _image(shape):
@@ -1347,7 +1363,7 @@ class Native:
         example = x[:2] if len(x) > 1 else torch.cat([x, x])  # the order of dimensions shows where none has the size 1
         self.plan = _Plan(self.graph, example, _lanes())
         parts, self.own, self.shared = self.plan.place()
-        theirs = {p: plain_task(self.graph, p, self.plan.orders) for p in parts if isinstance(p, fx.Node)}
+        theirs = {p: _theirs(self.graph, p, self.plan.orders) for p in parts if isinstance(p, fx.Node)}
         self.parts = [theirs[p] if isinstance(p, fx.Node) else _Program(self.plan, p, group) for p in parts]
         self.calls = sum(len(p.words) for p in self.parts if isinstance(p, _Program))
         self.input = next(n for n in self.graph.graph.nodes if n.op == 'placeholder')

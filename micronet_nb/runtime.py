@@ -6,7 +6,7 @@
 __all__ = ['MAGIC', 'has_int8', 'narrow', 'Int8Conv', 'as_floats', 'as_bytes', 'fits_bytes', 'ToBytes', 'Runner']
 
 # %% ../nbs/14_runtime.ipynb #60032e2a
-import functools, importlib, operator, time
+import functools, operator, time
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -20,20 +20,22 @@ from micronet_nb.integer import (
     GATES,
     IntConv2d,
     IntLinear,
-    Part,
     Quantise,
     ScaleBias,
     as_graph,
+    call_of,
     check_finite,
     described,
     does_not_run,
     exact_sums,
     grid_of,
+    in_order,
     in_evaluation,
     kernel_ranges,
     module_of,
     shapes_and_orders,
 )
+from .native import Native
 
 # %% ../nbs/14_runtime.ipynb #4c5c5f26
 def _geometry(conv):
@@ -404,19 +406,6 @@ NEW_MEMORY = (ANY_ORDER - {operator.getitem}) | _LAYERS | {*GATES.values()}  # n
 
 
 # %% ../nbs/14_runtime.ipynb #84479a81
-def _in_order(x, order):
-    "A value with its dimensions in this order in memory, or as this `Part` lies; None: in the usual order."
-    if not isinstance(x, torch.Tensor):
-        return x
-    if isinstance(order, Part):
-        strides = order.strides(x.shape)
-        there = all(a == b for a, b, n in zip(x.stride(), strides, x.shape) if n > 1)
-        return x if there else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
-    if order is None or order == sorted(order):
-        return x.contiguous()
-    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
-
-
 def _kind(graph, node):
     "The class of a node's module, or its function."
     module = module_of(graph, node)
@@ -434,23 +423,16 @@ def _order_matters(graph, node):
 def plain_task(
     graph: fx.GraphModule,  # any
     node: fx.Node,  # of it
-    orders: dict = None,  # node to how it lies in the graph's own memory, see `_in_order`; None: the usual order
+    orders: dict = None,  # node to how it lies in the graph's own memory, see `in_order`; None: the usual order
 ) -> Task:
     "What the graph itself does."
     reads, orders = node.all_input_nodes, orders or {}
     usual, lows = _order_matters(graph, node), {n: low_of(graph, n) for n in reads}
-    call = {
-        'call_module': module_of(graph, node),
-        'call_function': node.target,
-        'get_attr': lambda: functools.reduce(getattr, node.target.split('.'), graph),
-        'call_method': lambda x, *args, **kwargs: getattr(x, node.target)(*args, **kwargs),
-    }[node.op]
+    call = call_of(graph, node)
 
     def run(*values):
-        floats = {n: as_floats(v, lows[n]) for n, v in zip(reads, values)}
-        known = {n: _in_order(v, orders.get(n)) for n, v in floats.items()} if usual else floats
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__) if node.op != 'get_attr' else ((), {})
-        return call(*args, **kwargs)
+        floats = [as_floats(v, lows[n]) for n, v in zip(reads, values)]
+        return call(*[in_order(v, orders.get(n)) for n, v in zip(reads, floats)] if usual else floats)
 
     return Task(node, run, reads, [node], views=_kind(graph, node) not in NEW_MEMORY)
 
@@ -666,10 +648,9 @@ def _milliseconds(ways, values, repeats=3):
 @patch
 def compiled_ways(self: Runner, x):
     "The whole net in compiled code, an image at a time and eight; and why there is none, or some are missing."
-    Native = importlib.import_module('micronet_nb.native').Native  # which stands on this module
     if self.native is False or x.dim() != 4 or any(self.options.values()):
         return {}, 'not asked for'
-    ways, expected = {}, self.graph(x)
+    ways = {}
     try:
         for group in (1, 8):
             if ways and group * ways['native, 1'].own > 2**28:
@@ -677,6 +658,7 @@ def compiled_ways(self: Runner, x):
             way = Native(self.graph, x, group)
             if not way.calls:
                 return {}, 'nothing of this net is known there'
+            expected = expected if ways else self.graph(x)
             if not torch.equal(way(x), expected):
                 return {}, 'its bits are not those of the graph'
             ways[f'native, {group}'] = way
