@@ -325,7 +325,7 @@ def _papermill(job, tell):
         except Exception as e:
             raised = e
         if len(at) > 1 or 'kernel_info' not in str(raised):
-            break  # else the kernel has died before it could do anything: two that start at once may take one port
+            break  # else the kernel has died before it could do anything, seen once with two started at once
     if not Path(job['part']).exists():
         return dict(error=f'{type(raised).__name__}: {raised}')
     return _fault(nbformat.read(job['part'], 4).cells, at[-1], raised)

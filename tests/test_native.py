@@ -1,6 +1,7 @@
 "Compiled code for whole nets: the graph's bits, whatever the shapes, the batch, the threads, and what memory held."
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -232,7 +233,6 @@ def test_the_runner_takes_it_where_it_is_faster(monkeypatch):
             small = torch.randn(2, 3, 24, 24)  # another size: by tasks
             assert torch.equal(runner(small), graph(small)) and torch.equal(runner(x), graph(x))
         monkeypatch.undo()
-    assert isinstance(Runner(graph, native=True).graph, torch.fx.GraphModule)
     forced, refused = Runner(graph, native=True, timed=False), Runner(graph, native=False)
     assert torch.equal(forced(x), graph(x)) and torch.equal(refused(x), graph(x))
     assert forced.choices.chosen["whole net"].startswith("native")
@@ -295,6 +295,7 @@ def test_without_a_compiler_there_is_one_way_less(tmp_path):
     assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.cpp")]
 
 
+@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='its flags are those of x86')
 def test_a_processor_without_vectors_gives_the_same_bits(tmp_path):
     code = SMALL + """
     from micronet_nb.native import Native, native_steps
