@@ -6,8 +6,7 @@
 __all__ = ['interpreter', 'Native', 'native_steps']
 
 # %% ../nbs/28_native.ipynb #28a00003
-import ctypes, functools, hashlib, math, operator, os, platform, shlex, shutil, subprocess
-from concurrent.futures import ThreadPoolExecutor
+import ctypes, functools, hashlib, math, operator, os, platform, shlex, shutil, subprocess, threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,13 +31,17 @@ from micronet_nb.integer import (
     in_order,
     kernel_ranges,
     module_of,
+    nearest,
     shapes_and_orders,
 )
 
 # %% ../nbs/28_native.ipynb #28a0000c
 _DOT = r'''
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <math.h>
+#include <mutex>
 #include <stdint.h>
 #include <string.h>
 #include <thread>
@@ -540,8 +543,16 @@ static void bring(Words w, const Memory &mem, const Range &pixels, const float *
     }
 }
 
+// awake: whoever is waited for comes soon; if it does not, somebody else may have the processor
+static inline void wait_a_little(int64_t tries) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (tries > 2000) std::this_thread::yield();
+}
+
 // threads that work on the same images wait for one another
-struct Meeting { std::atomic<int64_t> here, turn; };
+struct Meeting { std::atomic<int64_t> here{0}, turn{0}; };
 
 static inline void meet(Meeting *m, const Part &t) {
     if (t.parts == 1) return;
@@ -551,23 +562,32 @@ static inline void meet(Meeting *m, const Part &t) {
         m->turn.store(turn + 1);
         return;
     }
-    for (int64_t tries = 0; m->turn.load() == turn; tries++)
-        if (tries > 2000) std::this_thread::yield();
+    for (int64_t tries = 0; m->turn.load() == turn; tries++) wait_a_little(tries);
 }
 
 enum { CONV, DEEP, EACH, MEAN, POOL, COPY, BORDER, FETCH };
 const int OP = 24;
 
-// images `first` to `end` of `images`, so many at a time, through all operations; by this thread or by `parts`
-extern "C" void micronet_run(Words ops, int64_t n_ops, int64_t group, int64_t images, int64_t first, int64_t end,
-                             char *scratch, char *arena, const float *const *given, int64_t part, int64_t parts,
-                             Meeting *meeting) {
-    Part t = {part, parts};
-    for (int64_t i = first; i < end; i += group) {
-        int64_t many = end - i < group ? end - i : group;
-        Memory mem = {scratch, arena, group, images, i};
-        for (int64_t o = 0; o < n_ops; o++) {
-            Words w = ops + o * OP;
+// a segment: its operations, how many images there are and how many go together, memory, and each thread's share
+struct Segment {
+    Words ops;
+    int64_t n_ops, group, images;
+    char *const *scratch, *arena;
+    const float *const *given;
+    Words share;  // four words a thread: first image, end, its part of how many
+    int64_t n_shares;
+};
+
+// a thread's images, so many at a time, through all operations
+static void run_share(const Segment &s, int64_t thread, Meeting *meeting) {
+    Words share = s.share + 4 * thread;
+    int64_t end = share[1];
+    Part t = {share[2], share[3]};
+    for (int64_t i = share[0]; i < end; i += s.group) {
+        int64_t many = end - i < s.group ? end - i : s.group;
+        Memory mem = {s.scratch[t.parts > 1 ? 0 : thread], s.arena, s.group, s.images, i};
+        for (int64_t o = 0; o < s.n_ops; o++) {
+            Words w = s.ops + o * OP;
             Range mine = range(many * w[1], 4, t);
             switch (w[0]) {
             case CONV: conv(w, mem, many * w[1], t); break;
@@ -576,8 +596,8 @@ extern "C" void micronet_run(Words ops, int64_t n_ops, int64_t group, int64_t im
             case MEAN: mean(w, mem, many, t); break;
             case POOL: pool(w, mem, mine); break;
             case COPY: copy(w, mem, mine); break;
-            case BORDER: if (part == 0) border(w, mem, many); continue;
-            case FETCH: bring(w, mem, mine, given); break;
+            case BORDER: if (t.part == 0) border(w, mem, many); continue;
+            case FETCH: bring(w, mem, mine, s.given); break;
             }
             meet(meeting, t);
         }
@@ -585,9 +605,64 @@ extern "C" void micronet_run(Words ops, int64_t n_ops, int64_t group, int64_t im
 }
 '''
 
+# %% ../nbs/28_native.ipynb #28a00053
+_TEAM = r'''
+struct Team {
+    std::mutex busy, door;
+    std::condition_variable bell;
+    std::atomic<int64_t> turn{0}, at_work{0};
+    int64_t others = 0;
+    Segment segment{};
+    Meeting meeting;
+
+    void member(int64_t thread) {
+        for (int64_t seen = 0;; seen++) {
+            auto asleep = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+            for (int64_t tries = 0; turn.load() == seen; tries++) {
+                wait_a_little(0);
+                if (tries % 64 || std::chrono::steady_clock::now() < asleep) continue;
+                std::unique_lock<std::mutex> hold(door);
+                bell.wait(hold, [&] { return turn.load() != seen; });
+            }
+            if (thread < segment.n_shares) run_share(segment, thread, &meeting);
+            at_work--;
+        }
+    }
+
+    void run(const Segment &s) {
+        std::lock_guard<std::mutex> alone(busy);
+        segment = s, at_work = others;
+        {
+            std::lock_guard<std::mutex> hold(door);
+            turn++;
+        }
+        bell.notify_all();
+        run_share(segment, 0, &meeting);
+        for (int64_t tries = 0; at_work.load(); tries++) wait_a_little(tries);
+    }
+};
+
+// so many threads, the caller among them; they last as long as the process. NULL where there are no more
+extern "C" Team *micronet_team(int64_t threads) {
+    Team *team = new Team;
+    try {
+        for (int64_t i = 1; i < threads; i++, team->others++) std::thread(&Team::member, team, i).detach();
+    } catch (...) { return 0; }
+    return team;
+}
+
+extern "C" void micronet_run(Team *team, Words ops, int64_t n_ops, int64_t group, int64_t images, char *const *scratch,
+                             char *arena, const float *const *given, Words share, int64_t n_shares) {
+    Segment s = {ops, n_ops, group, images, scratch, arena, given, share, n_shares};
+    if (team && n_shares > 1) team->run(s);
+    else run_share(s, 0, nullptr);
+}
+'''
+
+
 # %% ../nbs/28_native.ipynb #28a00021
 _FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-std=c++17', '-shared', '-fPIC']
-_CODE = _DOT + _SIXTH + _GATES + _PLACES + _STEPS + _QUICK + _CONV + _DEEP + _MEAN + _REST
+_CODE = _DOT + _SIXTH + _GATES + _PLACES + _STEPS + _QUICK + _CONV + _DEEP + _MEAN + _REST + _TEAM
 
 
 def _compiler():
@@ -630,9 +705,10 @@ def interpreter():  # the library: `micronet_run`, `micronet_gates`; MicronetErr
     except OSError as e:
         raise MicronetError(f'the compiled interpreter does not load: {e}; delete it, and it is compiled anew') from e
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.micronet_run.argtypes = [pointer, *[number] * 5, *[pointer] * 3, number, number, pointer]
+    library.micronet_run.argtypes = [*[pointer] * 2, *[number] * 3, *[pointer] * 4, number]
     library.micronet_gates.argtypes = [pointer, pointer, number, number, number]
     library.micronet_run.restype = library.micronet_gates.restype = None
+    library.micronet_team.argtypes, library.micronet_team.restype = [number], pointer
     return library
 
 # %% ../nbs/28_native.ipynb #28a0004e
@@ -1029,6 +1105,15 @@ def _cat(plan, node):
     return True
 
 
+def _nearest(plan, node):
+    source = node.args[0]
+    v, (channels, height, width) = plan.view(source), plan.image[node]
+    numbers = torch.arange(v.height * v.width, dtype=torch.float64).reshape(1, 1, v.height, v.width)
+    places = call_of(plan.graph, node)(numbers).long().numpy().reshape(height, width)
+    plan.items.append(_Call(_COPY_CALL, [v], plan.new(node, v.memory.floats), geometry=dict(places=places)))
+    return True
+
+
 def _slice(plan, node):
     source, index = node.args
     some = isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], slice)
@@ -1079,6 +1164,7 @@ _RULES = {
     F.max_pool2d: _pool,
     F.avg_pool2d: _pool,
     torch.cat: _cat,
+    nearest: _nearest,
     operator.getitem: _slice,
     F.pad: _pad,
     torch.flatten: _flatten,
@@ -1211,6 +1297,9 @@ class _Program:
             self.layer(words, call)
         elif call.code == _POOL_CALL:
             self.pool(words, call)
+        elif call.geometry:
+            rows, columns = np.divmod(call.geometry['places'], call.reads[0].width)
+            words[2:7] = self.at(call.reads[0], call.reads[0].at(rows, columns, self.group))
         else:
             words[2:7] = self.at(call.reads[0])
         if call.code == _MEAN_CALL:
@@ -1342,6 +1431,31 @@ def steps(self: _Program, call):
     return rows
 
 # %% ../nbs/28_native.ipynb #28a0003d
+@functools.lru_cache
+def _team(threads, process):
+    "Threads of this process; one that was forked from it has none of them, and gets its own."
+    team = interpreter().micronet_team(threads)
+    if not team:
+        raise MicronetError(f'there are no {threads} threads to be had: torch.set_num_threads takes fewer')
+    return team
+
+
+class _OneAtATime:
+    "A lock for the memory that an object's calls share; a copy of the object has a lock of its own."
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+    def __reduce__(self):
+        return _OneAtATime, ()
+
+
 class Native:
     """A lowered graph in compiled code, for images of one size: the graph's bits.
 
@@ -1367,8 +1481,7 @@ class Native:
         self.parts = [theirs[p] if isinstance(p, fx.Node) else _Program(self.plan, p, group) for p in parts]
         self.calls = sum(len(p.words) for p in self.parts if isinstance(p, _Program))
         self.input = next(n for n in self.graph.graph.nodes if n.op == 'placeholder')
-        self.scratch, self.threads, self.process, self.batch, self.batch_shares = [], None, None, None, None
-        self.meeting = np.zeros(16, dtype=np.int64)  # where threads wait for one another
+        self.scratch, self.batch, self.batch_shares, self.alone = [], None, None, _OneAtATime()
 
     def __reduce__(self):
         return Native, (self.graph, torch.zeros(2, *self.size), self.group)
@@ -1379,14 +1492,15 @@ class Native:
     ) -> torch.Tensor:  # what the graph gives
         if tuple(x.shape[1:]) != self.size:
             raise MicronetError(f'this plan is for images of {self.size}, not {tuple(x.shape[1:])}: plan another')
-        self.prepare(len(x))
         values = {self.input: x}
-        for part in self.parts:
-            if isinstance(part, _Program):
-                self.segment(part, values, len(x))
-            else:
-                values[part.node] = part.run(*[self.value(n, values) for n in part.reads])
-        return self.value(self.plan.output, values).clone()
+        with self.alone:
+            self.prepare(len(x))
+            for part in self.parts:
+                if isinstance(part, _Program):
+                    self.segment(part, values, len(x))
+                else:
+                    values[part.node] = part.run(*[self.value(n, values) for n in part.reads])
+            return self.value(self.plan.output, values).clone()
 
 # %% ../nbs/28_native.ipynb #28a0003e
 @patch
@@ -1400,11 +1514,11 @@ def prepare(self: Native, n):
         raise MicronetError(f'{workers} threads: compiled code has at most {_MOST_THREADS}, see torch.set_num_threads')
     while len(self.scratch) < workers:
         self.scratch.append(np.empty(self.group * self.own + 64, dtype=np.uint8))
-    here = os.getpid(), workers  # a process that was forked has none of the threads
-    if workers > 1 and self.process != here:
-        self.threads, self.process = ThreadPoolExecutor(workers - 1), here
+    self.team = _team(workers, os.getpid()) if workers > 1 else None
     if self.batch_shares != (n, workers):
-        self.batch_shares, self.shares = (n, workers), self.shared_out(n, workers)
+        self.batch_shares = n, workers
+        self.shares = np.array(self.shared_out(n, workers), dtype=np.int64)
+        self.scratch_at = (ctypes.c_void_p * workers)(*[s.ctypes.data for s in self.scratch[:workers]])
         for part in self.parts:
             if isinstance(part, _Program):
                 part.mark(n, workers)
@@ -1438,23 +1552,15 @@ def value(self: Native, node, values):
 
 @patch
 def segment(self: Native, program, values, n):
-    "A segment, by all threads."
+    "A segment, by all threads. The team has one segment at a time: another Python thread waits for its turn."
     fetched = [self.value(f, values) for f in program.fetched]
     fetched = [t if t.dtype == torch.float32 else t.float() for t in fetched]
     for i, t in enumerate(fetched):
         program.strides[i][:] = (*t.stride(), 0, 0)[:4]
         program.pointers[i] = t.data_ptr()
-    words, arena = program.words, self.arena.data_ptr()
-
-    def work(thread, first, end, part, parts):
-        scratch = self.scratch[0 if parts > 1 else thread].ctypes.data
-        images, memory = (self.group, n, first, end), (scratch, arena, program.pointers)
-        self.run(words.ctypes.data, len(words), *images, *memory, part, parts, self.meeting.ctypes.data)
-
-    others = [self.threads.submit(work, i, *share) for i, share in enumerate(self.shares) if i]
-    work(0, *self.shares[0])
-    for other in others:
-        other.result()
+    memory = self.scratch_at, self.arena.data_ptr(), program.pointers
+    share = self.shares.ctypes.data, len(self.shares)
+    self.run(self.team, program.words.ctypes.data, len(program.words), self.group, n, *memory, *share)
 
 # %% ../nbs/28_native.ipynb #28a00043
 def native_steps(

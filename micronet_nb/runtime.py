@@ -35,7 +35,7 @@ from micronet_nb.integer import (
     module_of,
     shapes_and_orders,
 )
-from .native import Native
+from .native import Native, _OneAtATime
 
 # %% ../nbs/14_runtime.ipynb #4c5c5f26
 def _geometry(conv):
@@ -612,6 +612,7 @@ class Runner:
         self.tasks = None  # planned at the first call
         self.choices = None  # if timed: ms of each way of each task that has several, and of the whole; what was chosen
         self.way = None  # then: what runs a batch; None: the tasks
+        self.alone = _OneAtATime()  # two threads that call it wait for one another
         nodes = self.graph.graph.nodes
         self.input = next(n for n in nodes if n.op == 'placeholder')
         self.output = next(n for n in nodes if n.op == 'output').args[0]
@@ -714,13 +715,14 @@ def __call__(
     if not (isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.dim() > 1 and len(x)):
         raise MicronetError(f'a Runner takes float32 (n, ...), n > 0, not {described(x)}')
     check_finite(x, 'the input of a Runner')
-    if self.tasks is None:
-        self.plan(x[:2])  # the order of dimensions in memory shows where none has the size 1
-    try:
-        if (self.timed or self.native) and self.choices is None:
-            self.choose(x[: self.batch])
-        way = self.way if self.way and getattr(self.way, 'size', x.shape[1:]) == x.shape[1:] else self.once
-        parts = [way(part) for part in x.split(self.batch)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    except (RuntimeError, TypeError, ValueError, IndexError) as e:
-        raise does_not_run(x, e) from e
+    with self.alone:
+        if self.tasks is None:
+            self.plan(x[:2])  # the order of dimensions in memory shows where none has the size 1
+        try:
+            if (self.timed or self.native) and self.choices is None:
+                self.choose(x[: self.batch])
+            way = self.way if self.way and getattr(self.way, 'size', x.shape[1:]) == x.shape[1:] else self.once
+            parts = [way(part) for part in x.split(self.batch)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+            raise does_not_run(x, e) from e

@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
     tests: str  # 'definitions::test_grid scoring::test_command': of tests/test_<file>.py, each must fail
 
 
-_PIECES = "_DOT + _SIXTH + _GATES + _PLACES + _STEPS + _QUICK + _CONV + _DEEP + _MEAN + _REST"
+_PIECES = "_DOT + _SIXTH + _GATES + _PLACES + _STEPS + _QUICK + _CONV + _DEEP + _MEAN + _REST + _TEAM"
 _COMPILED = f"_CODE = {_PIECES}"
 
 
@@ -1599,7 +1599,7 @@ MUTANTS = [
         "a margin is not emptied",
         _COMPILED,
         _in_compiled(
-            "case BORDER: if (part == 0) border(w, mem, many); continue;",
+            "case BORDER: if (t.part == 0) border(w, mem, many); continue;",
             "case BORDER: continue;",
         ),
         "native::test_what_was_in_memory_does_not_matter",
@@ -1681,6 +1681,24 @@ MUTANTS = [
         "if not torch.equal(way(x), expected):",
         "if False:",
         "native::test_other_bits_are_not_taken",
+    ),
+    Mutant(
+        "two threads share a Runner's memory",
+        "self.alone = _OneAtATime()",
+        "self.alone = __import__('contextlib').nullcontext()",
+        "native::test_two_threads_that_call_the_same_net",
+    ),
+    Mutant(
+        "an image in another size keeps its pixels where they are",
+        "np.divmod(call.geometry['places'], call.reads[0].width)",
+        "np.divmod(0 * call.geometry['places'], call.reads[0].width)",
+        "native::test_nearest_neighbours",
+    ),
+    Mutant(
+        "a forked process waits for the threads of another",
+        "_team(workers, os.getpid())",
+        "_team(workers, 0)",
+        "native::test_a_forked_process_has_threads_of_its_own",
     ),
 ]
 

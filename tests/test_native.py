@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -33,6 +34,14 @@ def on_eight_bits(net, x):
     quantise_weights(net.eval(), 8)
     quantise_activations(net, x, 8, affine=True)
     return in_evaluation(lower(net, x))
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def named(name, side=32, n=5):
@@ -360,16 +369,48 @@ def test_memory_of_all_images_lasts_as_long_as_its_segments():
             assert apart or a.offset + a.image <= b.offset or b.offset + b.image <= a.offset
 
 
-def test_a_forked_process_has_threads_of_its_own():
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_has_threads_of_its_own(two_threads):
     graph, x = named("mobilenetv2_035")
-    if torch.get_num_threads() == 1 or not hasattr(os, "fork"):
-        pytest.skip("one thread, or no fork")
     net, want = Native(graph, x), graph(x)
     assert torch.equal(net(x), want)
     if not (child := os.fork()):
-        signal.alarm(120)  # a thread that is waited for and is not there would be waited for in vain
+        signal.alarm(60)  # a thread that is waited for and is not there would be waited for in vain
         os._exit(0 if torch.equal(net(x), want) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("ways", [dict(native=True), dict(native=False)])
+def test_two_threads_that_call_the_same_net(ways, two_threads):
+    "Its memory is one: they wait for one another."
+    graph, x = named("mobilenetv2_035", n=4)
+    batches = [x + 0.01 * i for i in range(12)]
+    with torch.inference_mode():
+        wanted = [graph(b) for b in batches]
+    runner = Runner(graph, timed=False, **ways)
+    with ThreadPoolExecutor(4) as pool:
+        for want, got in zip(4 * wanted, pool.map(runner, 4 * batches)):
+            assert torch.equal(got, want)
+
+
+def test_nearest_neighbours():
+    "Sizes up and down, behind a layer and before one, floats and whole numbers; a margin around."
+
+    class Sizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 5, 3, padding=1)
+
+        def forward(self, x):
+            x = self.first(F.interpolate(x, size=(17, 31)))
+            x = F.interpolate(F.relu(x), scale_factor=2)
+            return F.interpolate(self.last(x), size=(5, 9), mode="nearest")
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 13, 10)
+    graph = on_eight_bits(Sizes(), x)
+    assert_bits(graph, x)
+    assert theirs(graph, x) == 0
 
 
 def test_images_too_large_for_its_tables_are_refused():
