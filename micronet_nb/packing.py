@@ -1328,7 +1328,8 @@ def _differs(graph, given, path, about):
 def pack(
     graph,  # fx.GraphModule of integer and plain modules, or a model that torch.fx can trace to one; left as it was
     path,  # file to make or replace, atomically
-    about: dict = None,  # input_size, accounting, dataset, pixels; None: what `lower` or `unpack` knew
+    about: dict = None,  # input_size, accounting, dataset, pixels; None: what `lower` or `unpack` knew; else only the
+    # size and the statistics of the pixels are taken from there, where it does not say them
     masks: str = None,  # 'always' or 'paying', see `form_of`; None: as about's accounting charges, else 'paying'
 ) -> Path:
     """Writes a net as a safetensors file, and keeps it where it unpacks to the same net.
@@ -1341,8 +1342,11 @@ def pack(
     if masks not in ('always', 'paying', None):
         raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
     given, graph = graph, as_graph(graph)
-    known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
-    about = known | check_about(graph.meta.get('about', {}) if about is None else about)
+    of_net = graph.meta.get('about', {})
+    known = {k: v for k, v in of_net.items() if k == 'pixels'}
+    if 'input_size' in graph.meta:  # `lower` says so
+        known['input_size'] = list(graph.meta['input_size'])
+    about = known | check_about(of_net if about is None else about)
     masks = masks or ('always' if ACCOUNTINGS[about.get('accounting', 'official')].riair else 'paying')
     structure, out = describe(graph, masks, about)
     data = seal(out.joined() | {'graph': compress(structure)}, out.version)

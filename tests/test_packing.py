@@ -1123,3 +1123,15 @@ def test_a_pool_with_ceil_mode_is_one_tensor(tmp_path):
     quantise_weights(net, 4), quantise_activations(net, x, 4)
     graph = lower(net, x)
     assert unpack(pack(graph, tmp_path / 'net'))(x).equal(graph(x)) and graph(x).shape == (4, 4 * 2 * 3)
+
+
+def test_what_the_net_knows_of_its_pixels_stays(tmp_path):
+    "`about` adds to it, or takes its place."
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval(), torch.randn(4, 3, 4, 4)
+    net.input_stats = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+    graph = lower(net, x)
+    own, other = graph.meta['about']['pixels'], [[0.1] * 3, [0.3] * 3]
+    for about, pixels in ((None, own), (dict(dataset='digits'), own), (dict(pixels=other), other)):
+        meta = unpack(pack(graph, tmp_path / 'net.safetensors', about)).meta['about']
+        assert meta['pixels'] == pixels and meta['input_size'] == [3, 4, 4]
+        assert meta.get('dataset') == (about or {}).get('dataset')
