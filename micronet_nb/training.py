@@ -607,13 +607,22 @@ def _world():
     return world
 
 # %% ../nbs/04_training.ipynb #04b0a002
+def _dice_of(loader):
+    "The samplers of a loader, and the generators that it and they have."
+    within = getattr(loader, 'batch_sampler', None)
+    samplers = [s for s in (getattr(loader, 'sampler', None), within, getattr(within, 'sampler', None)) if s is not None]
+    found = [getattr(part, 'generator', None) for part in (loader, *samplers)]
+    return samplers, list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
 class Batches:
     "Training data that are no `Dataset`: (images as the net sees them, labels). MicronetError for what has no length."
 
     def __init__(
         self,
-        source,  # a DataLoader or a list of batches, taken as they are; a torch data set, or tensors (images, labels)
-        batch_size: int = 64,  # images a step, of the last two: they are shuffled, what is left over is left out
+        source,  # a DataLoader, whose generators are seeded anew in each epoch; a list of batches; a torch data set;
+        # tensors (images, labels)
+        batch_size: int = 64,  # images a step, of a data set and tensors: they are shuffled, what is left over is left out
     ):
         if _is_batch(source):
             place, x, y = next(pairs_of(source))
@@ -632,6 +641,12 @@ class Batches:
     def stream(self, run, first):
         "The batches of an epoch from batch `first` on; images are floats, uint8 ones in [0,1] where there are `stats`."
         batches, epoch = pairs_of(self.source), run.epoch
+        samplers, generators = _dice_of(self.source)
+        for sampler in samplers:
+            if hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(epoch)
+        for number, generator in enumerate(generators):
+            generator.manual_seed(int(config_key([run.config.seed, epoch, 'generator', number]), 16) % 2**63)
         for i in range(run.steps_an_epoch):
             set_seed(int(config_key([run.config.seed, epoch, i]), 16) % 2**32)
             place, x, y = next(batches, (None, None, None))

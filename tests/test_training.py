@@ -388,18 +388,53 @@ def test_own_data_are_learned_in_any_form(form):
     assert evaluate(net, train, stats=lambda images: images)["top1"] == 100
 
 
-def test_own_data_are_shuffled_anew_in_each_epoch_and_the_same_in_each_run():
+class ByEpoch(torch.utils.data.Sampler):
+    "An order that depends on the epoch alone, as that of several processes does."
+
+    epoch = -1
+
+    def __len__(self):
+        return 60
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(torch.randperm(60, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+def of_a_generator(own):
+    return DataLoader(own, 10, shuffle=True, generator=torch.Generator().manual_seed(7))
+
+
+def of_a_sampler(own):
+    dice = torch.Generator().manual_seed(7)
+    return DataLoader(own, 10, sampler=torch.utils.data.RandomSampler(own, generator=dice))
+
+
+def of_batches(own):
+    order = torch.utils.data.RandomSampler(own, generator=torch.Generator().manual_seed(7))
+    return DataLoader(own, batch_sampler=torch.utils.data.BatchSampler(order, 10, False))
+
+
+def of_epochs(own):
+    return DataLoader(own, 10, sampler=ByEpoch())
+
+
+@pytest.mark.parametrize("form", [lambda own: own, of_a_generator, of_a_sampler, of_batches, of_epochs])
+def test_own_data_are_shuffled_anew_in_each_epoch_and_the_same_in_each_run(form):
     orders = []
     for _ in range(2):
         own = Counted()
-        fit(two_ways(), (own, None), FitConfig(epochs=2, batch_size=10, lr=0.1), quiet=True)
+        fit(two_ways(), (form(own), None), FitConfig(epochs=2, batch_size=10, lr=0.1), quiet=True)
         orders.append(own.asked[10:])  # behind the batch that is looked at before the run
     first, second = orders[0][:60], orders[0][60:]
     assert orders[0] == orders[1] and first != second and sorted(first) == sorted(second) == list(range(60))
 
 
+@pytest.mark.parametrize("form", [lambda own: own, of_a_generator, of_a_sampler, of_batches, of_epochs])
 @pytest.mark.parametrize("at", [4, 6, 9])  # in an epoch, before its first step, in the last
-def test_a_killed_run_draws_the_noise_of_its_own_data_again(tmp_path, at):
+def test_a_killed_run_draws_the_noise_of_its_own_data_again(tmp_path, at, form):
     config = FitConfig(epochs=2, batch_size=10, lr=0.1)
 
     def kill(run):
@@ -409,12 +444,12 @@ def test_a_killed_run_draws_the_noise_of_its_own_data_again(tmp_path, at):
     through, again = two_ways(), two_ways()
     start = copy.deepcopy(through.state_dict())
     again.load_state_dict(start)
-    fit(through, (Counted(), None), config, quiet=True)
+    fit(through, (form(Counted()), None), config, quiet=True)
     how = dict(folder=tmp_path, every=0.0, quiet=True)
     with pytest.raises(KeyboardInterrupt):
-        fit(again, (Counted(), None), config, callbacks=[types.SimpleNamespace(on_step=kill)], **how)
+        fit(again, (form(Counted()), None), config, callbacks=[types.SimpleNamespace(on_step=kill)], **how)
     again.load_state_dict(start)
-    fit(again, (Counted(), None), config, **how)
+    fit(again, (form(Counted()), None), config, **how)
     assert all(torch.equal(a, b) for a, b in zip(through.state_dict().values(), again.state_dict().values()))
 
 
