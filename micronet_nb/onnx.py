@@ -67,6 +67,16 @@ def exports(
 
     return register
 
+# %% ../nbs/18_onnx.ipynb #18c0a038
+class _Plan:
+    "What the form 'fused' folds; nothing in the other forms."
+
+    def __init__(self):
+        self.gone = set()  # nodes that are not written, for others do what they did
+        self.layers = {}  # convolution of integers between two quantisers: its weights, their steps, its bias
+        self.ranges = {}  # quantiser before or behind one: its step, its smallest and its largest integer
+        self.pads = {}  # convolution: zeros around its input, left, right, above and below
+
 # %% ../nbs/18_onnx.ipynb #d653c28e
 class Export:
     "An ONNX graph in the making: its nodes, its stored tensors, and the shape of every value (for a batch of 2)."
@@ -81,6 +91,7 @@ class Export:
         self.known = {}  # name of a stored tensor by its content
         self.names = {}  # node of the graph to the name of its value
         self.node, self.where = None, 'net'  # what is being written, and its name for people
+        self.plan = _Plan()
 
     def __call__(self, op, *inputs, **attributes):
         "Adds a node; the name of its result."
@@ -103,7 +114,7 @@ class Export:
             array = array.astype(np.float32)
         key = array.dtype.str, kind, array.shape, array.tobytes()
         if key not in self.known:
-            name = self.known[key] = name or f'c{len(self.stored)}'
+            name = self.known[key] = name if name and name not in self.stored else f'c{len(self.stored)}'
             self.stored[name] = integers(array, kind, name) if kind else numpy_helper.from_array(array, name)
         return self.known[key]
 
@@ -164,6 +175,145 @@ def _safe(graph, node):
     alone = all(u in layers or u.op == 'output' for u in node.users)
     return alone and not _moves(_called(graph, node.args[0])) and not any(_met(graph, u) for u in layers)
 
+# %% ../nbs/18_onnx.ipynb #18c0a021
+def _arguments(f, node):
+    "A call's arguments by name, with their defaults."
+    bound = inspect.signature(f).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _ends(graph, node):
+    "Where a node cuts values off, (lowest, highest); None where it does something else."
+    f, m = _called(graph, node), module_of(graph, node)
+    if f in (F.relu, torch.relu, 'relu', F.relu6):
+        return 0.0, 6.0 if f is F.relu6 else math.inf
+    if f is not F.hardtanh:
+        return None
+    given = _arguments(f, node) | ({} if m is None else vars(m))
+    ends = given['min_val'], given['max_val']
+    return None if any(isinstance(v, fx.Node) for v in ends) else ends
+
+
+def _zeros_around(node):
+    "How many zeros a node puts left, right, above and below; None where it does something else."
+    if node.target is not F.pad:
+        return None
+    pads, mode, value = [_arguments(F.pad, node)[k] for k in ('pad', 'mode', 'value')]
+    return tuple(pads) if mode == 'constant' and not value and len(pads) == 4 and min(pads) >= 0 else None
+
+# %% ../nbs/18_onnx.ipynb #18c0a027
+def _readers(node):
+    "The nodes that read a value, zeros put around it or not."
+    return [r for u in node.users for r in (u.users if _zeros_around(u) else [u])]
+
+
+def _is_byte(graph, node):
+    "Is it a quantiser of at most 8 bits, no sign, that convolutions alone read, or nobody behind the net?"
+    m, readers = _called(graph, node), _readers(node)
+    few = isinstance(m, Quantise) and m.bits <= 8 and not (m.signed and m.bits == 1)
+    return few and bool(readers) and all(r.op == 'output' or isinstance(_called(graph, r), nn.Conv2d) for r in readers)
+
+
+def _range_of(graph, quantiser):
+    "Its step and its ends with what stands before it; the nodes that went into them; the node before these."
+    m, step, gone = _called(graph, quantiser), 1.0, []
+    low, high = m.bottom, m.top
+    node = quantiser.all_input_nodes[0]
+    while len(node.users) == 1 and node.all_input_nodes:
+        scale, ends = _called(graph, node), _ends(graph, node)
+        if ends is not None:
+            low, high = (int(min(max(np.rint(v / step), low), high)) for v in ends)
+        elif isinstance(scale, ScaleBias) and scale.weight.numel() == 1 and scale.weight > 0 and not scale.has_bias:
+            step /= float(scale.weight)
+        elif scale is not F.max_pool2d:
+            break
+        gone += [node] if scale is not F.max_pool2d else []
+        node = node.all_input_nodes[0]
+    return (step, low, high), gone, node
+
+# %% ../nbs/18_onnx.ipynb #18c0a02a
+def _layer_of(graph, node):
+    "The convolution that ends at a node; its scale and bias a channel; the nodes that went into them."
+    scale, bias, gone = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), []
+    while len(node.users) == 1 and node.all_input_nodes and not isinstance(m := _called(graph, node), IntConv2d):
+        if isinstance(m, ScaleBias) and (m.axis == 1 or m.weight.numel() == 1):
+            scale, bias = scale * m.weight.detach().double(), bias + scale * m.bias.detach().double()
+            gone.append(node)
+        elif m is not F.max_pool2d or not (scale > 0).all():
+            break
+        node = node.all_input_nodes[0]
+    return node, scale, bias, gone
+
+
+def _folded(m, scale, bias, step, codes):
+    "A convolution's weights, steps and bias in whole numbers, a scale and bias folded in; None where they do not fit."
+    if m.bias is not None or m.padding_mode != 'zeros' or m.weight_bits > 8 or not (scale != 0).all():
+        return None
+    weight = m.weight.detach().double() * scale.sign().view(-1, 1, 1, 1)
+    largest = weight.abs().amax((1, 2, 3)).clamp(min=1)
+    room = min(127, (2**15 - 1) // (2 * codes))  # two products side by side in 16 bits
+    finer = 2 ** (room / largest).log2().floor().clamp(min=0)
+    weight, unit = weight * finer.view(-1, 1, 1, 1), scale.abs() / finer
+    whole = (bias / unit).round()
+    sums, off = codes * weight.abs().sum((1, 2, 3)) + whole.abs(), (whole * unit - bias).abs()
+    fits = (weight <= 127).all() and (sums < 2**31).all() and (off <= 0.1 * step).all()
+    return (weight, unit, whole) if fits else None
+
+# %% ../nbs/18_onnx.ipynb #18c0a02d
+def _planned(graph):
+    "The plan of a graph in the form 'fused'."
+    plan, used = _Plan(), set()
+    quantisers = {n: _range_of(graph, n) for n in graph.graph.nodes if _is_byte(graph, n)}
+    for q, ((step, *_), _, end) in quantisers.items():
+        node, scale, bias, gone = _layer_of(graph, end)
+        m = _called(graph, node)
+        if not isinstance(m, IntConv2d) or len(node.users) > 1:
+            continue
+        before = node.all_input_nodes[0]
+        before = before.all_input_nodes[0] if _zeros_around(before) else before
+        scale, bias = scale.expand(m.out_channels), bias.expand(m.out_channels)
+        if before not in quantisers:
+            continue
+        codes = _called(graph, before).top - _called(graph, before).bottom
+        if (folded := _folded(m, scale, bias, step, codes)) is not None:
+            plan.layers[node] = folded
+            plan.gone.update(gone)
+            used |= {before, q}
+    for q in used:
+        plan.ranges[q], gone, _ = quantisers[q]
+        pads = [u for u in q.users if _zeros_around(u)]
+        plan.gone.update(gone, pads)
+        plan.pads.update((r, _zeros_around(u)) for u in pads for r in u.users)
+    return plan
+
+# %% ../nbs/18_onnx.ipynb #18c0a030
+def _whole(e, m):
+    "A layer's weights, whole numbers of its bits."
+    try:
+        check_integers(m.weight, m.weight_bits, f'{e.where}.weight')
+    except MicronetError as error:
+        e.refuse(error)
+    return m.weight.detach()
+
+
+def _fused_inputs(e, m):
+    "Weights and bias of a convolution with the scale behind it in them: integers and their steps."
+    _whole(e, m)
+    weight, step, bias = e.plan.layers[e.node]
+    stored = e.constant(weight, 'INT8', f'{e.where}.weight'), e.constant(bias, 'INT32')
+    return [e('DequantizeLinear', s, step, axis=0) for s in stored]
+
+
+def _fused_quantiser(e, m, x):
+    "QuantizeLinear to a byte that counts from the lowest integer; a Clip of bytes, where the range is not all of them."
+    step, low, high = e.plan.ranges[e.node]
+    zero = e.constant(-m.bottom, 'UINT8')
+    x = e('QuantizeLinear', x, step, zero)
+    if (low, high) != (m.bottom, m.bottom + 255):
+        x = e('Clip', x, *[e.constant(end - m.bottom, 'UINT8') for end in (low, high)])
+    return e('DequantizeLinear', x, 1.0, zero)
+
 # %% ../nbs/18_onnx.ipynb #9bfb7cc5
 @exports(Quantise)
 def _quantise(e, m, x):
@@ -171,9 +321,11 @@ def _quantise(e, m, x):
     sign = m.signed and m.bits == 1  # one signed bit is the sign
     tokens = len(e.shapes[x]) != 2 and any(isinstance(_called(e.graph, u), nn.Linear) for u in e.node.users)
     kind, low, high = carrier(m.bits, m.signed), float(m.bottom), float(m.top)
+    if e.node in e.plan.ranges:
+        return _fused_quantiser(e, m, x)
     if sign:
         x = e('Sign', x)
-    if e.form == 'float' or tokens or not _safe(e.graph, e.node):  # onnxruntime moves quantisers over a Reshape
+    if e.form != 'qdq' or tokens or not _safe(e.graph, e.node):  # onnxruntime moves quantisers over a Reshape
         return x if sign else e('Clip', e('Round', x), low, high)
     if m.bits == 1 and m.low:
         x = e('Min', e('Max', x, low), high)  # onnxruntime takes a Clip into its quantiser, but not at 2 bits
@@ -199,13 +351,10 @@ def _weight(e, m):
     "A layer's weights: floats as they are, integers behind a DequantizeLinear."
     if not isinstance(m, IntWeights):
         return e.constant(m.weight)
-    try:
-        check_integers(m.weight, m.weight_bits, f'{e.where}.weight')
-    except MicronetError as error:
-        e.refuse(error)
-    if e.form == 'float':
-        return e.constant(m.weight, name=f'{e.where}.weight')
-    return e('DequantizeLinear', e.constant(m.weight, carrier(m.weight_bits), f'{e.where}.weight'), 1.0)
+    weight = _whole(e, m)
+    if e.form != 'qdq':
+        return e.constant(weight, name=f'{e.where}.weight')
+    return e('DequantizeLinear', e.constant(weight, carrier(m.weight_bits), f'{e.where}.weight'), 1.0)
 
 
 @exports(nn.Conv2d, IntConv2d)
@@ -213,8 +362,10 @@ def _conv(e, m, x):
     "Conv, its padding at the four sides in ONNX's order."
     if m.padding_mode != 'zeros':
         e.refuse(f'its padding is {m.padding_mode!r}: lower the net first, which makes it a pad of its own')
-    left, right, top, bottom = m._reversed_padding_repeated_twice
-    inputs = [x, _weight(e, m), *([] if m.bias is None else [m.bias])]
+    around = zip(m._reversed_padding_repeated_twice, e.plan.pads.get(e.node, (0, 0, 0, 0)))
+    left, right, top, bottom = map(sum, around)
+    bias = [] if m.bias is None else [m.bias]
+    inputs = [x, *(_fused_inputs(e, m) if e.node in e.plan.layers else [_weight(e, m), *bias])]
     window = dict(kernel_shape=m.kernel_size, strides=m.stride, dilations=m.dilation)
     return e('Conv', *inputs, **window, pads=[top, left, bottom, right], group=m.groups)
 
@@ -269,6 +420,8 @@ def _rms_norm(e, m, x):
 def _written(e, graph, n, names):
     "Writes a node of the graph; the name of its value."
     e.node, e.where = n, n.target if n.op in ('call_module', 'get_attr') else n.name
+    if n in e.plan.gone:
+        return names[n.all_input_nodes[0]]
     if n.op == 'get_attr':
         tensor = operator.attrgetter(n.target)(graph)
         places = all(u.target is picked for u in n.users)
@@ -304,6 +457,7 @@ def _written(e, graph, n, names):
 def _write_all(e, size):
     "Writes every node of a graph; the shape of its output, `y`."
     e.names = names = {}
+    e.plan = _planned(e.graph) if e.form == 'fused' else e.plan
     shapes = shapes_of(e.graph, torch.zeros(2, *size))
     for n in e.graph.graph.nodes:
         if n.op == 'output':
@@ -314,7 +468,7 @@ def _write_all(e, size):
                 'module of one input'
             )
         names[n] = 'x' if n.op == 'placeholder' else _written(e, e.graph, n, names)
-        e.shapes[names[n]] = shapes.get(n)
+        e.shapes.setdefault(names[n], shapes.get(n))
     result = n.args[0]
     if not isinstance(result, fx.Node) or not isinstance(shapes.get(result), (tuple, list)):
         raise MicronetError(
@@ -359,7 +513,7 @@ def _checked(model):
 def to_onnx(
     graph,  # fx.GraphModule of `lower` or `unpack`, or a model of integer modules that torch.fx can trace
     path,  # file to make or replace, atomically
-    form: str = 'qdq',  # integers, QuantizeLinear and DequantizeLinear; 'float': float32 weights, Round and Clip
+    form: str = 'qdq',  # 'qdq': exact; 'float': float32 weights; 'fused': integer kernels, where there are some
     input_size: tuple = None,  # of one input, such as (3, 32, 32); None: as `lower` or the packed file says
 ) -> Path:
     """Writes a net as an ONNX file for float32 batches of any length, checked by onnx.
@@ -369,8 +523,8 @@ def to_onnx(
     >>> to_onnx(graph, mkdtemp() + '/net.onnx').name
     'net.onnx'
     """
-    if form not in ('qdq', 'float'):
-        raise MicronetError(f"form is 'qdq' or 'float', not {form!r}")
+    if form not in ('qdq', 'float', 'fused'):
+        raise MicronetError(f"form is 'qdq', 'float' or 'fused', not {form!r}")
     graph = as_graph(graph)
     if input_size is None and 'input_size' not in graph.meta:
         raise MicronetError('this graph does not say what its input is: give input_size, such as (3, 32, 32)')
@@ -390,6 +544,7 @@ def onnx_session(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry('session.x64quantprecision', '1')  # no pair of products is cut off at 16 bits
     if threads is not None:
         options.intra_op_num_threads = threads
     if not Path(path).is_file():

@@ -1542,6 +1542,54 @@ MUTANTS = [
         "runtime::test_a_graph_that_was_lowered_in_inference_mode_runs",
     ),
     Mutant(
+        "a value that others read is folded",
+        """    while len(node.users) == 1 and node.all_input_nodes:
+        scale, ends =""",
+        """    while node.all_input_nodes:
+        scale, ends =""",
+        "onnx::test_a_value_that_is_read_twice_is_not_folded[cut]",
+    ),
+    Mutant(
+        "a fused bias counts sums of the weights before they were made finer",
+        "whole = (bias / unit).round()",
+        "whole = (bias / scale.abs()).round()",
+        "onnx::test_a_fused_layer_by_hand",
+    ),
+    Mutant(
+        "a fused bias may be off by two steps",
+        "(off <= 0.1 * step)",
+        "(off <= 2.0 * step)",
+        "onnx::test_what_does_not_fit_stays_in_floats[step]",
+    ),
+    Mutant(
+        "a fused quantiser has the range of its bits alone",
+        """        if ends is not None:
+            low, high = (int(min(max(np.rint(v / step), low), high)) for v in ends)
+""",
+        """        if ends is not None:
+            low, high = low, high
+""",
+        "onnx::test_fused_layers_run_on_integers[8-cuts] onnx::test_fused_layers_run_on_integers[8-relu6]",
+    ),
+    Mutant(
+        "a negative scale is folded through a pool",
+        "elif m is not F.max_pool2d or not (scale > 0).all():",
+        "elif m is not F.max_pool2d:",
+        "onnx::test_fused_layers_run_on_integers[8-negative_scale_behind_a_pool]",
+    ),
+    Mutant(
+        "zeros before a fused layer are lost",
+        "plan.pads.update((r, _zeros_around(u)) for u in pads for r in u.users)",
+        "plan.pads.update((r, (0, 0, 0, 0)) for u in pads for r in u.users)",
+        "onnx::test_fused_weights_of_any_width_and_shape[kwargs1-8]",
+    ),
+    Mutant(
+        "two stored tensors of one name",
+        "name if name and name not in self.stored else",
+        "name if name else",
+        "onnx::test_a_layer_that_is_called_twice_is_stored_for_each_of_its_scales",
+    ),
+    Mutant(
         "any integer of onnxruntime will do",
         "if bad := int(((got < m(x - slack)) | (got > m(x + slack))).sum()):",
         "if bad := 0:",

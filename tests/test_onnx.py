@@ -1,8 +1,13 @@
 "ONNX files: every width and function as the graph answers, refusals by name, files that are whole or absent."
 
+import copy
+from collections import Counter
+
 import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -23,7 +28,7 @@ def edges(top):
     return torch.cat([whole, whole + 0.5, (whole + 0.5) * (1 + 1e-7), torch.tensor([-1e9, -0.0, 1e9])])
 
 
-@pytest.mark.parametrize('form', ['qdq', 'float'])
+@pytest.mark.parametrize('form', ['qdq', 'float', 'fused'])
 @pytest.mark.parametrize('bits', [*range(1, 9), 11, 16])
 def test_quantisers(bits, form, tmp_path):
     for signed in (False, True):
@@ -155,7 +160,7 @@ def test_every_function(tmp_path):
     graph = lower(net, x, torch.float32)
     with torch.inference_mode():
         expected = net(x)
-    for form in ('qdq', 'float'):
+    for form in ('qdq', 'float', 'fused'):
         assert torch.allclose(onnx_session(to_onnx(graph, tmp_path / 'e.onnx', form))(x), expected, atol=1e-5)
 
 
@@ -178,7 +183,7 @@ def test_refusals(tmp_path):
     refused(nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), 'divisor_override=3')
     refused(nn.Sequential(IntConv2d(3, 1, 1)), 'not whole numbers')
     refused(nn.Sequential(nn.ReLU()), 'give input_size', size=None)
-    refused(nn.Sequential(nn.ReLU()), "form is 'qdq' or 'float'", form='int')
+    refused(nn.Sequential(nn.ReLU()), "form is 'qdq', 'float' or 'fused'", form='int')
     with pytest.raises(MicronetError, match='does not exist'):
         onnx_session(path)
     path.write_bytes(b'nothing')
@@ -396,7 +401,7 @@ def normed():
     return lower(net, x), torch.randn(2000, 16)
 
 
-@pytest.mark.parametrize('form', ['qdq', 'float'])
+@pytest.mark.parametrize('form', ['qdq', 'float', 'fused'])
 def test_quantisers_behind_floats_make_the_integers_of_the_graph_or_their_neighbours(form):
     graph, x = normed()
     table = beside_onnx(graph, x, form)
@@ -417,3 +422,200 @@ def test_a_runtime_that_computes_otherwise_is_found(monkeypatch):
         beside_onnx(graph, x)
     table = beside_onnx(graph, x, slack=8.0)
     assert table.other.iloc[0] > 1000 and int(table.other.iloc[1:].sum()) < 50
+
+
+def fusable(size, *modules):
+    "A net of random integers, its scales of both signs; its input."
+    torch.manual_seed(0)
+    net = nn.Sequential(*modules)
+    for m in net.modules():
+        if isinstance(m, IntConv2d):
+            top = 2 ** (m.weight_bits - 1) - 1
+            m.weight.data = torch.randint(-top, top + 1, m.weight.shape).float()
+        if isinstance(m, ScaleBias) and len(m.weight) > 1:
+            m.weight.data = (torch.rand(4) + 0.5) * torch.tensor([0.01, -0.01, 0.01, 0.01])
+            m.bias.data = 5 * torch.randn(4)
+        elif isinstance(m, ScaleBias):
+            m.weight.data.fill_(1.7)
+    return net, 40 * torch.randn(size)
+
+
+def kernels(path):
+    "What onnxruntime runs after its own changes to the graph, and what the file holds."
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path) + '.optimised', 3
+    onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    return [Counter(n.op_type for n in onnx.load(p).graph.node) for p in (options.optimized_model_filepath, path)]
+
+
+class Padded(nn.Module):
+    def forward(self, x):
+        return F.pad(x, (0, 1, 2, 0))
+
+
+class Apart(nn.Module):
+    "A convolution, its scale and a ReLU, one of which somebody else reads, too."
+
+    def __init__(self, where):
+        super().__init__()
+        self.quantise, self.conv, self.scale = Quantise(8), conv(kernel=1), ScaleBias(4)
+        self.then, self.last, self.where = Quantise(8, True), conv(kernel=1), where
+
+    def forward(self, x):
+        sums = self.conv(self.quantise(x))
+        scaled = self.scale(sums)
+        cut = F.relu(scaled)
+        q = self.then(cut)
+        return self.last(q) + {'sums': sums, 'scaled': scaled, 'cut': cut, 'integers': q}[self.where]
+
+
+def conv(bits=8, kernel=3, **kwargs):
+    return IntConv2d(4, 4, kernel, weight_bits=bits, **kwargs)
+
+
+FUSABLE = {  # modules between two layers, and how many of the layers run on integers
+    'scale': ([ScaleBias(4)], 1),
+    'scales': ([ScaleBias(4), ScaleBias(1), ScaleBias(4), ScaleBias(1)], 1),
+    'relu': ([ScaleBias(4), nn.ReLU()], 1),
+    'relu6': ([ScaleBias(4), nn.ReLU6(), ScaleBias(1)], 1),
+    'cuts': ([ScaleBias(4), nn.Hardtanh(-30, 17.3), ScaleBias(1), nn.Hardtanh(-2, 40)], 1),
+    'pool': ([ScaleBias(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1), ScaleBias(1)], 1),
+    'pooled_sums': ([nn.MaxPool2d(2, 1), ScaleBias(1)], 1),
+    'no_scale': ([], 1),
+    'scale_behind_a_cut': ([ScaleBias(4), nn.ReLU(), ScaleBias(4)], 0),  # its bias is added after the cut
+    'negative_scale_behind_a_pool': ([nn.MaxPool2d(2, 1), ScaleBias(4)], 0),
+    'hardswish': ([ScaleBias(4), nn.Hardswish(), ScaleBias(1)], 0),
+}
+
+
+@pytest.mark.parametrize('case', FUSABLE)
+@pytest.mark.parametrize('bits', [8, 5, 2])
+def test_fused_layers_run_on_integers(case, bits, tmp_path):
+    "Between two quantisers of any range, and every integer is the graph's, or its neighbour for a tenth of a step."
+    between, want = FUSABLE[case]
+    for q in (Quantise(bits), Quantise(bits, True), Quantise(bits, low=-(2**bits) // 3)):
+        modules = [ScaleBias(1), Quantise(8), conv(), *copy.deepcopy(between), q, conv(), ScaleBias(4)]
+        net, x = fusable((3, 4, 9, 9), *modules)
+        found, written = kernels(to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:]))
+        assert found['QLinearConv'] == want
+        assert written['Mul'] == 1 if want else written['Mul'] > 1  # the last scale alone
+        table = beside_onnx(net, x, 'fused', slack=0.11)
+        assert int(table.other.sum()) < 0.05 * int(table.integers.sum()) and table.attrs['off'] < 1e-5
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 7, 8])
+@pytest.mark.parametrize('kwargs', [dict(groups=4), dict(kernel=1), dict(stride=2, padding=(2, 1)), dict(dilation=2)])
+def test_fused_weights_of_any_width_and_shape(bits, kwargs, tmp_path):
+    layers = [conv(bits, **kwargs), ScaleBias(4), Quantise(8, low=-99), Padded(), conv(bits, **kwargs), ScaleBias(4)]
+    net, x = fusable((2, 4, 16, 16), Quantise(8, True), Padded(), *layers, Quantise(4))
+    found, written = kernels(to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:]))
+    assert found['QLinearConv'] == 2 and not found['Conv'] and not written['Pad']
+    table = beside_onnx(net, x, 'fused', slack=0.11)
+    assert int(table.other.sum()) < 0.02 * int(table.integers.sum()) and table.attrs['off'] <= 1 / 15
+
+
+@pytest.mark.parametrize('where', ['sums', 'scaled', 'cut', 'integers'])
+def test_a_value_that_is_read_twice_is_not_folded(where, tmp_path):
+    net, x = fusable((2, 4, 6, 6), Apart(where))
+    path = to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:])
+    assert not kernels(path)[0]['QLinearConv']
+    with torch.no_grad():
+        assert torch.allclose(onnx_session(path)(x), net(x), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda net: net[2].weight.data[0].zero_(),
+        lambda net: net[2].bias.data[0].fill_(3e9),
+        lambda net: (net[1].weight.data[0, 0].fill_(-128), net[2].weight.data.fill_(-0.01)),
+        lambda net: net[2].weight.data.fill_(3.0),
+        lambda net: net.__setitem__(0, Quantise(9)),
+        lambda net: net.__setitem__(0, Quantise(1, True)),
+        lambda net: net.__setitem__(3, Quantise(9)),
+        lambda net: net.__setitem__(3, Quantise(1, True)),
+    ],
+    ids='zero bias weight step before sign_before behind sign_behind'.split(),
+)
+def test_what_does_not_fit_stays_in_floats(change, tmp_path):
+    "A scale of 0, a bias beyond 32 bits, a weight of 128, a bias between two sums, quantisers that are no bytes."
+    net, x = fusable((2, 4, 6, 6), Quantise(8), conv(), ScaleBias(4), Quantise(8), conv(), ScaleBias(4))
+    assert kernels(to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:]))[0]['QLinearConv'] == 1
+    change(net)
+    assert not kernels(to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:]))[0]['QLinearConv']
+    assert beside_onnx(net, x, 'fused').attrs['off'] < 1e-5
+
+
+def test_a_fused_layer_by_hand(tmp_path):
+    "5 * 3 and 7 * 3, times -0.5, and 20; 9 at most; one evaluator has no kernels, the other has."
+    net = nn.Sequential(ScaleBias(1), Quantise(4), IntConv2d(1, 1, 1, weight_bits=3), ScaleBias(1), Quantise(4, low=-6))
+    net[0].weight.data.fill_(2.0)
+    net[2].weight.data.fill_(3.0)
+    net[3].weight.data.fill_(-0.5)
+    net[3].bias.data.fill_(20.0)
+    path = to_onnx(net, tmp_path / 'n.onnx', 'fused', (1, 1, 4))
+    x = torch.tensor([2.5, 3.4, 20.0, -1.0]).view(1, 1, 1, 4)  # 5, 7 (6.8), 15 and 0
+    want = torch.tensor([9.0, 9.0, -2.0, 9.0])  # 12.5, 9.5, -2.5 to even, 20
+    (evaluated,) = ReferenceEvaluator(str(path)).run(None, {'x': x.numpy()})
+    for y in (torch.from_numpy(evaluated), onnx_session(path)(x), net(x)):
+        assert torch.equal(y.flatten(), want)
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    assert stored['2.weight'].item() == -3 * 32 and {-20 * 64, 0.5} & {v.item() for v in stored.values() if not v.shape}
+
+
+def test_no_pair_of_products_is_cut_off(tmp_path):
+    "255 * 127 + 255 * 127 is more than 16 bits hold; without its option onnxruntime cuts it off on some processors."
+    net, x = fusable((1, 4, 5, 5), Quantise(8), conv(), ScaleBias(4), Quantise(8), conv())
+    net[1].weight.data.fill_(127.0)
+    net[2].weight.data = torch.full((4,), 200 / (36 * 255 * 127))
+    net[2].bias.data.zero_()
+    run = onnx_session(to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:]))
+    assert torch.equal(run(x.fill_(255.0)), net(x)) and float(net[:4](x)[0, 0, 1, 1]) == 200
+
+
+def test_products_of_seven_bits_always_fit(tmp_path):
+    "Whatever options a session has, and however much finer the weights are stored."
+    for bits in range(2, 8):
+        net, x = fusable((1, 4, 5, 5), Quantise(8), conv(bits), ScaleBias(4), Quantise(8), conv(bits))
+        top = 2.0 ** (bits - 1)
+        net[1].weight.data.fill_(-top)
+        net[2].weight.data = torch.full((4,), -200 / (36 * 255 * top))
+        net[2].bias.data.zero_()
+        path = to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:])
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        (y,) = session.run(None, {'x': x.fill_(255.0).numpy()})
+        assert torch.equal(torch.from_numpy(y), net(x)) and kernels(path)[0]['QLinearConv'] == 1
+
+
+class Twice(nn.Module):
+    "One convolution, called twice with scales of two signs, and once more without one."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.one, self.two = conv(kernel=1), ScaleBias(4), ScaleBias(4)
+        self.quantisers = nn.ModuleList(Quantise(8, True) for _ in range(3))
+
+    def forward(self, x):
+        a, b, c = self.quantisers
+        return self.conv(c(self.two(self.conv(b(self.one(self.conv(a(x))))))))
+
+
+def test_a_layer_that_is_called_twice_is_stored_for_each_of_its_scales(tmp_path):
+    net, x = fusable((2, 4, 6, 6), Twice())
+    net[0].two.weight.data = -net[0].one.weight.data
+    assert kernels(to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:]))[0]['QLinearConv'] == 2
+    assert beside_onnx(net, x, 'fused', slack=0.11).attrs['off'] < 1e-5
+
+
+@pytest.mark.parametrize('name,weights,bits', [('wrn_10_1', 8, 8), ('wrn_10_1', 4, 5), ('densenet_bc_10_8', 4, 4)])
+def test_fused_nets_answer_nearly_as_the_graph(name, weights, bits, tmp_path):
+    torch.manual_seed(bits)
+    x = torch.randn(40, 3, 16, 16)
+    graph = compressed(create_model(name, 10, small=True), x, weights, bits)
+    path = to_onnx(graph, tmp_path / 'net.onnx', 'fused')
+    assert kernels(path)[0]['QLinearConv'] > 0
+    with torch.inference_mode():
+        same = onnx_session(path)(x).argmax(1) == graph(x).argmax(1)
+    assert int(same.sum()) >= 36
+    table = beside_onnx(graph, x, 'fused', slack=0.11)
+    assert int(table.other.sum()) < 0.01 * int(table.integers.sum())

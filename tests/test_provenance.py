@@ -68,7 +68,9 @@ NEEDED = {  # what the numbers depend on, by record
         ("11_weights.tuned", "11_weights.mixed", "11_weights.accuracy", "11_weights.test"),
         {"sparse", "activations", "first_bits", "calibration", "tune", "images"} | DENSE,
     ),
-    **dict.fromkeys(("13_lowering.answers", "17_packing.ours", "18_onnx.agreement", "18_onnx.sizes"), COMPRESSED),
+    **dict.fromkeys(
+        ("13_lowering.answers", "17_packing.ours", "18_onnx.agreement", "18_onnx.sizes", "18_onnx.fused"), COMPRESSED
+    ),
     "15_adders.released": {"model", "n_images"},
     "15_adders.scores": {"mixnet", "cifar100"},
     "16_released.accuracy": {"model", "n_images", "n_double"},
@@ -79,6 +81,7 @@ NEEDED = {  # what the numbers depend on, by record
     "17_packing.bytes": {"model", "n_mutations", "n_forged"},
     "17_packing.speed": {"model", "weights"},
     "18_onnx.kernels": {"channels", "side", "kernel", "batch", "threads"},
+    "18_onnx.fused_speed": {"nets", "bits", "affine", "threads"},
     "18_onnx.widths": {"model", "rate", "trained"},
     **dict.fromkeys(
         ("20_cifar100.study", "20_cifar100.ours", "20_cifar100.ours.seed1", "20_cifar100.published"),
