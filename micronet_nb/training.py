@@ -610,7 +610,8 @@ def _world():
 def _dice_of(loader):
     "The samplers of a loader, and the generators that it and they have."
     within = getattr(loader, 'batch_sampler', None)
-    samplers = [s for s in (getattr(loader, 'sampler', None), within, getattr(within, 'sampler', None)) if s is not None]
+    samplers = getattr(loader, 'sampler', None), within, getattr(within, 'sampler', None)
+    samplers = [s for s in samplers if s is not None]
     found = [getattr(part, 'generator', None) for part in (loader, *samplers)]
     return samplers, list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
