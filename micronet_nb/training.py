@@ -623,7 +623,7 @@ class Batches:
         self,
         source,  # a DataLoader, whose generators are seeded anew in each epoch; a list of batches; a torch data set;
         # tensors (images, labels)
-        batch_size: int = 64,  # images a step, of a data set and tensors: they are shuffled, what is left over is left out
+        batch_size: int = 64,  # images a step, of a set or tensors: they are shuffled, what is left over is left out
     ):
         if _is_batch(source):
             place, x, y = next(pairs_of(source))
