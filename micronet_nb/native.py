@@ -543,11 +543,16 @@ static void bring(Words w, const Memory &mem, const Range &pixels, const float *
     }
 }
 
-// awake: whoever is waited for comes soon; if it does not, somebody else may have the processor
-static inline void wait_a_little(int64_t tries) {
+// leaves the core to its other thread, if it has one
+static inline void breathe() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
+}
+
+// whoever is waited for comes soon; if it does not, somebody else may have the processor
+static inline void wait_a_little(int64_t tries) {
+    breathe();
     if (tries > 2000) std::this_thread::yield();
 }
 
@@ -619,7 +624,7 @@ struct Team {
         for (int64_t seen = 0;; seen++) {
             auto asleep = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
             for (int64_t tries = 0; turn.load() == seen; tries++) {
-                wait_a_little(0);
+                breathe();
                 if (tries % 64 || std::chrono::steady_clock::now() < asleep) continue;
                 std::unique_lock<std::mutex> hold(door);
                 bell.wait(hold, [&] { return turn.load() != seen; });

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'carrier', 'integers', 'exports', 'Export', 'to_onnx', 'onnx_session', 'try_operation', 'beside_onnx']
 
 # %% ../nbs/18_onnx.ipynb #a3254e98
-import inspect, math, operator, tempfile
+import functools, inspect, math, operator, tempfile
 from pathlib import Path
 
 from .core import MicronetError, atomic_path
@@ -209,28 +209,35 @@ def _readers(node):
 
 
 def _is_byte(graph, node):
-    "Is it a quantiser of at most 8 bits, no sign, that convolutions alone read, or nobody behind the net?"
+    "Is it a quantiser of at most 8 bits (not the sign alone) that only convolutions or the net's output read?"
     m, readers = _called(graph, node), _readers(node)
     few = isinstance(m, Quantise) and m.bits <= 8 and not (m.signed and m.bits == 1)
-    return few and bool(readers) and all(r.op == 'output' or isinstance(_called(graph, r), nn.Conv2d) for r in readers)
+    convs = [r for r in readers if isinstance(_called(graph, r), nn.Conv2d)]
+    outputs = [u for u in node.users if u.op == 'output']
+    return few and bool(readers) and len(convs) + len(outputs) == len(readers)
+
+
+def _scaled(value, scales):
+    "A number after these scales, in float32 and in their order, as the graph has it."
+    return functools.reduce(lambda v, s: v * s, scales, np.float32(value))
 
 
 def _range_of(graph, quantiser):
     "Its step and its ends with what stands before it; the nodes that went into them; the node before these."
-    m, step, gone = _called(graph, quantiser), 1.0, []
+    m, scales, gone = _called(graph, quantiser), [], []
     low, high = m.bottom, m.top
     node = quantiser.all_input_nodes[0]
     while len(node.users) == 1 and node.all_input_nodes:
         scale, ends = _called(graph, node), _ends(graph, node)
         if ends is not None:
-            low, high = (int(min(max(np.rint(v / step), low), high)) for v in ends)
+            low, high = (int(min(max(np.rint(_scaled(v, scales)), low), high)) for v in ends)
         elif isinstance(scale, ScaleBias) and scale.weight.numel() == 1 and scale.weight > 0 and not scale.has_bias:
-            step /= float(scale.weight)
+            scales.insert(0, np.float32(scale.weight.item()))
         elif scale is not F.max_pool2d:
             break
         gone += [node] if scale is not F.max_pool2d else []
         node = node.all_input_nodes[0]
-    return (step, low, high), gone, node
+    return (1 / math.prod(map(float, scales)), low, high), gone, node
 
 # %% ../nbs/18_onnx.ipynb #18c0a02a
 def _layer_of(graph, node):
@@ -513,7 +520,7 @@ def _checked(model):
 def to_onnx(
     graph,  # fx.GraphModule of `lower` or `unpack`, or a model of integer modules that torch.fx can trace
     path,  # file to make or replace, atomically
-    form: str = 'qdq',  # 'qdq': exact; 'float': float32 weights; 'fused': integer kernels, where there are some
+    form: str = 'qdq',  # 'qdq': exact; 'float': float32 weights; 'fused': integer kernels, not exact
     input_size: tuple = None,  # of one input, such as (3, 32, 32); None: as `lower` or the packed file says
 ) -> Path:
     """Writes a net as an ONNX file for float32 batches of any length, checked by onnx.

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -561,6 +562,23 @@ def test_a_fused_layer_by_hand(tmp_path):
         assert torch.equal(y.flatten(), want)
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     assert stored['2.weight'].item() == -3 * 32 and {-20 * 64, 0.5} & {v.item() for v in stored.values() if not v.shape}
+
+
+def test_a_fused_end_is_rounded_as_the_graph_rounds_it(tmp_path):
+    "ReLU6 behind it ends at 6 * 19.25 = 115.5, which is 116; 6 / (1 / 19.25) is less, and would be 115."
+    net, x = fusable((1, 4, 5, 5), Quantise(8), conv(), ScaleBias(4), nn.ReLU6(), ScaleBias(1), Quantise(8), conv())
+    net[2].weight.data, net[2].bias.data = torch.full((4,), 0.01), torch.zeros(4)
+    net[4].weight.data.fill_(19.25)
+    path = to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:])
+    clips = {t.item() for t in map(onnx.numpy_helper.to_array, onnx.load(path).graph.initializer) if t.dtype == np.uint8}
+    assert 116 in clips and 115 not in clips
+    assert beside_onnx(net, x, 'fused', slack=0.11).attrs['off'] < 1e-5
+
+
+def test_zeros_around_the_answer_stay(tmp_path):
+    net, x = fusable((2, 4, 5, 5), Quantise(8), conv(), ScaleBias(4), Quantise(8), Padded())
+    run = onnx_session(to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:]))
+    assert run(x).shape == net(x).shape and (run(x) - net(x)).abs().max() <= 1
 
 
 def test_no_pair_of_products_is_cut_off(tmp_path):
