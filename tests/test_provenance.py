@@ -94,6 +94,7 @@ NEEDED = {  # what the numbers depend on, by record
     "22_champion.candidates": {"recipes"},
     "22_champion.seeds": {"recipe", "seeds"},
     "22_champion.narrower": {"recipe", "packed"},
+    "22_champion.narrower.seeds": {"recipe", "packed", "seeds"},
     "22_champion.reads": {"of", "lowered"},
     **dict.fromkeys(("22_champion.score", "22_champion.accuracy"), {"file", "bytes", "recipe"}),
     **dict.fromkeys(
