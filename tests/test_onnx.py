@@ -570,7 +570,8 @@ def test_a_fused_end_is_rounded_as_the_graph_rounds_it(tmp_path):
     net[2].weight.data, net[2].bias.data = torch.full((4,), 0.01), torch.zeros(4)
     net[4].weight.data.fill_(19.25)
     path = to_onnx(net, tmp_path / 'n.onnx', 'fused', x.shape[1:])
-    clips = {t.item() for t in map(onnx.numpy_helper.to_array, onnx.load(path).graph.initializer) if t.dtype == np.uint8}
+    stored = map(onnx.numpy_helper.to_array, onnx.load(path).graph.initializer)
+    clips = {t.item() for t in stored if t.dtype == np.uint8}
     assert 116 in clips and 115 not in clips
     assert beside_onnx(net, x, 'fused', slack=0.11).attrs['off'] < 1e-5
 
