@@ -1562,9 +1562,21 @@ MUTANTS = [
         "onnx::test_what_does_not_fit_stays_in_floats[step]",
     ),
     Mutant(
+        "a fused end is divided by the step",
+        "np.rint(_scaled(v, scales))",
+        "np.rint(v / (1 / math.prod(map(float, scales))))",
+        "onnx::test_a_fused_end_is_rounded_as_the_graph_rounds_it",
+    ),
+    Mutant(
+        "zeros around the answer are left out",
+        "len(convs) + len(outputs) == len(readers)",
+        "len(convs) + sum(r.op == 'output' for r in readers) == len(readers)",
+        "onnx::test_zeros_around_the_answer_stay",
+    ),
+    Mutant(
         "a fused quantiser has the range of its bits alone",
         """        if ends is not None:
-            low, high = (int(min(max(np.rint(v / step), low), high)) for v in ends)
+            low, high = (int(min(max(np.rint(_scaled(v, scales)), low), high)) for v in ends)
 """,
         """        if ends is not None:
             low, high = low, high
