@@ -543,107 +543,117 @@ static void bring(Words w, const Memory &mem, const Range &pixels, const float *
     }
 }
 
-// leaves the core to its other thread, if it has one
-static inline void breathe() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
-
-// whoever is waited for comes soon; if it does not, somebody else may have the processor
-static inline void wait_a_little(int64_t tries) {
-    breathe();
-    if (tries > 2000) std::this_thread::yield();
-}
-
-// threads that work on the same images wait for one another
-struct Meeting { std::atomic<int64_t> here{0}, turn{0}; };
-
-static inline void meet(Meeting *m, const Part &t) {
-    if (t.parts == 1) return;
-    int64_t turn = m->turn.load();
-    if (m->here.fetch_add(1) + 1 == t.parts) {
-        m->here.store(0);
-        m->turn.store(turn + 1);
-        return;
-    }
-    for (int64_t tries = 0; m->turn.load() == turn; tries++) wait_a_little(tries);
-}
-
 enum { CONV, DEEP, EACH, MEAN, POOL, COPY, BORDER, FETCH };
 const int OP = 24;
 
-// a segment: its operations, how many images there are and how many go together, memory, and each thread's share
+// a segment: its operations, how many images there are and how many go together, memory, threads
 struct Segment {
     Words ops;
     int64_t n_ops, group, images;
     char *const *scratch, *arena;
     const float *const *given;
-    Words share;  // four words a thread: first image, end, its part of how many
-    int64_t n_shares;
+    int64_t threads;
 };
 
-// a thread's images, so many at a time, through all operations
-static void run_share(const Segment &s, int64_t thread, Meeting *meeting) {
-    Words share = s.share + 4 * thread;
-    int64_t end = share[1];
-    Part t = {share[2], share[3]};
-    for (int64_t i = share[0]; i < end; i += s.group) {
-        int64_t many = end - i < s.group ? end - i : s.group;
-        Memory mem = {s.scratch[t.parts > 1 ? 0 : thread], s.arena, s.group, s.images, i};
-        for (int64_t o = 0; o < s.n_ops; o++) {
-            Words w = s.ops + o * OP;
-            Range mine = range(many * w[1], 4, t);
-            switch (w[0]) {
-            case CONV: conv(w, mem, many * w[1], t); break;
-            case DEEP: deep(w, mem, mine); break;
-            case EACH: each(w, mem, mine); break;
-            case MEAN: mean(w, mem, many, t); break;
-            case POOL: pool(w, mem, mine); break;
-            case COPY: copy(w, mem, mine); break;
-            case BORDER: if (t.part == 0) border(w, mem, many); continue;
-            case FETCH: bring(w, mem, mine, s.given); break;
-            }
-            meet(meeting, t);
-        }
+static inline void run_call(const Segment &s, int64_t call, const Memory &mem, int64_t many, const Part &t) {
+    Words w = s.ops + call * OP;
+    Range mine = range(many * w[1], 4, t);
+    switch (w[0]) {
+    case CONV: conv(w, mem, many * w[1], t); break;
+    case DEEP: deep(w, mem, mine); break;
+    case EACH: each(w, mem, mine); break;
+    case MEAN: mean(w, mem, many, t); break;
+    case POOL: pool(w, mem, mine); break;
+    case COPY: copy(w, mem, mine); break;
+    case BORDER: if (t.part == 0) border(w, mem, many); break;
+    case FETCH: bring(w, mem, mine, s.given); break;
     }
+}
+
+// a few images through all operations, in a thread's own memory
+static void run_images(const Segment &s, int64_t thread, int64_t first, int64_t many) {
+    Memory mem = {s.scratch[thread], s.arena, s.group, s.images, first};
+    for (int64_t call = 0; call < s.n_ops; call++) run_call(s, call, mem, many, Part{0, 1});
 }
 '''
 
 # %% ../nbs/28_native.ipynb #28a00053
 _TEAM = r'''
+// No pause instruction: of a virtual machine that makes many in a row, the host believes that it has nothing to do.
+static inline void wait_a_little(int64_t tries) {
+    if (tries > 2000) std::this_thread::yield();
+}
+
 struct Team {
     std::mutex busy, door;
     std::condition_variable bell;
-    std::atomic<int64_t> turn{0}, at_work{0};
-    int64_t others = 0;
+    std::atomic<int64_t> turn{0}, open{0}, inside{0};  // segments so far; is there one; who works on it
+    std::atomic<int64_t> next{0}, done{0};  // what is to be taken next, and how many pieces of a layer are finished
     Segment segment{};
-    Meeting meeting;
+
+    // each takes some images, fewer towards the end
+    void by_images(const Segment &s, int64_t thread) {
+        for (int64_t first = next.load();;) {
+            int64_t left = s.images - first;
+            if (left <= 0) return;
+            int64_t even = (left + s.threads - 1) / s.threads, many = even < s.group ? even : s.group;
+            if (!next.compare_exchange_weak(first, first + many)) continue;
+            run_images(s, thread, first, many);
+            first = next.load();
+        }
+    }
+
+    // fewer images than threads: each takes a piece of the layer that it is the turn of. `next`: the call, and 16 bits
+    // for the piece
+    void by_pieces(const Segment &s) {
+        int64_t calls = (s.images + s.group - 1) / s.group * s.n_ops;
+        for (;;) {
+            int64_t ticket = next.fetch_add(1), call = ticket >> 16, piece = ticket & 65535;
+            if (call >= calls) return;
+            if (piece >= s.threads) {
+                for (int64_t tries = 0; next.load() >> 16 == call; tries++) wait_a_little(tries);
+                continue;
+            }
+            int64_t first = call / s.n_ops * s.group, left = s.images - first;
+            Memory mem = {s.scratch[0], s.arena, s.group, s.images, first};
+            run_call(s, call % s.n_ops, mem, left < s.group ? left : s.group, Part{piece, s.threads});
+            if (done.fetch_add(1) + 1 < s.threads) continue;
+            done = 0;
+            next = (call + 1) << 16;
+        }
+    }
+
+    void help(int64_t thread) {
+        if (segment.images < segment.threads) by_pieces(segment);
+        else by_images(segment, thread);
+    }
 
     void member(int64_t thread) {
-        for (int64_t seen = 0;; seen++) {
+        for (int64_t seen = 0;;) {
             auto asleep = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
             for (int64_t tries = 0; turn.load() == seen; tries++) {
-                breathe();
                 if (tries % 64 || std::chrono::steady_clock::now() < asleep) continue;
                 std::unique_lock<std::mutex> hold(door);
                 bell.wait(hold, [&] { return turn.load() != seen; });
             }
-            if (thread < segment.n_shares) run_share(segment, thread, &meeting);
-            at_work--;
+            seen = turn.load();
+            inside++;
+            if (open.load()) help(thread);
+            inside--;
         }
     }
 
     void run(const Segment &s) {
         std::lock_guard<std::mutex> alone(busy);
-        segment = s, at_work = others;
+        segment = s, next = 0, done = 0, open = 1;
         {
             std::lock_guard<std::mutex> hold(door);
             turn++;
         }
         bell.notify_all();
-        run_share(segment, 0, &meeting);
-        for (int64_t tries = 0; at_work.load(); tries++) wait_a_little(tries);
+        help(0);
+        open = 0;  // who comes now finds nothing to do, and is not waited for
+        for (int64_t tries = 0; inside.load(); tries++) wait_a_little(tries);
     }
 };
 
@@ -651,16 +661,16 @@ struct Team {
 extern "C" Team *micronet_team(int64_t threads) {
     Team *team = new Team;
     try {
-        for (int64_t i = 1; i < threads; i++, team->others++) std::thread(&Team::member, team, i).detach();
+        for (int64_t i = 1; i < threads; i++) std::thread(&Team::member, team, i).detach();
     } catch (...) { return 0; }
     return team;
 }
 
 extern "C" void micronet_run(Team *team, Words ops, int64_t n_ops, int64_t group, int64_t images, char *const *scratch,
-                             char *arena, const float *const *given, Words share, int64_t n_shares) {
-    Segment s = {ops, n_ops, group, images, scratch, arena, given, share, n_shares};
-    if (team && n_shares > 1) team->run(s);
-    else run_share(s, 0, nullptr);
+                             char *arena, const float *const *given, int64_t threads) {
+    Segment s = {ops, n_ops, group, images, scratch, arena, given, threads};
+    if (team && threads > 1) return team->run(s);
+    for (int64_t i = 0; i < images; i += group) run_images(s, 0, i, images - i < group ? images - i : group);
 }
 '''
 
@@ -710,7 +720,7 @@ def interpreter():  # the library: `micronet_run`, `micronet_gates`; MicronetErr
     except OSError as e:
         raise MicronetError(f'the compiled interpreter does not load: {e}; delete it, and it is compiled anew') from e
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.micronet_run.argtypes = [*[pointer] * 2, *[number] * 3, *[pointer] * 4, number]
+    library.micronet_run.argtypes = [*[pointer] * 2, *[number] * 3, *[pointer] * 3, number]
     library.micronet_gates.argtypes = [pointer, pointer, number, number, number]
     library.micronet_run.restype = library.micronet_gates.restype = None
     library.micronet_team.argtypes, library.micronet_team.restype = [number], pointer
@@ -1522,20 +1532,10 @@ def prepare(self: Native, n):
     self.team = _team(workers, os.getpid()) if workers > 1 else None
     if self.batch_shares != (n, workers):
         self.batch_shares = n, workers
-        self.shares = np.array(self.shared_out(n, workers), dtype=np.int64)
         self.scratch_at = (ctypes.c_void_p * workers)(*[s.ctypes.data for s in self.scratch[:workers]])
         for part in self.parts:
             if isinstance(part, _Program):
                 part.mark(n, workers)
-
-
-@patch
-def shared_out(self: Native, n, workers):
-    "Of each thread: first image, end, its part of how many: images of its own, or all of them a part."
-    if n < workers:
-        return [(0, n, i, workers) for i in range(workers)]
-    share = -(-n // workers)
-    return [(i * share, min(i * share + share, n), 0, 1) for i in range(workers) if i * share < n]
 
 
 @patch
@@ -1564,8 +1564,7 @@ def segment(self: Native, program, values, n):
         program.strides[i][:] = (*t.stride(), 0, 0)[:4]
         program.pointers[i] = t.data_ptr()
     memory = self.scratch_at, self.arena.data_ptr(), program.pointers
-    share = self.shares.ctypes.data, len(self.shares)
-    self.run(self.team, program.words.ctypes.data, len(program.words), self.group, n, *memory, *share)
+    self.run(self.team, program.words.ctypes.data, len(program.words), self.group, n, *memory, len(self.scratch_at))
 
 # %% ../nbs/28_native.ipynb #28a00043
 def native_steps(

@@ -1659,8 +1659,8 @@ MUTANTS = [
         "a margin is not emptied",
         _COMPILED,
         _in_compiled(
-            "case BORDER: if (t.part == 0) border(w, mem, many); continue;",
-            "case BORDER: continue;",
+            "case BORDER: if (t.part == 0) border(w, mem, many); break;",
+            "case BORDER: break;",
         ),
         "native::test_what_was_in_memory_does_not_matter",
     ),
@@ -1668,8 +1668,26 @@ MUTANTS = [
         "threads do not wait for one another",
         _COMPILED,
         _in_compiled(
-            "if (t.parts == 1) return;",
-            "return;",
+            "for (int64_t tries = 0; next.load() >> 16 == call; tries++) wait_a_little(tries);",
+            "next = (call + 1) << 16;",
+        ),
+        "native::test_as_many_threads_as_there_are",
+    ),
+    Mutant(
+        "threads are not waited for at the end",
+        _COMPILED,
+        _in_compiled(
+            "for (int64_t tries = 0; inside.load(); tries++) wait_a_little(tries);",
+            "",
+        ),
+        "native::test_as_many_threads_as_there_are",
+    ),
+    Mutant(
+        "two threads take the same images",
+        _COMPILED,
+        _in_compiled(
+            "if (!next.compare_exchange_weak(first, first + many)) continue;",
+            "next = first + many + 1;",
         ),
         "native::test_as_many_threads_as_there_are",
     ),
