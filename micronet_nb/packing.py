@@ -1343,9 +1343,9 @@ def pack(
         raise MicronetError(f"masks is 'always' or 'paying', not {masks!r}")
     given, graph = graph, as_graph(graph)
     of_net = graph.meta.get('about', {})
-    known = {k: v for k, v in of_net.items() if k == 'pixels'}
-    if 'input_size' in graph.meta:  # `lower` says so
-        known['input_size'] = list(graph.meta['input_size'])
+    known = {'input_size': list(graph.meta['input_size'])} if 'input_size' in graph.meta else {}  # `lower` says so
+    if about is not None and 'pixels' in of_net:
+        known['pixels'] = of_net['pixels']
     about = known | check_about(of_net if about is None else about)
     masks = masks or ('always' if ACCOUNTINGS[about.get('accounting', 'official')].riair else 'paying')
     structure, out = describe(graph, masks, about)
