@@ -579,7 +579,7 @@ static void run_images(const Segment &s, int64_t thread, int64_t first, int64_t 
 
 # %% ../nbs/28_native.ipynb #28a00053
 _TEAM = r'''
-// No pause instruction: of a virtual machine that makes many in a row, the host believes that it has nothing to do.
+// Without a pause instruction: a host may take many in a row for a virtual machine that has nothing to do.
 static inline void wait_a_little(int64_t tries) {
     if (tries > 2000) std::this_thread::yield();
 }
@@ -1121,8 +1121,7 @@ def _cat(plan, node):
 
 
 def _nearest(plan, node):
-    source = node.args[0]
-    v, (channels, height, width) = plan.view(source), plan.image[node]
+    v, (_, height, width) = plan.view(node.all_input_nodes[0]), plan.image[node]
     numbers = torch.arange(v.height * v.width, dtype=torch.float64).reshape(1, 1, v.height, v.width)
     places = call_of(plan.graph, node)(numbers).long().numpy().reshape(height, width)
     plan.items.append(_Call(_COPY_CALL, [v], plan.new(node, v.memory.floats), geometry=dict(places=places)))
@@ -1496,7 +1495,7 @@ class Native:
         self.parts = [theirs[p] if isinstance(p, fx.Node) else _Program(self.plan, p, group) for p in parts]
         self.calls = sum(len(p.words) for p in self.parts if isinstance(p, _Program))
         self.input = next(n for n in self.graph.graph.nodes if n.op == 'placeholder')
-        self.scratch, self.batch, self.batch_shares, self.alone = [], None, None, _OneAtATime()
+        self.scratch, self.batch, self.prepared, self.alone = [], None, None, _OneAtATime()
 
     def __reduce__(self):
         return Native, (self.graph, torch.zeros(2, *self.size), self.group)
@@ -1530,8 +1529,8 @@ def prepare(self: Native, n):
     while len(self.scratch) < workers:
         self.scratch.append(np.empty(self.group * self.own + 64, dtype=np.uint8))
     self.team = _team(workers, os.getpid()) if workers > 1 else None
-    if self.batch_shares != (n, workers):
-        self.batch_shares = n, workers
+    if self.prepared != (n, workers):
+        self.prepared = n, workers
         self.scratch_at = (ctypes.c_void_p * workers)(*[s.ctypes.data for s in self.scratch[:workers]])
         for part in self.parts:
             if isinstance(part, _Program):

@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT
 
 import micronet_nb as mn
+from micronet_nb.integer import OPERATIONS
+from micronet_nb.scoring import ELEMENTWISE
 
 PACKAGE = ROOT / "micronet_nb"
 SOURCES = {p.stem: p.read_text(encoding="utf-8") for p in PACKAGE.glob("*.py") if not p.stem.startswith("_")}
@@ -49,7 +51,13 @@ def test_examples_of_the_verbs_run(tmp_path, monkeypatch):
     found = doctest.DocTestFinder(recurse=False)
     globs = {verb: getattr(mn, verb) for verb in mn.__all__} | dict(torch=torch)
     examples = [d for verb in mn.__all__ for d in found.find(getattr(mn, verb), verb, globs=globs) if d.examples]
-    assert SHOWN <= {d.name for d in examples} and not any(doctest.DocTestRunner().run(d).failed for d in examples)
+    kept = [(table, dict(table)) for table in (OPERATIONS, ELEMENTWISE)]
+    try:
+        assert SHOWN <= {d.name for d in examples} and not any(doctest.DocTestRunner().run(d).failed for d in examples)
+    finally:  # an example declares an operation, which the tests behind this one are not to find
+        for table, before in kept:
+            table.clear()
+            table.update(before)
 
 
 def test_the_front_door_opens_at_once():
